@@ -1,0 +1,153 @@
+"""HyperDreamBooth (Ruiz et al., arXiv 2307.06949) in one place: predict, relax, fine-tune, sample, and the loss that trains the predictor.
+
+    model = hdb.load("nano")                                        # or a Stable Diffusion 1.5
+    method = HyperDreamBooth(model, load_hypernet("nano/hypernet.safetensors", model))
+    theta = method.predict(photo)                                   # section 4.2: a few thousand numbers, at once
+    relaxed = method.fine_tune(photo, theta)                        # section 4.3: rank-relaxed fast fine-tuning
+    person = join(method.lidb.factors(theta), relaxed)
+    pictures = method.sample(["a [V] face as a rock star"], person, seeds=[0])
+"""
+import json
+from dataclasses import asdict
+
+import torch
+from safetensors import safe_open
+
+import sampling
+from hypernet import HyperConfig, HyperNetwork, ViTConfig
+from lidb import LiDB, Personal, join, lora, personal_layers
+from sd import LoadError, StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
+from trainer import write
+
+IDENTIFIER = "sks"  # what [V] becomes: a token that text-to-image models know nothing of
+PROMPT = "a [V] face"
+
+
+class HyperDreamBooth:
+    """The method around one StableDiffusion `model`, whose weights stay as they are. What is personal is in *factors* (see lidb.py)."""
+
+    def __init__(self, model, hypernet=None, basis_seed=0):
+        """basis_seed: of the LiDB basis; a hypernetwork from load_hypernet brings the one it was trained with."""
+        self.model, self.hypernet = model, hypernet
+        basis_seed = getattr(hypernet, "basis_seed", basis_seed)
+        self.layers = personal_layers(model.unet, model.text)
+        self.lidb = LiDB(self.layers, seed=basis_seed, device=model.device)
+        self.personal = Personal(self.layers)
+
+    @torch.no_grad()
+    def predict(self, photo, iterations=None):
+        """A photo (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, r·(a + b)), by the hypernetwork (Eq. 3)."""
+        if self.hypernet is None:
+            raise ValueError("this model has no hypernetwork to predict with; see train.py")
+        return self.hypernet.refine(encode_face(self.hypernet.vit, photo).to(self.hypernet.bias.dtype), iterations).float()
+
+    def context(self, prompts):
+        """Text features (B, n, d) of B prompts, [V] being the rare identifier, under the factors in force."""
+        return self.model.context([canonical(p).replace("[V]", IDENTIFIER) for p in prompts])
+
+    def denoising_loss(self, latent, prompts, generator):
+        """‖D(x + ε, c) − x‖² of Eq. 2, per sample (B,), under the factors in force. latent (B, 4, h, w), B prompts, a CPU generator.
+
+        D is the model's estimate of the clean latent, so its error is the noise's times 1/SNR; that is cut at 5, where almost pure noise
+        would otherwise drown everything else. Time steps are spread evenly over the batch, which makes the average less noisy.
+        """
+        count = len(latent)
+        t = ((torch.arange(count) + torch.rand(count, generator=generator)) * (sampling.STEPS / count)).long()
+        t = t[torch.randperm(count, generator=generator)]
+        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        context = self.context(prompts)
+        predicted = self.model.unet(sampling.add_noise(latent, noise, t), t.to(latent.device), context)
+        snr = sampling.ALPHAS_CUMPROD[t] / (1 - sampling.ALPHAS_CUMPROD[t])
+        return (1 / snr).clamp(max=5).to(latent.device) * (predicted - noise).float().pow(2).mean((1, 2, 3))
+
+    def hyper_loss(self, theta_hat, latent, prompts, generator, theta=None, alpha=1., beta=0.):
+        """Eq. 2: L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖², for a batch in which every sample is another person.
+
+        theta_hat (B, layers, size) from the hypernetwork, latent (B, 4, h, w) of the target pictures, B prompts; theta, the same shape as
+        theta_hat: pre-optimised targets, needed if β > 0 (ValueError without). Returns the loss and its two terms, unweighted.
+        """
+        if beta and theta is None:
+            raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
+        zero = theta_hat.new_zeros(())
+        self.personal.factors = self.lidb.factors(theta_hat)
+        denoising = self.denoising_loss(latent, prompts, generator).mean() if alpha else zero
+        distance = (theta_hat - theta).pow(2).mean() if beta else zero
+        return alpha * denoising + beta * distance, denoising, distance
+
+    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=4e-3, batch=8, generator=None, callback=None):
+        """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and LoRA factors of a higher rank are trained
+        beside it with the denoising loss on the one photo, `batch` noises of it a step. photo (P, 3, H, W) in [-1, 1], theta (P, layers,
+        size) or None for none; P people are fine-tuned side by side, each on their own photo.
+
+        Returns the LoRA factors alone; join() them with the prediction's. callback(step, loss) after every step.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        latent = self.model.encode(photo).repeat(batch, 1, 1, 1)
+        predicted = {} if theta is None else {k: (a.detach(), b.detach()) for k, (a, b) in self.lidb.factors(theta).items()}
+        relaxed = lora(self.layers, rank, generator, people=len(photo))
+        parameters = [p for pair in relaxed.values() for p in pair]
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .99), weight_decay=0.)
+        with torch.enable_grad():
+            for step in range(steps):
+                self.personal.factors = join(predicted, relaxed)
+                loss = self.denoising_loss(latent, [PROMPT] * len(latent), generator).mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if callback:
+                    callback(step, loss.item())
+        self.personal.factors = {}
+        return {k: (a.detach(), b.detach()) for k, (a, b) in relaxed.items()}
+
+    @torch.no_grad()
+    def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=4., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
+        """Pictures (B, 3, H, W) in [-1, 1] of B prompts, with the factors of one person or of B, one seed per picture.
+
+        size: (height, width) in pixels, divisible by 8; the model's own if None. The factors are in force only while this runs.
+        """
+        side = self.model.unet.config.sample_size
+        height, width = (side, side) if size is None else (size[0] // 8, size[1] // 8)
+        start = sampling.noise((len(prompts), 4, height, width), list(seeds if seeds is not None else range(len(prompts))))
+        self.personal.factors = factors or {}
+        context = self.context(prompts)
+        negatives = self.model.context([negative] * len(prompts))
+        z = sampler(sampling.guided(self.model.unet, context, negatives, guidance), start.to(self.model.device), steps, callback=callback)
+        self.personal.factors = {}
+        return self.model.decode(z).float().clamp(-1, 1)
+
+
+def canonical(prompt):
+    """The prompt with its [V] in capitals."""
+    return prompt.replace("[v]", "[V]")
+
+
+@torch.no_grad()
+def encode_face(vit, photo):
+    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size that the ViT was trained on."""
+    side, weight = vit.config.image_size, vit.layernorm.weight
+    if photo.shape[2] != side:
+        photo = torch.nn.functional.interpolate(photo, (side, side), mode="bicubic", antialias=True)
+    return vit(photo.to(weight.device, weight.dtype))
+
+
+def save_hypernet(hypernet, method, path, metadata=None):
+    """Write the hypernetwork in fp16, with its configuration and the basis that its θ belong to."""
+    note = {"config": json.dumps(asdict(hypernet.config)), "basis_seed": str(method.lidb.seed), "basis_checksum": str(method.lidb.checksum)}
+    write({k: v.half() for k, v in hypernet.state_dict().items()}, path, note | (metadata or {}))
+
+
+def load_hypernet(path, model):
+    """The HyperNetwork in a file of save_hypernet, on the model's device. LoadError if it was made for other layers than this model's."""
+    try:
+        with safe_open(path, "pt") as f:
+            note, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        config = json.loads(note["config"])
+    except Exception as error:
+        raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error})") from None
+    basis = LiDB(personal_layers(model.unet, model.text), seed=int(note["basis_seed"]))
+    if (config["layers"], config["size"]) != basis.shape or int(note["basis_checksum"]) != basis.checksum:
+        raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
+    hypernet = HyperNetwork(HyperConfig(**{**config, "vit": ViTConfig(**config["vit"])}))
+    hypernet.load_state_dict({k: v.float() for k, v in tensors.items()})
+    hypernet.basis_seed = basis.seed
+    return hypernet.eval().requires_grad_(False).to(model.device)

@@ -1,0 +1,103 @@
+"""The miniature's answer to a folder of face photos: rendered people for train.py, and the encoder that has learnt to look at them."""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hypernet import NANO_VIT, ViT  # noqa: E402
+from nano import faces  # noqa: E402
+from trainer import Trainer, write  # noqa: E402
+
+CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS), "eye_colour": len(faces.EYES), "beard": 6,
+              "glasses": 4, "glasses_colour": len(faces.FRAMES)}
+
+
+def photos(identity, generator, device, style=None):
+    style = torch.zeros(len(identity), dtype=torch.long) if style is None else style
+    return faces.render(identity.to(device), faces.nuisances(len(identity), generator).to(device), style.to(device))
+
+
+def traits(identity):
+    """What the encoder learns to read: the continuous numbers of people (P, 27) and their categories as one-hot vectors -> (P, 50)."""
+    number = [identity[:, i:i + 1] * 3.5 - 1.75 for i, k in enumerate(faces.IDENTITY) if k not in CATEGORIES]
+    kind = [F.one_hot(faces.choice(identity[:, faces.IDENTITY.index(k)], n), n).float() * 2 for k, n in CATEGORIES.items()]
+    return torch.cat(number + kind, 1)
+
+
+def encoder(runs, device, steps=1500, batch=16, fresh=4, lr=7e-4, seed=0):
+    """A ViT pre-trained to read identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen 14 million pictures.
+
+    Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it.
+    """
+    torch.manual_seed(seed)
+    vit, file = ViT(NANO_VIT).to(device), Path(runs) / "encoder/vit.safetensors"
+    if not file.exists():
+        head = torch.nn.Linear(NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]).to(device)
+        trainer = Trainer({"vit": vit, "head": head}, file.parent, steps, lr)
+        pool, truth = torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, device=device)
+        for step in trainer:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 200_000_000)
+            identity = torch.rand(fresh if len(pool) else 16 * fresh, len(faces.IDENTITY), generator=generator)
+            pool = torch.cat([pool, ((photos(identity, generator, device) + 1) * 127.5).round().byte()])[-16_000:]
+            truth = torch.cat([truth, traits(identity).to(device)])[-16_000:]
+            pick = torch.randint(len(pool), (batch,), generator=generator).to(device)
+            trainer.update((head(vit(pool[pick].float() / 127.5 - 1).mean(1)) - truth[pick]).pow(2).mean())
+        trainer.average()
+        write(vit.state_dict(), file)
+    vit.load_state_dict(load_file(file))
+    return vit.eval().requires_grad_(False).to(device)
+
+
+class People:
+    """Pairs for Eq. 2: the features of one photo of a person, and the latent of another picture of them in some style, with its prompt."""
+
+    def __init__(self, model, vit, device, plain=.4, size=30_000, fresh=4, views=2):
+        self.model, self.vit, self.device, self.plain, self.size, self.fresh, self.views = model, vit, device, plain, size, fresh, views
+        self.features = self.latents = torch.empty(0, device=device)
+        self.styles = torch.empty(0, dtype=torch.long)
+
+    @torch.no_grad()
+    def add(self, count, generator):
+        identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
+        styles = torch.randint(len(faces.STYLES), (count, self.views), generator=generator)
+        styles[torch.rand(styles.shape, generator=generator) < self.plain] = 0
+        features = self.vit(photos(identity, generator, self.device)).half()
+        latents = self.model.encode(photos(identity.repeat_interleave(self.views, 0), generator, self.device, styles.flatten()))
+        self.features = torch.cat([self.features.to(features.dtype), features])[-self.size:]
+        self.latents = torch.cat([self.latents, latents.unflatten(0, styles.shape)])[-self.size:]
+        self.styles = torch.cat([self.styles, styles])[-self.size:]
+
+    def fix(self, count, generator):
+        """`count` people and no others from now on: those that targets are fitted for."""
+        for _ in range(0, count, 64):
+            self.add(64, generator)
+        self.fresh = 0
+
+    def prompts(self, who, view):
+        return [list(faces.STYLES.values())[s].format("[V]") for s in self.styles[who, view].tolist()]
+
+    def draw(self, count, generator):
+        """Indices (count,) of people and of their views; some new people join first."""
+        if self.fresh:
+            self.add(self.fresh if len(self.styles) else 256, generator)
+        return torch.randint(len(self.styles), (count,), generator=generator), torch.randint(self.views, (count,), generator=generator)
+
+
+class HeldOut:
+    """People that no training sees, and the judge's opinion of their pictures."""
+
+    def __init__(self, count, device, first=10_000_000):
+        from nano import judge
+        self.judge = judge.load(device)
+        self.identity = faces.identities(range(first, first + count))
+        self.photos = photos(self.identity, torch.Generator().manual_seed(first), device)
+
+    @torch.no_grad()
+    def measure(self, method, factors, style, seeds, **options):
+        """Pictures of everybody in one style, their likeness (B,) to the photos and whether the style is right (B,)."""
+        pictures = method.sample([faces.STYLES[style].format("[V]")] * len(self.photos), factors, seeds, **options)
+        right = self.judge(pictures)[1].argmax(1) == list(faces.STYLES).index(style)
+        return pictures, self.judge.likeness(pictures, self.photos), right.float()

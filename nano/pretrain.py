@@ -1,0 +1,201 @@
+"""Train the miniature Stable Diffusion from nothing:  python nano/pretrain.py vae && python nano/pretrain.py base
+
+Each part checkpoints to --runs every two minutes and goes on from there when it is called again, on any device; its moving average is
+written to nano/ in the hub's layout as fp16.
+"""
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import clip  # noqa: E402
+import images  # noqa: E402
+import sampling  # noqa: E402
+import unet  # noqa: E402
+import vae  # noqa: E402
+from nano import faces  # noqa: E402
+from trainer import Trainer, write  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def people(count, generator, device, plain=0.):
+    """Random people in random styles, a share `plain` of them as plain photos: (pictures (count, 3, 128, 128), identity, style)."""
+    identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
+    style = torch.randint(len(faces.STYLES), (count,), generator=generator)
+    style[torch.rand(count, generator=generator) < plain] = 0
+    nuisance = faces.nuisances(count, generator)
+    return faces.render(identity.to(device), nuisance.to(device), style.to(device)), identity, style
+
+
+def psnr(a, b):
+    """Mean over pictures in [-1, 1] of the peak signal-to-noise ratio, dB."""
+    return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).pow(2).mean((1, 2, 3)))).mean().item()
+
+
+def save(module, folder, file):
+    write({k: v.half() for k, v in module.state_dict().items()}, HERE / folder / file)
+    (HERE / folder / "config.json").write_text(json.dumps(asdict(module.config), indent=1) + "\n")
+
+
+def train_vae(args):
+    """Squared error + a little absolute error and KL. The decoder may go on alone (--decoder) once a UNet lives in the encoder's space."""
+    torch.manual_seed(args.seed)
+    model = vae.VAE(vae.NANO).to(args.device)
+    initialise(model)
+    modules = {"vae": model}
+    if args.decoder:
+        load_vae(model)
+        modules = {"decoder": model.decoder, "post": model.post_quant_conv}
+        model.encoder.requires_grad_(False)
+    trainer = Trainer(modules, Path(args.runs) / ("decoder" if args.decoder else "vae"), args.steps, args.lr, minutes=args.minutes)
+    test, _, _ = people(64, torch.Generator().manual_seed(10_000_000), args.device)
+    for step in trainer:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        x, _, _ = people(args.batch, generator, args.device)
+        mean, logvar = model.encode(x)
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(x)
+        y = model.decode(z)
+        mse, mae = (y - x).pow(2).mean(), (y - x).abs().mean()
+        kl = .5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        trainer.update(mse + .05 * mae + (0 if args.decoder else 3e-5 * kl), mse=mse, kl=kl)
+        if trainer.step % 500 == 0:
+            with torch.no_grad():
+                y = torch.cat([model.decode(model.encode(t)[0]) for t in test.split(8)])
+            trainer.log(psnr=psnr(y, test))
+            images.sheet(torch.cat([test[:11], y[:11]]), 11).save(trainer.out / "reconstructions.png")
+    trainer.average()
+    with torch.no_grad():
+        z = torch.cat([model.encode(people(16, torch.Generator().manual_seed(s), args.device)[0])[0] for s in range(32)])
+        if not args.decoder:
+            standardise(model, z.mean((0, 2, 3)), z.std((0, 2, 3)))
+        y = torch.cat([model.decode(model.encode(t)[0]) for t in test.split(8)])
+    print(f"held-out PSNR {psnr(y, test):.2f} dB")
+    images.sheet(torch.cat([test[:11], y[:11]]), 11).save(trainer.out / "reconstructions.png")
+    save(model, "vae", "diffusion_pytorch_model.safetensors")
+
+
+def standardise(model, mean, std):
+    """Fold a shift and scale of the latent into the 1×1 convolutions beside it, so that every channel has mean 0 and variance 1."""
+    out, back = model.quant_conv, model.post_quant_conv
+    c = len(mean)
+    back.bias += back.weight[:, :, 0, 0] @ mean
+    back.weight *= std[None, :, None, None]
+    out.weight[:c] /= std[:, None, None, None]
+    out.bias[:c] = (out.bias[:c] - mean) / std
+    out.bias[c:] -= 2 * std.log()
+
+
+def load_vae(model):
+    model.load_state_dict({k: v.float() for k, v in load_file(HERE / "vae/diffusion_pytorch_model.safetensors").items()})
+
+
+def tokenizer():
+    """CLIP's tokenizer over a vocabulary in which every word of the captions is one token and any other text is spelt in pieces."""
+    words = [*faces.STYLES.values(), *faces.HAIR_STYLES, *faces.HAIR_WORDS, *faces.SKIN_WORDS, *faces.BEARD_WORDS, *faces.GLASSES_WORDS]
+    vocab, merges = clip.learn_bpe(sorted({w for text in words for w in text.replace("{}", "").split()} | {"skin", "with", "and", *faces.RARE}))
+    return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)
+
+
+class Pool:
+    """Latents of the pictures drawn last, so that each is seen a few times: drawing and encoding cost as much as training on them."""
+
+    def __init__(self, encoder, size, device):
+        self.encoder, self.size, self.device = encoder, size, device
+        self.latents, self.identity, self.style = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long)
+
+    @torch.no_grad()
+    def add(self, count, generator):
+        pictures, identity, style = people(count, generator, self.device)
+        latents = torch.cat([self.encoder.encode(x)[0] for x in pictures.split(128)])
+        for name, new in ("latents", latents), ("identity", identity), ("style", style):
+            setattr(self, name, torch.cat([getattr(self, name).to(new.device), new])[-self.size:])
+
+    def draw(self, count, generator):
+        pick = torch.randint(len(self.style), (count,), generator=generator)
+        return self.latents[pick.to(self.latents.device)], self.identity[pick], self.style[pick]
+
+
+def train_base(args):
+    """Text encoder and UNet together on the noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556)."""
+    torch.manual_seed(args.seed)
+    model, text, encoder = unet.UNet(unet.NANO), clip.TextTransformer(clip.NANO), vae.VAE(vae.NANO)
+    load_vae(encoder)
+    for m in (model, text, encoder):
+        m.to(args.device)
+    encoder.requires_grad_(False)
+    initialise(model)
+    initialise(text)
+    torch.nn.init.zeros_(model.conv_out.weight)
+    words = tokenizer()
+    pool = Pool(encoder, args.pool, args.device)
+    trainer = Trainer({"unet": model, "text": text}, Path(args.runs) / "base", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
+    pool.add(32 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
+    snr = sampling.ALPHAS_CUMPROD / (1 - sampling.ALPHAS_CUMPROD)
+    weight = (snr.clamp(max=5) / snr).to(args.device)
+    for step in trainer:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pool.add(args.fresh, generator)
+        z, identity, style = pool.draw(args.batch, generator)
+        ids = words(faces.captions(identity, style, generator)).to(args.device)
+        t = torch.randint(sampling.STEPS, (args.batch,), generator=generator).to(args.device)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        error = (model(sampling.add_noise(z, noise, t), t, text(ids)) - noise).pow(2).mean((1, 2, 3))
+        trainer.update((weight[t] * error).mean(), mse=error.mean())
+        if trainer.step % 500 == 0:
+            preview(model, text, words, encoder, trainer.out / f"samples_{trainer.step:06d}.png")
+    trainer.average()
+    preview(model, text, words, encoder, trainer.out / "samples.png")
+    save(model, "unet", "diffusion_pytorch_model.safetensors")
+    save(text, "text_encoder", "model.safetensors")
+    (HERE / "tokenizer").mkdir(exist_ok=True)
+    words.save(HERE / "tokenizer")
+
+
+def initialise(model):
+    """Keep the signal's variance through the network, residual branches starting at zero; PyTorch's default for convolutions shrinks it
+    by √3 a layer under biases that don't shrink, and a small model takes thousands of steps to find the colours again. Token embeddings
+    are small, so that unseen words stay quiet."""
+    for name, m in model.named_modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
+            last = name.endswith(("conv2", "proj_out", "to_out.0", "out_proj", "net.2", "fc2"))
+            torch.nn.init.normal_(m.weight, std=0 if last else m.weight[0].numel() ** -.5)
+            if m.bias is not None:
+                torch.nn.init.zeros_(m.bias)
+        elif isinstance(m, torch.nn.Embedding):
+            torch.nn.init.normal_(m.weight, std=.02)
+
+
+@torch.no_grad()
+def preview(model, text, words, decoder, path):
+    """Two guided samples of every style, one with attribute words."""
+    identity, style = faces.identities(range(10_000_000, 10_000_011)).repeat(2, 1), torch.arange(len(faces.STYLES)).repeat(2)
+    generator = torch.Generator().manual_seed(0)
+    device = next(model.parameters()).device
+    prompts = faces.captions(identity[:11], style[:11], generator, 0., 0., 0.) + faces.captions(identity[11:], style[11:], generator, 1., 0., 0.)
+    denoise = sampling.guided(model, text(words(prompts).to(device)), text(words([""]).to(device)), 3.)
+    z = sampling.dpmpp_2m(denoise, sampling.noise((22, 4, 16, 16), list(range(22))).to(device), 20)
+    images.sheet(decoder.decode(z), 11).save(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("part", choices=["vae", "base"])
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, to be resumed")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decoder", action="store_true", help="vae: train only the decoder of nano/vae further")
+    parser.add_argument("--ema", type=float, default=.999)
+    parser.add_argument("--pool", type=int, default=50_000, help="base: latents kept")
+    parser.add_argument("--fresh", type=int, default=8, help="base: new pictures a step")
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    {"vae": train_vae, "base": train_base}[args.part](args)

@@ -1,0 +1,383 @@
+"""One person in a file, and that person in other programs: the native file, LoRA export and import, and a merged model folder.
+
+    person = load_person("me.safetensors", method)
+    pictures = method.sample(["a [V] face as a king"], person.factors(method.lidb))
+    export_lora(person.factors(method.lidb), "lora.safetensors")                # for diffusers, ComfyUI, A1111
+
+Everything is in *factors* (see lidb.py), so every conversion here is a renaming and a transposition: nothing is fitted or approximated.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+import clip
+import sd
+from hdb import IDENTIFIER
+from lidb import adaptable_layers, join, merge, scale
+from trainer import write
+
+FORMAT, VERSION = "hdb-person", "1"
+
+
+class PersonError(ValueError):
+    """What is wrong with a personal file or a LoRA and what to do about it, in one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The native file
+
+@dataclass
+class Person:
+    """One person: LiDB's numbers `theta` (1, layers, r(a + b)), float32, or None, and the LoRA factors `relaxed` of the fine-tuning, or {}."""
+    theta: torch.Tensor | None = None
+    relaxed: dict = field(default_factory=dict)
+    basis_seed: int = 0               # of the LiDB that theta belongs to
+    base: str = ""                    # the model, as it was called when the person was made
+    identifier: str = IDENTIFIER      # what [V] stood for
+    scale: float = 1.0                # default strength
+    date: str = field(default_factory=lambda: date.today().isoformat())
+
+    def factors(self, lidb):
+        """Name -> (A (1, in, r), B (1, r, out)) of both together, at the default strength."""
+        return scale(join({} if self.theta is None else lidb.factors(self.theta), self.relaxed), self.scale)
+
+
+def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
+    """Write `person` to a safetensors file in `dtype`; lidb_only: without the LoRA of the fine-tuning, a few KB.
+
+    method: the hdb.HyperDreamBooth that the person was made with. The file says which layers and which basis its numbers are for.
+    PersonError if person isn't one person of this method, has nothing to write or numbers that dtype can't hold.
+    """
+    tensors = {} if person.theta is None else {"theta": person.theta}
+    if not lidb_only:
+        tensors |= {f"{name}.{ab}": t for name, pair in person.relaxed.items() for ab, t in zip("AB", pair)}
+    if not tensors:
+        raise PersonError(f"{path}: nothing to write, the person has no {'LiDB' if lidb_only else 'personal'} weights")
+    tensors = {key: t.detach().to(dtype) for key, t in tensors.items()}
+    if person.basis_seed != method.lidb.seed:
+        raise PersonError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {method.lidb.seed}")
+    check(tensors, method, path)
+    about = {"base": person.base, "identifier": person.identifier, "scale": repr(float(person.scale)), "date": person.date}
+    write(tensors, path, {"format": FORMAT, "version": VERSION} | about | belongs_to(method))
+
+
+def load_person(path, method):
+    """The Person in a file of save_person, float32, on the device of method, an hdb.HyperDreamBooth.
+
+    PersonError if the file is none, is damaged, or belongs to other layers or another basis than method's. That the layers have the
+    same names and shapes doesn't make it the same model: `base` says what it was.
+    """
+    tensors, note = read(path)
+    if note.get("format") != FORMAT:
+        raise PersonError(f"{path}: not a personal file; a LoRA or a model is given in another place")
+    if note.get("version") != VERSION:
+        raise PersonError(f"{path}: of version {note.get('version')}, this program reads version {VERSION}")
+    ours, whose = belongs_to(method), f"{path}: made for {note.get('base') or 'a model without name'}, "
+    differ = [key for key in ours if note.get(key) != ours[key]]
+    if "layers" in differ or "layer_set" in differ:
+        raise PersonError(f"{whose}whose personal layers are other than {method.model.name}'s (there {note.get('layer_set')}; here "
+                          f"{ours['layer_set']}); give the model with --model")
+    if differ and differ != ["basis_checksum"]:
+        raise PersonError(whose + "with another basis: " + ", ".join(f"{key} {note.get(key)}, here {ours[key]}" for key in differ))
+    if differ:
+        raise PersonError(f"{whose}and seed {ours['basis_seed']} made another basis then than here (checksums {note.get('basis_checksum')} and "
+                          f"{ours['basis_checksum']}): the file was altered, or this torch's random numbers are others")
+    check(tensors, method, path)
+    try:
+        strength = float(note["scale"])
+        about = dict(base=note["base"], identifier=note["identifier"], scale=strength, date=note["date"])
+    except (KeyError, ValueError) as error:
+        raise PersonError(f"{path}: damaged metadata ({error!r})") from None
+    if not math.isfinite(strength):
+        raise PersonError(f"{path}: damaged metadata (scale {strength})")
+    tensors = {key: t.float().to(method.model.device) for key, t in tensors.items()}
+    names = [name for name in method.layers if f"{name}.A" in tensors]
+    return Person(tensors.get("theta"), {n: (tensors[f"{n}.A"], tensors[f"{n}.B"]) for n in names}, method.lidb.seed, **about)
+
+
+def is_person(path):
+    """Whether `path` is a file of save_person, by its header alone. False, not an error, for anything else."""
+    try:
+        with safe_open(path, "pt") as f:
+            return (f.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
+def belongs_to(method):
+    """What the numbers mean: metadata about the layers, by names and shapes, and about the basis."""
+    shapes = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
+    kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
+    basis = {"a": method.lidb.a, "b": method.lidb.b, "r": method.lidb.rank, "basis_seed": method.lidb.seed, "basis_checksum": method.lidb.checksum}
+    return {"layers": f"{zlib.crc32(shapes.encode()):08x}", "layer_set": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
+            **{key: str(value) for key, value in basis.items()}}
+
+
+def check(tensors, method, path):
+    """PersonError unless these are one person's numbers for method's layers."""
+    shapes = {"theta": (1, *method.lidb.shape)}
+    for name, m in method.layers.items():
+        if f"{name}.A" in tensors or f"{name}.B" in tensors:
+            rank = max(1, tensors[f"{name}.A"].shape[-1] if f"{name}.A" in tensors else 1)
+            shapes |= {f"{name}.A": (1, m.in_features, rank), f"{name}.B": (1, rank, m.out_features)}
+    for key, t in tensors.items():
+        if tuple(t.shape) != shapes.get(key):
+            raise PersonError(f"{path}: {key} has shape {tuple(t.shape)}, expected {shapes.get(key, 'no such tensor')}")
+    if missing := shapes.keys() - tensors.keys() - {"theta"}:
+        raise PersonError(f"{path}: {min(missing)} is missing")
+    check_numbers(tensors, path)
+
+
+def check_numbers(tensors, path):
+    for key, t in tensors.items():
+        if not t.is_floating_point() or not t.isfinite().all():
+            raise PersonError(f"{path}: {key} holds numbers that are infinite, NaN, or none of {t.dtype}")
+
+
+def read(path):
+    """All tensors of a safetensors file, on the CPU, and its metadata. PersonError if it is damaged or something else."""
+    try:
+        with sd.read(Path(path)) as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+    except (sd.LoadError, OSError, SafetensorError) as error:
+        raise PersonError(str(error)) from None
+
+
+def stack(people):
+    """A list of factors, of one person or several each, to the factors of all of them in order: one per picture of a batch.
+
+    Where ranks differ, or somebody has no factors for a layer, zeros fill up. {} is nobody in particular, the model as it is.
+    """
+    counts = [len(next(iter(factors.values()))[0]) if factors else 1 for factors in people]
+    stacked = {}
+    for name in dict.fromkeys(name for factors in people for name in factors):
+        a, b = next(factors[name] for factors in people if name in factors)
+        nothing = (a.new_zeros(1, a.shape[1], 1), b.new_zeros(1, 1, b.shape[2]))
+        pairs = [factors.get(name) or tuple(t.expand(n, -1, -1) for t in nothing) for n, factors in zip(counts, people)]
+        rank = max(a.shape[2] for a, _ in pairs)
+        stacked[name] = (torch.cat([F.pad(a, (0, rank - a.shape[2])) for a, _ in pairs]),
+                         torch.cat([F.pad(b, (0, 0, 0, rank - b.shape[1])) for _, b in pairs]))
+    return stacked
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# LoRA, ours for other programs and others' for ours
+
+def export_lora(factors, path, metadata=None, dtype=torch.float16):
+    """Write one person's factors as a plain LoRA that diffusers, ComfyUI and A1111 read: kohya's names, an .alpha for every layer.
+
+    The factors are written as they are, so a person fine-tuned at rank r becomes a LoRA of rank 1 + r; only dtype rounds them.
+    PersonError for several people or numbers that dtype can't hold.
+    """
+    tensors = {}
+    for name, (a, b) in factors.items():
+        if len(a) != 1:
+            raise PersonError(f"{path}: a LoRA is one person's, not {len(a)} people's")
+        key = kohya(name)
+        tensors[f"{key}.lora_down.weight"] = a[0].T.to(dtype)               # (r, in)
+        tensors[f"{key}.lora_up.weight"] = b[0].T.to(dtype)                 # (out, r)
+        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[2]))           # readers multiply by alpha / r
+    if not tensors:
+        raise PersonError(f"{path}: nothing to write, the person has no personal weights")
+    check_numbers(tensors, path)
+    rank = str(max(a.shape[2] for a, _ in factors.values()))
+    note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_base_model_version": "sd_v1"}
+    write(tensors, path, note | {key: str(value) for key, value in (metadata or {}).items()})
+
+
+def kohya(name):
+    part, inner = name.split(".", 1)
+    return f"lora_{'te' if part == 'text' else part}_{inner.replace('.', '_')}"
+
+
+# A key of somebody's LoRA: which layer, and which of its two matrices. kohya writes X.lora_down.weight, diffusers has written
+# X_lora.down.weight, X.lora.down.weight and X.lora_linear_layer.down.weight, PEFT writes X.lora_A.weight, or X.lora_A.default.weight.
+KEY = re.compile(r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<way>down|up)|\.lora_(?P<ab>[AB])(?:\.\w+)?)\.weight|(?P<of>.+)\.alpha")
+FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
+    r"^lora_te[12]_|^text_encoder_2\.|_input_blocks_|_output_blocks_|label_emb|add_embedding": "a LoRA for SDXL",
+    r"lora_unet_(double|single|joint)_|transformer\.(single_)?transformer_blocks|diffusion_model\.": "a LoRA for a diffusion transformer",
+    r"\.hada_|\.lokr_|\.oft_|\.(a1|b1|on_input)\b|\.boft_": "LoHa, LoKr, OFT or (IA)³, not LoRA",
+    r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
+    r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
+    r"^emb_params$|string_to_param": "a textual inversion, not a LoRA",
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a whole model, not a LoRA"}
+
+
+def load_lora(path, model, strength=1.0):
+    """Somebody else's LoRA for SD 1.x -> factors, name -> (A (1, in, r), B (1, r, out)), float32, on the device of `model`.
+
+    Linear layers and 1×1 convolutions of the UNet and the text encoder, wherever lidb.adaptable_layers finds them; names as kohya's
+    scripts, diffusers and PEFT write them. The residual is strength · alpha / r · up · down; alpha is r where the file doesn't say.
+    PersonError if the file has a key that isn't understood or doesn't fit: it would otherwise be dropped without a word.
+    """
+    tensors, note = read(path)
+    problems = {}  # what -> keys
+    for key in tensors:
+        for pattern, what in FOREIGN.items():
+            if re.search(pattern, key):
+                problems.setdefault(what, []).append(key)
+                break
+    refuse(path, problems)
+    layers, names, found = adaptable_layers(model.unet, model.text), spellings(model), {}
+    for key, t in tensors.items():
+        match = KEY.fullmatch(key)
+        name = match and names.get(plain(match["layer"] or match["of"]))
+        role = match and ("alpha" if match["of"] else "down" if match["way"] == "down" or match["ab"] == "A" else "up")
+        if name is None:
+            problems.setdefault("layers that this model doesn't have, or no LoRA", []).append(key)
+        elif name not in layers:
+            problems.setdefault("convolutions larger than 1×1 (LoCon), which are not implemented", []).append(key)
+        elif role in found.setdefault(name, {}):
+            problems.setdefault("the same layer twice", []).append(key)
+        else:
+            found[name][role] = key
+    config = peft_config(path, note, tensors)
+    factors = {}
+    for name, keys in found.items():
+        if not {"down", "up"} <= keys.keys():
+            problems.setdefault("one matrix without the other", []).extend(keys.values())
+            continue
+        down, up = (tensors[keys[role]] for role in ("down", "up"))
+        (n_out, n_in), rank = layers[name].weight.shape[:2], len(down)
+        if down.shape[2:].numel() != 1 or tuple(down.flatten(1).shape) != (rank, n_in) or tuple(up.flatten(1).shape) != (n_out, rank):
+            problems.setdefault(f"made for other widths (the first: {tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out})",
+                                []).append(keys["down"])
+            continue
+        alpha = tensors[keys["alpha"]].item() if "alpha" in keys else None
+        factor = strength * (peft_scale(config, name, rank) if alpha is None else alpha / rank)
+        factors[name] = tuple(t.to(model.device) for t in (down.float().flatten(1).T[None], up.float().flatten(1).T[None] * factor))
+    refuse(path, problems)
+    check_numbers(tensors, path)
+    if not factors:
+        raise PersonError(f"{path}: empty")
+    return factors
+
+
+def refuse(path, problems):
+    """PersonError that lists `problems`, a dict of what -> keys, if there are any."""
+    if problems:
+        raise PersonError(f"{path}: " + "; ".join(f"{what}: {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if keys[5:] else "")
+                                                  for what, keys in problems.items()))
+
+
+def spellings(model):
+    """Every way to write a layer in a LoRA, after plain() -> our name. Convolutions of all sizes, so that the error can say what they are."""
+    names = {}
+    for part, module, theirs in ("unet", model.unet, "unet"), ("text", model.text, "text_encoder"):
+        for inner, m in module.named_modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                name = f"{part}.{inner}"
+                names |= dict.fromkeys([kohya(name), f"{theirs}.{inner}", f"base_model.model.{inner}", inner], name)
+                names[f"{theirs}.{inner.removeprefix('text_model.')}"] = name  # transformers 5 has no text_model
+    return names
+
+
+def plain(layer):
+    """A layer's name in diffusers' older LoRAs -> in its newer ones. attn1.processor.to_q -> attn1.to_q, self_attn.to_q -> self_attn.q_proj."""
+    layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
+    return re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", layer)
+
+
+def peft_config(path, note, tensors):
+    """PEFT's LoraConfig, as a dict with "unet." or "text_encoder." before its keys as diffusers keeps it in the metadata, or {}.
+
+    PEFT by itself keeps it in adapter_config.json; a file of its own is not readable without, for alpha is in no tensor.
+    """
+    file = Path(path).with_name("adapter_config.json")
+    try:
+        if "lora_adapter_metadata" in note:
+            return dict(json.loads(note["lora_adapter_metadata"]))
+        if any(key.startswith("base_model.model.") for key in tensors):
+            return {f"{part}.{key}": value for key, value in json.loads(file.read_text(encoding="utf-8")).items() for part in PREFIXES.values()}
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise PersonError(f"{path}: PEFT's settings, in {file.name} beside the file or in its metadata, are not readable ({error})") from None
+
+
+PREFIXES = {"unet": "unet", "text": "text_encoder"}
+
+
+def peft_scale(config, name, rank):
+    """What a layer's residual is multiplied by under PEFT's settings: alpha / r, or alpha / √r with rank-stabilised LoRA; 1 without."""
+    part, inner = name.split(".", 1)
+    get = lambda key: config.get(f"{PREFIXES[part]}.{key}")
+    special = [alpha for key, alpha in (get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({key})", inner)]
+    alpha = special[0] if special else get("lora_alpha")
+    return 1. if alpha is None else alpha / (rank ** .5 if get("use_rslora") else rank)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A model folder with the person in it
+
+TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "bos_token": clip.START, "eos_token": clip.END, "pad_token": clip.END, "unk_token": clip.END,
+             "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "clip_sample": False,
+             "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
+
+
+def merge_to_folder(method, factors, source, out):
+    """Write a model folder in the hub's layout with one person's factors merged into its weights, for diffusers and for sd.load.
+
+    source: the folder that method.model was loaded from, for its settings, or None: written from our own. out: a folder that doesn't
+    exist yet or is empty. The loaded model stays as it is. PersonError if out is taken or the factors are several people's.
+    """
+    out, model = Path(out), method.model
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise PersonError(f"{out}: exists already; give a new or an empty folder")
+    if any(len(a) != 1 for a, _ in factors.values()):
+        raise PersonError(f"{out}: only one person can be merged into a model")
+    layers = adaptable_layers(model.unet, model.text)
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        for part, module, name in ("vae", model.vae, None), ("text_encoder", model.text, "text"), ("unet", model.unet, "unet"):
+            mine = {k: f for k, f in factors.items() if k.split(".", 1)[0] == name}
+            copies = {k: SimpleNamespace(weight=layers[k].weight.detach().clone()) for k in mine}
+            merge(copies, mine)
+            weights = module.state_dict() | {f"{k.split('.', 1)[1]}.weight": copy.weight for k, copy in copies.items()}
+            write(weights, temporary / part / f"{sd.PARTS[part][3]}.safetensors", {"format": "pt"})
+        for file, ours in settings(model).items():
+            theirs = sd.read_json(Path(source, file)) if source and Path(source, file).is_file() else {}
+            # components that only filter pictures or embed them stay behind; a class is named only by who writes for diffusers
+            fixed = {k: v for k, v in ours.items() if k in ("_class_name", "safety_checker", "feature_extractor", "image_encoder")}
+            (temporary / file).parent.mkdir(exist_ok=True)
+            (temporary / file).write_text(json.dumps(ours | theirs | fixed, indent=2) + "\n", encoding="utf-8")
+        model.tokenizer.save(temporary / "tokenizer")
+        if out.exists():
+            out.rmdir()
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settings(model):
+    """Path -> dict of every settings file in the hub's layout."""
+    kinds = [kind.replace("Down", "Up") for kind in reversed(model.unet.config.down_block_types)]
+    levels, text = len(model.vae.config.block_out_channels), model.text.config
+    version = {"_diffusers_version": "0.27.0"}
+    index = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"), "scheduler": ("diffusers", "PNDMScheduler"),
+             "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+             "safety_checker": (None, None), "feature_extractor": (None, None), "image_encoder": (None, None)}
+    return {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline", **version, "requires_safety_checker": False, **index},
+        "unet/config.json": {"_class_name": "UNet2DConditionModel", **version, **asdict(model.unet.config), "up_block_types": kinds,
+                             **{k: v for k, v in sd.IMPLEMENTED["unet/config.json"].items() if v is not None}},
+        "vae/config.json": {"_class_name": "AutoencoderKL", **version, **asdict(model.vae.config), "act_fn": "silu",
+                            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels},
+        "text_encoder/config.json": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(text),
+                                     "projection_dim": text.hidden_size, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+        "tokenizer/tokenizer_config.json": {**TOKENIZER, "model_max_length": text.max_position_embeddings},
+        "scheduler/scheduler_config.json": SCHEDULER | version}

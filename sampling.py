@@ -1,0 +1,124 @@
+"""Noise in, latent out: Stable Diffusion 1.x's noise schedule, two samplers over it and classifier-free guidance.
+
+A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an int. It keeps its state
+in fp32 whatever the denoiser computes in, and after each step calls callback(i, t, x, x0) with the number of the step, from 0, its
+time, the latent it arrived at and the clean latent predicted on the way. The numbers are diffusers', step for step.
+"""
+import math
+
+import torch
+
+STEPS = 1000
+# ᾱ_t, how much of the picture's variance is left at step t; "scaled linear" β: evenly spaced square roots. diffusers' operations in
+# diffusers' order, so that the fp32 numbers are the same.
+BETAS = torch.linspace(.00085 ** .5, .012 ** .5, STEPS, dtype=torch.float32, device="cpu") ** 2
+ALPHAS_CUMPROD = torch.cumprod(1. - BETAS, dim=0)
+
+
+def add_noise(x, noise, t):
+    """x (B, ...) noised to the steps t (B,): a sample of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq. 4, in x's dtype."""
+    abar = ALPHAS_CUMPROD.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
+    return (abar.sqrt() * x + (1 - abar).sqrt() * noise).to(x.dtype)
+
+
+def noise(shape, source):
+    """Standard normal noise of this shape (B, ...), in fp32 on the CPU so that a seed means the same on every device.
+
+    source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on the batch it is made
+    in; or a single torch.Generator to draw all from.
+    """
+    if isinstance(source, torch.Generator):
+        return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
+    each = [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in source]
+    if len(each) != shape[0]:
+        raise ValueError(f"{len(each)} seeds for a batch of {shape[0]}")
+    return torch.stack([torch.randn(shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in each])
+
+
+def timesteps(steps, spacing="leading"):
+    """The time steps a sampler visits, from noisy to clean, as a list of ints.
+
+    With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the file's steps_offset).
+    The file is silent on the spacing, so DPM-Solver++ takes its own default, "linspace": from 999 evenly down to 0, 0 left out.
+    """
+    if not 1 <= steps < STEPS:
+        raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
+    if spacing == "leading":
+        return [i * (STEPS // steps) + 1 for i in reversed(range(steps))]
+    if spacing == "linspace":
+        return [round(i * ((STEPS - 1) / steps)) for i in range(steps, 0, -1)]
+    raise ValueError(f'spacing must be "leading" or "linspace", not {spacing!r}')
+
+
+@torch.no_grad()
+def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
+    """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0, DDPM's variance at eta 1.
+
+    generator: needed if eta > 0; a CPU torch.Generator or a list of B. Give those that made x, or others; never a new one of the
+    same seed, which would draw x again.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1, not {eta}")
+    given = generator if isinstance(generator, (list, tuple)) else [generator]
+    if eta > 0 and not all(isinstance(g, torch.Generator) for g in given):
+        raise ValueError("eta > 0 draws noise at each step: give generator=, a CPU torch.Generator or a list with one for each image")
+    x = x.float()
+    for i, t in enumerate(timesteps(steps)):
+        abar = ALPHAS_CUMPROD[t].item()
+        abar_next = ALPHAS_CUMPROD[max(t - STEPS // steps, 0)].item()  # ᾱ_0, not 1, at the end: set_alpha_to_one is false
+        sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))  # eq. 16
+        epsilon = denoise(x, t).float()
+        x0 = (x - math.sqrt(1 - abar) * epsilon) / math.sqrt(abar)  # eq. 9
+        x = math.sqrt(abar_next) * x0 + math.sqrt(1 - abar_next - sigma ** 2) * epsilon
+        if eta > 0:
+            x = x + sigma * noise(x.shape, generator).to(x.device)
+        if callback:
+            callback(i, t, x, x0)
+    return x
+
+
+@torch.no_grad()
+def dpmpp_2m(denoise, x, steps=25, callback=None):
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w), down to no noise at all.
+
+    The first step has no predecessor and the last an infinite λ: both are of first order.
+    """
+    x = x.float()
+    times = timesteps(steps, "linspace")
+    abars = [ALPHAS_CUMPROD[t].item() for t in times] + [1.]
+    alphas, sigmas = [math.sqrt(a) for a in abars], [math.sqrt(1 - a) for a in abars]
+    lambdas = [math.log(a / s) if s else math.inf for a, s in zip(alphas, sigmas)]
+    for i, t in enumerate(times):
+        x0 = (x - sigmas[i] * denoise(x, t).float()) / alphas[i]
+        h = lambdas[i + 1] - lambdas[i]
+        d = x0
+        if 0 < i < steps - 1:
+            r = (lambdas[i] - lambdas[i - 1]) / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
+        x = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * math.expm1(-h) * d
+        x0_before = x0
+        if callback:
+            callback(i, t, x, x0)
+    return x
+
+
+def guided(unet, context, negative=None, scale=7.5):
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) as a denoiser: away from the negative prompt, to the prompt.
+
+    context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t, context) is called once
+    a step, in the dtype of context, on a batch of 2B: all B negatives, then all B prompts. At scale 1 the negative cancels out:
+    it isn't used, and the batch is B.
+    """
+    if scale != 1 and negative is None:
+        raise ValueError("guidance needs a negative: the features of the empty prompt will do")
+
+    def denoise(x, t):
+        x = x.to(context.dtype)
+        prompts = context.expand(len(x), -1, -1)
+        if scale == 1:
+            return unet(x, t, prompts).float()
+        negatives = negative.to(context).expand(len(x), -1, -1)
+        away, to = unet(torch.cat([x, x]), t, torch.cat([negatives, prompts])).float().chunk(2)
+        return away + scale * (to - away)
+
+    return denoise

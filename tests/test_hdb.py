@@ -1,0 +1,146 @@
+"""The method on a randomly filled miniature: losses, fine-tuning, sampling, determinism."""
+import pytest
+import torch
+from rule import fill
+
+import clip
+import hdb
+import sampling
+import unet
+import vae
+from hypernet import HyperConfig, HyperNetwork, NANO_VIT
+from lidb import join
+
+
+@pytest.fixture(scope="module")
+def method():
+    words = sorted({w for p in ("a face as rock star", hdb.IDENTIFIER) for w in p.split()})
+    vocab, merges = clip.learn_bpe(words)
+    model = hdb.StableDiffusion("random", fill(unet.UNet(unet.NANO)), fill(clip.TextTransformer(clip.NANO)),
+                                clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings), fill(vae.VAE(vae.NANO)))
+    method = hdb.HyperDreamBooth(model)
+    torch.manual_seed(0)
+    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, vit=NANO_VIT)).eval().requires_grad_(False)
+    torch.nn.init.normal_(method.hypernet.heads, std=.1)
+    return method
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def photo(people=1, seed=1):
+    return torch.rand(people, 3, 128, 128, generator=generator(seed)) * 2 - 1
+
+
+def test_the_denoising_loss_is_the_error_of_the_clean_latent(method):
+    latent = torch.randn(4, 4, 16, 16, generator=generator())
+    method.personal.factors = {}
+    loss = method.denoising_loss(latent, ["a [V] face"] * 4, generator(7))
+    g = generator(7)
+    t = ((torch.arange(4) + torch.rand(4, generator=g)) * 250).long()[torch.randperm(4, generator=g)]
+    noise = torch.randn(latent.shape, generator=g)
+    noisy = sampling.add_noise(latent, noise, t)
+    predicted = method.model.unet(noisy, t, method.model.context([f"a {hdb.IDENTIFIER} face"] * 4))
+    abar = sampling.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
+    clean = (noisy - (1 - abar).sqrt() * predicted) / abar.sqrt()
+    x_error, e_error = ((a - b).pow(2).mean((1, 2, 3)) for a, b in ((clean, latent), (predicted, noise)))
+    strong = (1 / abar - 1).flatten() > 5  # where the clean latent's error is cut
+    assert torch.allclose(loss, torch.where(strong, 5 * e_error, x_error), rtol=1e-3)
+
+
+def test_eq_2(method):
+    latent, prompts = torch.randn(2, 4, 16, 16, generator=generator()), ["a [V] face"] * 2
+    theta_hat, theta = (torch.randn(2, *method.lidb.shape, generator=generator(s)) * .01 for s in (1, 2))
+    terms = lambda **weights: method.hyper_loss(theta_hat, latent, prompts, generator(3), **weights)
+    total, denoising, distance = terms(theta=theta, alpha=2., beta=3.)
+    assert distance == pytest.approx((theta_hat - theta).pow(2).mean().item())
+    assert total.item() == pytest.approx(2 * denoising.item() + 3 * distance.item(), rel=1e-5)
+    assert terms()[0] == terms()[1] == denoising  # β = 0 is the default and needs no targets
+    assert terms(theta=theta, alpha=0., beta=1.)[0] == distance
+    with pytest.raises(ValueError, match="target"):
+        terms(beta=1.)
+
+
+def test_gradients_reach_theta_and_the_model_stays_frozen(method):
+    theta = torch.zeros(2, *method.lidb.shape, requires_grad=True)
+    method.hyper_loss(theta, torch.randn(2, 4, 16, 16, generator=generator()), ["a [V] face"] * 2, generator())[0].backward()
+    assert (theta.grad[..., method.lidb.a:].abs().amax((0, 2)) > 0).all()  # every layer, text encoder included
+    assert all(p.grad is None for m in (method.model.unet, method.model.text) for p in m.parameters())
+
+
+def test_checkpointing_gives_the_same_gradients(method):
+    latent, gradients = torch.randn(2, 4, 16, 16, generator=generator()), []
+    for method.model.unet.gradient_checkpointing in (True, False):
+        theta = (.01 * torch.randn(2, *method.lidb.shape, generator=generator(5))).requires_grad_()
+        method.hyper_loss(theta, latent, ["a [V] face"] * 2, generator())[0].backward()
+        gradients.append(theta.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
+
+
+def test_prediction(method):
+    one, two = method.predict(photo()), method.predict(photo(2))
+    assert one.shape == (1, *method.lidb.shape) and two.shape == (2, *method.lidb.shape) and one.abs().max() > 0
+    assert torch.equal(one, method.predict(photo())) and not torch.allclose(one, method.predict(photo(), iterations=1))
+    assert method.predict(torch.zeros(1, 3, 512, 512)).shape == one.shape
+    with pytest.raises(ValueError, match="no hypernetwork"):
+        hdb.HyperDreamBooth(method.model).predict(photo())
+
+
+def test_fine_tuning_lowers_the_loss_of_its_photo_and_nothing_else(method):
+    before = {k: v.clone() for k, v in method.model.unet.state_dict().items()}
+    state, losses, theta = torch.get_rng_state(), [], method.predict(photo())
+    relaxed = method.fine_tune(photo(), theta, steps=12, rank=3, lr=1e-2, batch=4, callback=lambda step, loss: losses.append(loss))
+    assert len(losses) == 12 and sum(losses[-3:]) < sum(losses[:3])
+    assert set(relaxed) == set(method.layers) and all(a.shape[2] == b.shape[1] == 3 for a, b in relaxed.values())
+    assert all(torch.equal(v, before[k]) for k, v in method.model.unet.state_dict().items())
+    assert method.personal.factors == {} and torch.equal(torch.get_rng_state(), state)
+    again = method.fine_tune(photo(), theta, steps=12, rank=3, lr=1e-2, batch=4)
+    assert all(torch.equal(b, again[k][1]) for k, (_, b) in relaxed.items())
+
+
+def test_people_fine_tuned_side_by_side_do_not_mix(method):
+    people = torch.cat([photo(seed=1), photo(seed=2)])
+    both = method.fine_tune(people, steps=1, rank=2, batch=2)
+    swapped = method.fine_tune(people.flip(0), steps=1, rank=2, batch=2)
+    assert all(a.shape[0] == 2 for a, _ in both.values())
+    assert any(not torch.allclose(b[0], b[1]) for _, b in both.values()) and any(not torch.equal(b, swapped[k][1]) for k, (_, b) in both.items())
+
+
+def test_sampling_is_one_person_per_picture_and_seeded(method):
+    theta = method.predict(photo(2))
+    factors, prompts = method.lidb.factors(theta), ["a [V] face", "a [V] face as a rock star"]
+    together = method.sample(prompts, factors, [3, 4], steps=3)
+    assert together.shape == (2, 3, 128, 128) and together.abs().max() <= 1
+    for i in range(2):
+        alone = method.sample(prompts[i:i + 1], {k: (a[i:i + 1], b[i:i + 1]) for k, (a, b) in factors.items()}, [3 + i], steps=3)
+        assert torch.allclose(alone[0], together[i], atol=1e-3)
+    assert not torch.allclose(method.sample(prompts, {}, [3, 4], steps=3), together, atol=1e-3)
+    assert method.sample(prompts[:1], size=(64, 96), steps=1).shape == (1, 3, 64, 96)
+
+
+def test_v_becomes_the_identifier(method):
+    plain, capital, small = (method.context([p]) for p in (f"a {hdb.IDENTIFIER} face", "a [V] face", "a [v] face"))
+    assert torch.equal(plain, capital) and torch.equal(plain, small)
+
+
+def test_hypernetwork_files(method, tmp_path):
+    file = tmp_path / "hypernet.safetensors"
+    hdb.save_hypernet(method.hypernet, method, file)
+    back = hdb.load_hypernet(file, method.model)
+    assert back.config == method.hypernet.config and torch.allclose(back(photo()), method.hypernet(photo()), atol=1e-2)
+    hdb.save_hypernet(method.hypernet, hdb.HyperDreamBooth(method.model, basis_seed=1), file)
+    seed_one = hdb.load_hypernet(file, method.model)
+    assert seed_one.basis_seed == 1
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("text.safetensors", "none.safetensors"):
+        with pytest.raises(hdb.LoadError, match="not a hypernetwork"):
+            hdb.load_hypernet(tmp_path / name, method.model)
+
+
+def test_joined_prediction_and_lora_are_what_is_sampled(method):
+    theta = method.predict(photo())
+    relaxed = method.fine_tune(photo(), theta, steps=2, batch=2)
+    person = join(method.lidb.factors(theta), relaxed)
+    assert all(a.shape[2] == 5 for a, _ in person.values())
+    assert method.sample(["a [V] face"], person, [0], steps=1).isfinite().all()

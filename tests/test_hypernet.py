@@ -1,0 +1,75 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hypernet import DINO_S, NANO_VIT, VIT_H, HyperConfig, HyperNetwork, ViT
+from lidb import LiDB, Personal
+from torch import nn
+
+
+def small(**options):
+    torch.manual_seed(0)
+    vit = replace(NANO_VIT, hidden_size=32, intermediate_size=64, num_hidden_layers=2, image_size=64)
+    return HyperNetwork(HyperConfig(**{"layers": 3, "size": 20, "width": 32, "vit": vit, **options}))
+
+
+@pytest.mark.parametrize("config, count", [(VIT_H, 630_764_800), (DINO_S, 21_665_664)])
+def test_official_vits_sizes(config, count):
+    with torch.device("meta"):
+        vit = ViT(config)
+        side = config.image_size // config.patch_size
+        assert vit(torch.empty(2, 3, 224, 224)).shape == (2, side ** 2 + 1, config.hidden_size)
+    assert sum(p.numel() for p in vit.parameters()) == count
+
+
+def test_shapes_and_the_untrained_prediction_is_nobody():
+    net = small()
+    theta = net(torch.randn(2, 3, 64, 64))
+    assert theta.shape == (2, 3, 20) and (theta == 0).all()
+
+
+def test_eq_3_written_out():
+    net = small()
+    nn.init.normal_(net.heads), nn.init.normal_(net.bias)
+    f = net.vit(torch.randn(2, 3, 64, 64))
+    theta = torch.zeros(2, 3, 20)
+    for _ in range(3):
+        tokens = net.estimate(theta / net.config.output_scale) + net.position
+        hidden = net.decoder(tokens, net.face(f))
+        delta = torch.stack([hidden[:, i] @ net.heads[i] + net.bias[i] for i in range(3)], 1)
+        theta = theta + net.config.output_scale * delta
+    assert torch.allclose(net.refine(f, 3), theta, atol=1e-5)
+    assert not torch.allclose(net.refine(f, 1), theta, atol=1e-2)
+
+
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_a_loss_on_the_model_reaches_the_heads_through_the_loop_from_the_start(iterations):
+    layers = {"one": nn.Linear(12, 12), "two": nn.Linear(12, 12)}
+    basis, personal = LiDB(layers, a=10, b=10), Personal(layers)
+    net = small(layers=2, size=20, iterations=iterations)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    x, photo, losses = torch.randn(2, 4, 12), torch.randn(2, 3, 64, 64), []
+    for _ in range(8):
+        personal.factors = basis.factors(net(photo))
+        loss = (layers["two"](layers["one"](x)) - 1).square().mean()
+        loss.backward()
+        if not losses:
+            assert net.heads.grad.abs().sum() > 0 and net.bias.grad.abs().sum() > 0
+        losses.append(loss.item())
+        optimizer.step(), optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    net(photo).sum().backward()
+    assert net.vit.embeddings.cls_token.grad.abs().sum() > 0  # once the heads have moved, the encoder learns too
+
+
+def test_other_picture_sizes_stretch_the_positions():
+    vit = small().vit
+    assert vit(torch.randn(1, 3, 96, 64)).shape == (1, 6 * 4 + 1, 32)
+
+
+def test_people_in_a_batch_do_not_mix():
+    net = small()
+    nn.init.normal_(net.heads)
+    photos = torch.randn(3, 3, 64, 64)
+    assert torch.allclose(net(photos)[1:2], net(photos[1:2]), atol=1e-4)

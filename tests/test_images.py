@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import images
+
+
+def picture(path, mode="RGB", size=(90, 80), **options):
+    """Left half red, right half blue, in any mode."""
+    array = np.zeros((size[1], size[0], 3), np.uint8)
+    array[:, :size[0] // 2, 0] = array[:, size[0] // 2:, 2] = 255
+    image = Image.fromarray(array).convert(mode)
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode, name", [("RGB", "a.png"), ("RGB", "a.jpg"), ("RGBA", "a.png"), ("P", "a.png"), ("CMYK", "a.jpg"),
+                                        ("RGB", "a.webp"), ("RGB", "a.bmp"), ("P", "a.gif"), ("YCbCr", "a.jpg")])
+def test_modes(tmp_path, mode, name):
+    photo = images.read(picture(tmp_path / name, mode), 64)
+    assert photo.shape == (1, 3, 64, 64) and photo.dtype == torch.float32 and photo.abs().max() <= 1
+    assert photo[0, 0, :, :20].mean() > .8 and photo[0, 2, :, 44:].mean() > .8 and photo[0, 0, :, 44:].mean() < -.7
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "I;16", "I", "F"])
+def test_grey_of_any_depth(tmp_path, mode):
+    ramp = np.tile(np.linspace(0, 1, 80), (80, 1))
+    if mode in ("I;16", "I"):
+        image = Image.fromarray((ramp * 65535).astype(np.uint16 if mode == "I;16" else np.int32))
+    elif mode == "F":
+        image = Image.fromarray((ramp * 65535).astype(np.float32))
+    else:
+        image = Image.fromarray((ramp * 255).astype(np.uint8)).convert(mode)
+    name = tmp_path / ("a.tiff" if mode in ("I", "F") else "a.png")
+    image.save(name)
+    photo = images.read(name, 64)
+    assert torch.equal(photo[:, 0], photo[:, 1])
+    assert photo[..., :8].mean() < -.7 and photo[..., -8:].mean() > .7 and abs(photo.mean()) < .1
+
+
+def test_transparent_is_white(tmp_path):
+    Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (images.read(tmp_path / "a.png", 64) == 1).all()
+
+
+def test_exif_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned a quarter clockwise: the left half goes up
+    photo = images.read(picture(tmp_path / "a.jpg", exif=exif), 64)
+    assert photo[0, 0, :20].mean() > .8 and photo[0, 2, 44:].mean() > .8
+
+
+def test_centre_and_chosen_crop(tmp_path):
+    path = picture(tmp_path / "a.png", size=(300, 100))  # the centre square is half red, half blue
+    assert abs(images.read(path, 64)[0, 0].mean()) < .1
+    assert images.read(path, 64, (0, 10, 90))[0, 0].mean() > .95
+    for crop in [(250, 0, 90), (-1, 0, 90), (0, 0, 101), (0, 0, 0)]:
+        with pytest.raises(images.ImageError, match="does not lie inside its 300×100"):
+            images.read(path, 64, crop)
+
+
+def test_refusals_are_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    picture(tmp_path / "whole.png", size=(200, 200))
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    picture(tmp_path / "small.png", size=(40, 300))
+    Image.new("1", (images.LARGEST + 1, 70)).save(tmp_path / "huge.png")
+    for name, why in [("text.png", "cannot be read"), ("empty.jpg", "cannot be read"), ("half.png", "cannot be read"), ("none.png", "no such file"),
+                      ("small.png", "too small"), ("huge.png", "too large"), (".", "folder")]:
+        with pytest.raises(images.ImageError, match=why) as error:
+            images.read(tmp_path / name, 64)
+        assert "\n" not in str(error.value)
+
+
+def test_png_carries_its_settings(tmp_path):
+    images.save(images.to_pil(torch.zeros(3, 8, 8)), tmp_path / "deep" / "a.png", prompt="a [V] face — naïve", seed=3)
+    back = Image.open(tmp_path / "deep" / "a.png")
+    assert back.text == {"prompt": "a [V] face — naïve", "seed": "3"} and back.getpixel((0, 0)) == (128, 128, 128)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_sheet():
+    sheet = images.sheet(torch.full((3, 3, 4, 4), -1.), 2)
+    assert sheet.size == (8, 8) and sheet.getpixel((1, 5)) == (0, 0, 0) and sheet.getpixel((7, 7)) == (255, 255, 255)

@@ -1,0 +1,376 @@
+"""person.py on small models: files come back bit for bit or are refused in one line; LoRAs of others do what diffusers does with them."""
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from rule import difference, draw, fill, generator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import clip
+import hdb
+import lidb
+import person as persons
+import sd
+import unet
+import vae
+from person import Person, PersonError, export_lora, is_person, load_lora, load_person, merge_to_folder, save_person, stack
+
+VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
+UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
+                       layers_per_block=1, attention_head_dim=4, norm_num_groups=8, sample_size=8)
+VAE = vae.VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+TEXT = clip.TextConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                       max_position_embeddings=24)
+REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
+NAMINGS = ["diffusers peft", "diffusers lora.down", "diffusers processor", "kohya", "peft"]
+
+
+def lora_inputs():
+    """Latents (2, 4, 8, 8), time steps (2,), token ids (2, 24)."""
+    return draw((2, 4, 8, 8), "lora:x"), torch.tensor([30, 700]), torch.randint(len(VOCAB), (2, 24), generator=generator("lora:ids"))
+
+
+def small(config=UNET, seed=0):
+    parts = (fill(kind(c), seed) for kind, c in ((unet.UNet, config), (clip.TextTransformer, TEXT), (vae.VAE, VAE)))
+    denoiser, text, autoencoder = parts
+    return sd.StableDiffusion("small", denoiser, text, clip.Tokenizer(VOCAB, MERGES, 24), autoencoder)
+
+
+@cache
+def method():
+    return hdb.HyperDreamBooth(small())
+
+
+@cache
+def adapted():
+    """The same model where every layer that can take factors does."""
+    model = small()
+    return model, lidb.Personal(lidb.adaptable_layers(model.unet, model.text))
+
+
+def output(model, factors=None, personal=None):
+    """Text features and predicted noise."""
+    x, t, ids = lora_inputs()
+    if personal:
+        personal.factors = factors
+    context = model.text(ids)
+    noise = model.unet(x, t, context)
+    if personal:
+        personal.factors = {}
+    return context, noise
+
+
+def someone(seed=0, rank=4, **more):
+    theta = .3 * draw((1, *method().lidb.shape), f"theta {seed}")
+    relaxed = lidb.lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
+    relaxed = {k: (a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in relaxed.items()}
+    return Person(theta, relaxed, base="small", **more)
+
+
+def refused(call, *words):
+    with pytest.raises(PersonError) as info:
+        call()
+    message = str(info.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    return message
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(x, y) for k in ours for x, y in zip(ours[k], theirs[k]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The native file
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
+    person = someone(identifier="ohwx", scale=.8)
+    save_person(person, method(), tmp_path / "me.safetensors", dtype=dtype)
+    back = load_person(tmp_path / "me.safetensors", method())
+    assert back.theta.dtype == torch.float32 and torch.equal(back.theta, person.theta.to(dtype).float())
+    assert equal(back.relaxed, {k: tuple(t.to(dtype).float() for t in pair) for k, pair in person.relaxed.items()})
+    assert (back.identifier, back.scale, back.date, back.base, back.basis_seed) == ("ohwx", .8, person.date, "small", 0)
+    save_person(back, method(), tmp_path / "again.safetensors", dtype=dtype)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "me.safetensors").read_bytes()
+
+
+def test_parts_of_a_person(tmp_path):
+    person = someone()
+    save_person(person, method(), tmp_path / "lidb.safetensors", lidb_only=True, dtype=torch.float32)
+    back = load_person(tmp_path / "lidb.safetensors", method())
+    assert back.relaxed == {} and torch.equal(back.theta, person.theta)
+    save_person(Person(None, person.relaxed), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
+    back = load_person(tmp_path / "lora.safetensors", method())
+    assert back.theta is None and equal(back.factors(method().lidb), person.relaxed)
+    refused(lambda: save_person(Person(None, person.relaxed), method(), tmp_path / "x", lidb_only=True), "nothing to write")
+
+
+def test_factors_are_the_sum_at_the_default_strength():
+    person = someone(scale=.5)
+    both = lidb.join(method().lidb.factors(person.theta), person.relaxed)
+    for name, (a, b) in person.factors(method().lidb).items():
+        assert a.shape[2] == 5 and torch.allclose(a @ b, .5 * both[name][0] @ both[name][1], atol=1e-6)
+
+
+def test_a_full_size_person_is_as_small_as_the_paper_says(tmp_path):
+    with torch.device("meta"):
+        layers = lidb.personal_layers(unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15))
+    fake = lambda **more: type("Fake", (), more)()  # a method with SD 1.5's layers, whose bases would take 200 MB
+    full = fake(layers=layers, model=fake(name="sd15", device=torch.device("cpu")),
+                lidb=fake(shape=(192, 150), a=100, b=50, rank=1, seed=0, checksum=4294967295))
+    person = Person(draw((1, 192, 150), "full"), base="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    for dtype, most in (torch.float32, 117_000), (torch.float16, 60_000):
+        save_person(person, full, tmp_path / "full.safetensors", lidb_only=True, dtype=dtype)
+        assert (tmp_path / "full.safetensors").stat().st_size < most
+        assert torch.equal(load_person(tmp_path / "full.safetensors", full).theta, person.theta.to(dtype).float())
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_person(someone(), method(), tmp_path / "me.safetensors")
+    return tmp_path / "me.safetensors"
+
+
+def altered(file, tensors=None, **note):
+    """The file with other tensors or other metadata."""
+    with safe_open(file, "pt") as f:
+        tensors, note = load_file(file) | (tensors or {}), f.metadata() | note
+    save_file({k: t for k, t in tensors.items() if t is not None}, file, {k: v for k, v in note.items() if v is not None})
+    return lambda: load_person(file, method())
+
+
+LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize("tensors, note, words", [
+    ({}, {"format": "pt"}, ["not a personal file"]),
+    ({}, {"version": "2"}, ["version 2"]),
+    ({}, {"layers": "00000000"}, ["made for small", "--model"]),
+    ({}, {"a": "9", "r": "2"}, ["another basis", "a 9, here 16", "r 2, here 1"]),
+    ({}, {"basis_seed": "7", "basis_checksum": "5"}, ["another basis", "basis_seed 7, here 0"]),
+    ({}, {"basis_checksum": "5"}, ["seed 0 made another basis", "altered"]),
+    ({}, {"scale": "much"}, ["scale", "damaged"]),
+    ({}, {"scale": "nan"}, ["scale nan"]),
+    ({}, {"identifier": None}, ["damaged"]),
+    ({"theta": torch.zeros(1, 3, 5)}, {}, ["theta has shape (1, 3, 5)"]),
+    ({"theta": torch.zeros(2, 42, 32)}, {}, ["theta has shape (2, 42, 32)"]),
+    ({f"{LAYER}.A": torch.zeros(1, 9, 4)}, {}, [f"{LAYER}.A has shape", "expected (1, 16, 4)"]),
+    ({f"{LAYER}.A": torch.zeros(4)}, {}, [f"{LAYER}."]),
+    ({f"{LAYER}.A": torch.zeros(())}, {}, [f"{LAYER}."]),
+    ({f"{LAYER}.A": None}, {}, [f"{LAYER}.A is missing"]),
+    ({"unet.somewhere.A": torch.zeros(1, 2, 3)}, {}, ["unet.somewhere.A", "no such tensor"]),
+    ({f"{LAYER}.B": torch.full((1, 4, 16), torch.nan)}, {}, [f"{LAYER}.B", "NaN"]),
+    ({f"{LAYER}.B": torch.zeros(1, 4, 16, dtype=torch.int32)}, {}, ["torch.int32"])])
+def test_a_file_that_does_not_fit_is_refused(file, tensors, note, words):
+    refused(altered(file, tensors, **note), str(file), *words)
+
+
+def test_another_model_and_another_basis_are_refused(file):
+    wider = hdb.HyperDreamBooth(small(unet.UNetConfig(**{**UNET.__dict__, "cross_attention_dim": 32, "block_out_channels": (16, 32)})))
+    refused(lambda: load_person(file, wider), "made for small", "other than small's")
+    refused(lambda: load_person(file, hdb.HyperDreamBooth(method().model, basis_seed=1)), "basis_seed 0, here 1")
+    refused(lambda: save_person(someone(), hdb.HyperDreamBooth(method().model, basis_seed=1), file), "seed 0, this method's 1")
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "No such file"), (b"", "empty"), (b"just some text, and rather more of it than eight bytes", "not safetensors"),
+    (b"PK\x03\x04 and what else torch.save writes", "pickle"), (b"\x80\x02}q\x00(X and so on", "pickle")])
+def test_what_is_no_safetensors_is_refused(tmp_path, content, words):
+    path = tmp_path / "me.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    assert not is_person(path)
+    refused(lambda: load_person(path, method()), words)
+    refused(lambda: load_lora(path, method().model), words)
+
+
+@pytest.mark.parametrize("size", [5, 100, 5000, -1])
+def test_a_truncated_file_is_refused(file, size):
+    file.write_bytes(file.read_bytes()[:size])
+    refused(lambda: load_person(file, method()), str(file))
+    refused(lambda: load_lora(file, method().model), str(file))
+
+
+def test_what_cannot_be_kept_is_not_written(tmp_path):
+    path = tmp_path / "me.safetensors"
+    person = someone()
+    person.theta[0, 0, 0] = 1e6
+    refused(lambda: save_person(person, method(), path), "theta holds numbers that are infinite")
+    refused(lambda: save_person(Person(torch.zeros(2, *method().lidb.shape)), method(), path), "theta has shape (2,")
+    refused(lambda: export_lora({LAYER: (torch.ones(1, 16, 1), torch.full((1, 1, 16), 1e6))}, path), "infinite")
+    refused(lambda: export_lora({LAYER: (torch.ones(2, 16, 1), torch.ones(2, 1, 16))}, path), "2 people")
+    refused(lambda: export_lora({}, path), "nothing to write")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_is_person(file, tmp_path):
+    assert is_person(file) and is_person(str(file))
+    export_lora(someone().relaxed, tmp_path / "lora.safetensors")
+    assert not is_person(tmp_path / "lora.safetensors") and not is_person(tmp_path) and not is_person(tmp_path / "none.jpg")
+
+
+def test_a_stack_is_one_person_per_picture():
+    model, personal = adapted()
+    first, second = (someone(seed, rank).factors(method().lidb) for seed, rank in ((1, 4), (2, 2)))
+    del second[LAYER]
+    both = output(model, stack([first, second]), personal)
+    for i, one in enumerate((first, second)):
+        assert all(difference(two[i], single[i]) < 1e-5 for two, single in zip(both, output(model, one, personal)))
+    third = stack([stack([first, second]), {}])
+    assert all(len(a) == len(b) == 3 and not (a[2] @ b[2]).any() for a, b in third.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+def test_an_export_is_the_person(tmp_path):
+    factors = someone().factors(method().lidb)
+    export_lora(factors, tmp_path / "lora.safetensors", {"title": "me"}, dtype=torch.float32)
+    assert equal(load_lora(tmp_path / "lora.safetensors", method().model), factors)
+    half = load_lora(tmp_path / "lora.safetensors", method().model, strength=.5)
+    assert all(torch.equal(half[k][0] @ half[k][1], .5 * (a @ b)) for k, (a, b) in factors.items())
+    export_lora(factors, tmp_path / "lora.safetensors", {"title": "me"})
+    tensors = load_file(tmp_path / "lora.safetensors")
+    down, up, alpha = (tensors[f"lora_unet_{LAYER[5:].replace('.', '_')}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+    assert down.shape == (5, 16) and up.shape == (16, 5) and alpha == 5 and down.dtype == up.dtype == torch.float16
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in tensors and len(tensors) == 3 * len(factors)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as f:
+        assert f.metadata()["title"] == "me"
+
+
+def test_an_export_in_the_model_is_the_merged_model(tmp_path):
+    model, personal = adapted()
+    factors = someone().factors(method().lidb)
+    export_lora(factors, tmp_path / "lora.safetensors", dtype=torch.float32)
+    merged = small()
+    lidb.merge(lidb.adaptable_layers(merged.unet, merged.text), factors)
+    for ours, theirs in zip(output(model, load_lora(tmp_path / "lora.safetensors", model), personal), output(merged)):
+        assert difference(ours, theirs) < 1e-5
+
+
+def foreign(naming, folder):
+    """Write a stored LoRA as its program wrote it; return its path."""
+    stored = load_file(REFERENCE)
+    path, note = folder / "their.safetensors", json.loads(bytes(stored[f"{naming}:metadata"].tolist()))
+    if naming == "peft":
+        (folder / "adapter_config.json").write_text(json.dumps(note))
+        note = {}
+    save_file({k.split("|")[1]: t for k, t in stored.items() if k.startswith(f"{naming}|")}, path, note)
+    return path
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_lora_of_others_does_what_theirs_does(naming, tmp_path):
+    stored, (model, personal) = load_file(REFERENCE), adapted()
+    factors = load_lora(foreign(naming, tmp_path), model)
+    assert len(factors) == sum(key.startswith(f"{naming}|") and "alpha" not in key for key in stored) / 2
+    plain, (context, noise) = output(model), output(model, factors, personal)
+    assert difference(context, stored[f"{naming}:context"]) < 1e-5
+    assert difference(noise, stored[f"{naming}:noise"]) < 1e-5 and difference(noise, plain[1]) > .05
+    merged = small()
+    lidb.merge(lidb.adaptable_layers(merged.unet, merged.text), factors)
+    assert difference(output(merged)[1], stored[f"{naming}:noise"]) < 1e-5
+
+
+def test_without_alpha_it_is_the_rank(tmp_path):
+    path = foreign("kohya", tmp_path)
+    tensors = load_file(path)
+    save_file({k: t for k, t in tensors.items() if not k.endswith("alpha")}, path)
+    factors = load_lora(path, method().model)
+    key = f"lora_unet_{LAYER[5:].replace('.', '_')}"
+    assert torch.equal(factors[LAYER][0][0] @ factors[LAYER][1][0], (tensors[f"{key}.lora_down.weight"].T @ tensors[f"{key}.lora_up.weight"].T))
+
+
+KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
+
+
+def z(*shape):
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({}, ["empty"]),
+    ({"lora_unet_nowhere.lora_down.weight": z(2, 16)}, ["doesn't have", "lora_unet_nowhere.lora_down.weight"]),
+    ({f"block{i}.weight": z(2) for i in range(8)}, ["block0.weight", "block4.weight and 3 more"]),
+    ({f"{KEY}.lora_up.weight": None}, ["one matrix without the other", f"{KEY}.lora_down"]),
+    ({f"{KEY}.lora_up.weight": z(16, 3)}, ["other widths", "(2, 16) and (16, 3) for a layer 16 → 16"]),
+    ({f"{KEY}.lora_down.weight": z(2, 1024)}, ["other widths", "(2, 1024)"]),
+    ({f"{KEY}.lora_down.weight": z()}, ["other widths"]),
+    ({f"{KEY}.alpha": z(3)}, [f"{KEY}.alpha"]),
+    ({f"{KEY}.alpha": torch.tensor(torch.inf)}, [f"{KEY}.alpha", "infinite"]),
+    ({f"{KEY}.lora_up.weight": torch.full((16, 2), torch.nan)}, [f"{KEY}.lora_up.weight", "NaN"]),
+    ({f"{LAYER}.lora_A.weight": z(2, 16)}, ["same layer twice", f"{LAYER}.lora_A"]),
+    ({f"{LAYER}.lora_B.bias": z(2, 16)}, [f"{LAYER}.lora_B.bias"]),
+    ({"lora_unet_conv_in.lora_down.weight": z(2, 4, 3, 3)}, ["LoCon", "lora_unet_conv_in"]),
+    ({"lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight": z(2, 2, 3, 3)}, ["LyCORIS", "lora_mid"]),
+    ({f"{KEY}.hada_w1_a": z(16, 2)}, ["LoHa", "hada_w1_a"]),
+    ({f"{KEY}.lokr_w1": z(4, 4)}, ["LoKr"]),
+    ({f"{KEY}.dora_scale": z(16, 1)}, ["DoRA"]),
+    ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": z(), "lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": z()}, ["SDXL", "lora_te2_"]),
+    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": z(2, 640)}, ["SDXL"]),
+    ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": z(2, 9)}, ["diffusion transformer"]),
+    ({"cond_stage_model.transformer.text_model.embeddings.position_ids": z(1, 77)}, ["whole model"]),
+    ({"emb_params": z(1, 768)}, ["textual inversion"])])
+def test_a_lora_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, words):
+    path = tmp_path / "style.safetensors"
+    good = {f"{KEY}.lora_down.weight": z(2, 16), f"{KEY}.lora_up.weight": z(16, 2)} if tensors else {}
+    save_file({k: t for k, t in (good | tensors).items() if t is not None}, path)
+    refused(lambda: load_lora(path, method().model), str(path), *words)
+
+
+def test_peft_without_its_settings_is_refused(tmp_path):
+    path = foreign("peft", tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    refused(lambda: load_lora(path, method().model), "adapter_config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The merged folder
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merged_folder_is_the_person(tmp_path, dtype):
+    factors = someone().factors(method().lidb)
+    model = small()
+    for module in (model.unet, model.text, model.vae):
+        module.to(dtype)
+    ours = hdb.HyperDreamBooth(model)
+    before = [{k: p.clone() for k, p in m.state_dict().items()} for m in (model.unet, model.text, model.vae)]
+    (tmp_path / "out").mkdir()
+    merge_to_folder(ours, factors, None, tmp_path / "out")
+    assert all(torch.equal(p, was[k]) for m, was in zip((model.unet, model.text, model.vae), before) for k, p in m.state_dict().items())
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    lidb.merge(ours.layers, factors)
+    back = sd.load(tmp_path / "out", "cpu", dtype)
+    for mine, theirs in (model.unet, back.unet), (model.text, back.text), (model.vae, back.vae):
+        assert mine.config == theirs.config and equal({k: [p] for k, p in mine.state_dict().items()}, {k: [p] for k, p in theirs.state_dict().items()})
+    assert torch.equal(model.tokenizer(["a face"]), back.tokenizer(["a face"]))
+
+
+def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
+    merge_to_folder(method(), {}, None, tmp_path / "source")
+    for name, changes in {"scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", "clip_sample": True},
+                          "model_index.json": {"scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": ["stable_diffusion", "Checker"]}}.items():
+        path = tmp_path / "source" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    merge_to_folder(method(), someone().relaxed, tmp_path / "source", tmp_path / "out")
+    read = lambda name: json.loads((tmp_path / "out" / name).read_text())
+    assert read("scheduler/scheduler_config.json")["clip_sample"] is True
+    assert read("model_index.json")["scheduler"] == ["diffusers", read("scheduler/scheduler_config.json")["_class_name"]]
+    assert read("model_index.json")["safety_checker"] == [None, None]
+
+
+def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep")
+    refused(lambda: merge_to_folder(method(), {}, None, tmp_path / "out"), "exists already")
+    refused(lambda: merge_to_folder(method(), {}, None, tmp_path / "out/mine.txt"), "exists already")
+    two = stack([someone(1).relaxed, someone(2).relaxed])
+    refused(lambda: merge_to_folder(method(), two, None, tmp_path / "new"), "one person")
+    (tmp_path / "source/scheduler").mkdir(parents=True)
+    (tmp_path / "source/scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError):
+        merge_to_folder(method(), {}, tmp_path / "source", tmp_path / "new")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "source"]

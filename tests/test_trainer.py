@@ -1,0 +1,50 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from trainer import Trainer, write
+
+
+def train(out, steps, total=120):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    trainer = Trainer({"model": model}, out, total, lr=.3, warmup=5)
+    for step in trainer:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        trainer.update((model(x) - x.sum(1, keepdim=True)).square().mean())
+        if trainer.step == steps:
+            break
+    trainer.save()
+    return trainer, model
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
+    _, straight = train(tmp_path / "straight", 120)
+    train(tmp_path / "halves", 51)
+    trainer, resumed = train(tmp_path / "halves", 120)
+    assert trainer.step == 120 and torch.allclose(straight.weight, resumed.weight, atol=1e-6)
+    assert torch.allclose(resumed.weight, torch.ones(1, 4), atol=.05)
+    trainer.average()
+    assert not torch.equal(resumed.weight, straight.weight)
+
+
+def test_frozen_parameters_stay_out(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    assert list(Trainer({"m": model}, tmp_path, 1, lr=.1).parameters) == ["m.1.weight", "m.1.bias"]
+
+
+def test_log_lines_and_schedule(tmp_path):
+    train(tmp_path, 100, total=100)
+    first, last = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (first["step"], last["step"]) == (50, 100) and last["loss"] < first["loss"]
+    assert abs(first["lr"] - .15) < .01 and last["lr"] < .001
+
+
+def test_write_is_atomic(tmp_path):
+    write({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(Exception):
+        write({"a": "not a tensor"}, tmp_path / "x.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -1,0 +1,139 @@
+"""Train a hypernetwork (HyperDreamBooth, section 4.2, Eq. 2).
+
+    python train.py                                      # the miniature's, on people that its renderer draws
+    python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
+
+Progress, the loss and, for the miniature, the likeness and style of held-out people go to runs/<name>/log.jsonl, with pictures beside it.
+The same command resumes what was stopped.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import hdb
+import images
+from hypernet import HyperConfig, HyperNetwork
+from trainer import Trainer, write
+
+
+class Photos:
+    """A folder of face photos as pairs for Eq. 2: the features of a photo, and its own latent with "a [V] face"."""
+
+    def __init__(self, folder, model, vit, device):
+        side = 8 * model.unet.config.sample_size
+        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+        if not files:
+            raise images.ImageError(f"{folder}: holds no photos (.jpg, .png, .webp, .bmp)")
+        features, latents = [], []
+        for file in tqdm(files, desc="photos"):
+            photo = images.read(file, side).to(device)
+            for view in (photo, photo.flip(3)):
+                features.append(hdb.encode_face(vit, view).half())
+                latents.append(model.encode(view))
+        self.features, self.latents = torch.cat(features), torch.stack(latents)  # (2·P, n, d), (2·P, 1, 4, h, w)
+
+    def fix(self, count, generator):
+        """The people that targets are fitted for: all of them."""
+
+    def prompts(self, who, view):
+        return [hdb.PROMPT] * len(who)
+
+    def draw(self, count, generator):
+        """Indices (count,) of people and of their views."""
+        return torch.randint(len(self.latents), (count,), generator=generator), torch.zeros(count, dtype=torch.long)
+
+
+def fit_targets(method, data, steps, lr, generator):
+    """Target θ (P, layers, size) of Eq. 2 for all people of `data` at once, from the one shared start, by the denoising loss on their pictures."""
+    people, views = data.latents.shape[:2]
+    theta = torch.zeros(people, *method.lidb.shape, device=data.latents.device, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], lr=lr, betas=(.9, .99))
+    for _ in tqdm(range(steps), desc="targets"):
+        for who in torch.arange(people).split(64):  # what one forward pass holds
+            view = torch.randint(views, (len(who),), generator=generator)
+            method.personal.factors = method.lidb.factors(theta[who])
+            method.denoising_loss(data.latents[who, view], data.prompts(who, view), generator).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return theta.detach()
+
+
+def train(args):
+    model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+    device, out = model.device, Path(args.out)
+    method = hdb.HyperDreamBooth(model)
+    model.unet.gradient_checkpointing = args.model != "nano"
+    if args.model == "nano":
+        from nano import people  # the one place where the miniature brings its own data
+        vit = people.encoder(out, device)
+        data, held_out = people.People(model, vit, device), people.HeldOut(16, device)
+    else:
+        vit = hdb.load_vit(args.encoder, device)
+        data, held_out = Photos(args.faces, model, vit, device), None
+    torch.manual_seed(args.seed)
+    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=args.iterations, vit=vit.config)).to(device)
+    method.hypernet.vit = vit
+    trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes)
+    targets = None
+    if args.beta:
+        data.fix(args.targets, torch.Generator().manual_seed(args.seed + 600_000_000))
+        file = out / args.name / "targets.safetensors"
+        if not file.exists():
+            write({"theta": fit_targets(method, data, args.target_steps, args.target_lr, torch.Generator().manual_seed(args.seed))}, file)
+        targets = load_file(file, device=str(device))["theta"]
+    for step in trainer:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 400_000_000)
+        who, view = data.draw(args.batch, generator)
+        s = max(1, min(args.iterations, 1 + (args.iterations * 2 * step) // args.steps))  # s grows to its full value by half-time
+        theta = method.hypernet.refine(data.features[who].float(), s)
+        loss, denoising, distance = method.hyper_loss(theta, data.latents[who, view], data.prompts(who, view), generator,
+                                                      None if targets is None else targets[who], args.alpha, args.beta)
+        trainer.update(loss, denoising=denoising, distance=distance)
+        if held_out and (trainer.step % args.every == 0 or trainer.step == args.steps):
+            show(method, held_out, trainer)
+    trainer.average()
+    hdb.save_hypernet(method.hypernet, method, args.save or f"{out}/{args.name}/hypernet.safetensors")
+
+
+def show(method, held_out, trainer):
+    """Log the held-out likeness and style accuracy of predictions and draw them: photo, plain, styled."""
+    method.hypernet.eval()
+    factors = method.lidb.factors(method.predict(held_out.photos))
+    seeds, columns, numbers = list(range(len(held_out.photos))), [held_out.photos], {}
+    for style in ("photo", "rock star", "pixar"):
+        pictures, likeness, right = held_out.measure(method, factors, style, seeds, steps=12)
+        columns.append(pictures)
+        numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
+    method.hypernet.train()
+    trainer.log(**numbers)
+    tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    images.sheet(torch.stack(columns, 1).flatten(0, 1), 16).save(trainer.out / f"step_{trainer.step:06d}.png")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="nano", help="nano, a hub id, a folder or a .safetensors file")
+    parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
+    parser.add_argument("--encoder", default="google/vit-huge-patch14-224-in21k", help="ViT to encode photos with (not for nano)")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to be resumed by the same command")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--iterations", type=int, default=4, help="s of Eq. 3")
+    parser.add_argument("--alpha", type=float, default=1., help="weight of Eq. 2's denoising term")
+    parser.add_argument("--beta", type=float, default=0., help="weight of Eq. 2's distance to fitted targets")
+    parser.add_argument("--targets", type=int, default=1024, help="nano: people that targets are fitted for, if beta > 0")
+    parser.add_argument("--target-steps", type=int, default=150)
+    parser.add_argument("--target-lr", type=float, default=.02)
+    parser.add_argument("--every", type=int, default=250, help="steps between pictures of held-out people")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="hypernet", help="of this run's folder in --out")
+    parser.add_argument("--out", default="runs")
+    parser.add_argument("--save", help="where the result goes, if not into the run's folder")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    train(parser.parse_args())

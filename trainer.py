@@ -1,0 +1,98 @@
+"""The training loop that everything here shares: optimiser, schedule, moving average, log, and a checkpoint to resume from."""
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from tqdm import tqdm
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any later call resumes from.
+
+    modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of log.jsonl and state.safetensors.
+    Iterate over it for the step numbers that remain; call `update(loss)` once in each.
+    """
+
+    def __init__(self, modules, out, steps, lr, batch_note="", warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf):
+        self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
+        self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes = Path(out), steps, lr, warmup, ema, minutes
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
+        self.step, self.mean = 0, {}
+        if (self.out / "state.safetensors").exists():
+            self._resume()
+
+    def __iter__(self):
+        start = saved = time.time()
+        with tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5, dynamic_ncols=True) as bar:
+            while self.step < self.steps and time.time() - start < 60 * self.minutes:
+                yield self.step
+                bar.update()
+                bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
+                if time.time() - saved > 120:
+                    self.save()
+                    saved = time.time()
+        self.save()
+
+    def update(self, loss, **numbers):
+        """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
+        progress = self.step / self.steps
+        lr = self.lr * min(1, (self.step + 1) / self.warmup) * (.5 + .5 * math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        self.step += 1
+        for k, v in {"loss": loss, **numbers}.items():
+            v = float(v.detach() if torch.is_tensor(v) else v)
+            self.mean[k] = self.mean.get(k, v) + .02 * (v - self.mean.get(k, v))
+        if self.step % 50 == 0:
+            self.log(lr=lr, **self.mean)
+
+    def log(self, **numbers):
+        with open(self.out / "log.jsonl", "a") as f:
+            f.write(json.dumps({"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+
+    def save(self):
+        moments = {k: self.optimizer.state[p] for k, p in self.parameters.items()}
+        tensors = {}
+        for k, p in self.parameters.items():
+            tensors |= {f"now.{k}": p.detach(), f"ema.{k}": self.ema[k]}
+            tensors |= {f"{m}.{k}": moments[k][m] for m in ("exp_avg", "exp_avg_sq") if moments[k]}
+        write(tensors, self.out / "state.safetensors", {"step": str(self.step)})
+
+    def _resume(self):
+        file = self.out / "state.safetensors"
+        with safe_open(file, "pt") as f:
+            self.step = int(f.metadata()["step"])
+        tensors = load_file(file)
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(tensors[f"now.{k}"])
+                self.ema[k].copy_(tensors[f"ema.{k}"])
+                if f"exp_avg.{k}" in tensors:
+                    self.optimizer.state[p] = {"step": torch.tensor(float(self.step)),
+                                               **{m: tensors[f"{m}.{k}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}}
+
+    def average(self):
+        """Put the moving average into the modules in place of the current weights."""
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(self.ema[k])
+
+
+def write(tensors, path, metadata=None):
+    """Save a safetensors file so that a reader never sees half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+    temporary.replace(path)
