@@ -9,13 +9,15 @@
 """
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 import sampling
-from hypernet import HyperConfig, HyperNetwork, ViTConfig
-from lidb import LiDB, Personal, join, lora, personal_layers
+import sd
+from hypernet import HyperConfig, HyperNetwork, ViT, ViTConfig
+from lidb import LiDB, Personal, adaptable_layers, join, lora, personal_layers
 from sd import LoadError, StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
 from trainer import write
 
@@ -32,7 +34,7 @@ class HyperDreamBooth:
         basis_seed = getattr(hypernet, "basis_seed", basis_seed)
         self.layers = personal_layers(model.unet, model.text)
         self.lidb = LiDB(self.layers, seed=basis_seed, device=model.device)
-        self.personal = Personal(self.layers)
+        self.personal = Personal(adaptable_layers(model.unet, model.text))
 
     @torch.no_grad()
     def predict(self, photo, iterations=None):
@@ -121,6 +123,22 @@ def canonical(prompt):
     return prompt.replace("[v]", "[V]")
 
 
+def load_vit(source, device=None):
+    """The ViT at `source`, a hub id (google/vit-huge-patch14-224-in21k, facebook/dino-vits16) or a folder with its config.json and
+    model.safetensors, in float32. Raises LoadError, as load() does."""
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = sd.download(source, "config.json", "model.safetensors")
+    if not (folder / "model.safetensors").is_file():
+        raise LoadError(f"{source}: has no model.safetensors; pickles (.bin) are not read")
+
+    def rename(key):  # classifiers keep the ViT under a prefix; their head, and the pooler, look at one token and are not needed
+        key = key.removeprefix("vit.")
+        return None if key.startswith(("pooler.", "classifier.")) else key
+    config = sd.read_settings(ViTConfig, folder / "config.json")
+    return sd.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def encode_face(vit, photo):
     """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size that the ViT was trained on."""
@@ -130,24 +148,29 @@ def encode_face(vit, photo):
     return vit(photo.to(weight.device, weight.dtype))
 
 
-def save_hypernet(hypernet, method, path, metadata=None):
-    """Write the hypernetwork in fp16, with its configuration and the basis that its θ belong to."""
+def save_hypernet(hypernet, method, path, encoder=None):
+    """Write the hypernetwork in fp16, with its configuration and the basis that its θ belong to. encoder: what load_vit was given, if the
+    ViT is an official one; it is then named instead of written."""
     note = {"config": json.dumps(asdict(hypernet.config)), "basis_seed": str(method.lidb.seed), "basis_checksum": str(method.lidb.checksum)}
-    write({k: v.half() for k, v in hypernet.state_dict().items()}, path, note | (metadata or {}))
+    tensors = {k: v.half() for k, v in hypernet.state_dict().items() if not encoder or not k.startswith("vit.")}
+    write(tensors, path, note | ({"encoder": encoder} if encoder else {}))
 
 
 def load_hypernet(path, model):
     """The HyperNetwork in a file of save_hypernet, on the model's device. LoadError if it was made for other layers than this model's."""
     try:
         with safe_open(path, "pt") as f:
-            note, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        config = json.loads(note["config"])
+            note, tensors = f.metadata() or {}, {k: f.get_tensor(k).float() for k in f.keys()}
+        config, seed, checksum = json.loads(note["config"]), int(note["basis_seed"]), int(note["basis_checksum"])
     except Exception as error:
         raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error})") from None
-    basis = LiDB(personal_layers(model.unet, model.text), seed=int(note["basis_seed"]))
-    if (config["layers"], config["size"]) != basis.shape or int(note["basis_checksum"]) != basis.checksum:
+    basis = LiDB(personal_layers(model.unet, model.text), seed=seed)
+    if (config["layers"], config["size"]) != basis.shape or checksum != basis.checksum:
         raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
     hypernet = HyperNetwork(HyperConfig(**{**config, "vit": ViTConfig(**config["vit"])}))
-    hypernet.load_state_dict({k: v.float() for k, v in tensors.items()})
-    hypernet.basis_seed = basis.seed
+    if "encoder" in note:
+        hypernet.vit = load_vit(note["encoder"], "cpu")
+        tensors |= {f"vit.{k}": v for k, v in hypernet.vit.state_dict().items()}
+    hypernet.load_state_dict(tensors)
+    hypernet.basis_seed = seed
     return hypernet.eval().requires_grad_(False).to(model.device)

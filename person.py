@@ -41,7 +41,7 @@ class PersonError(ValueError):
 
 @dataclass
 class Person:
-    """One person: LiDB's numbers `theta` (1, layers, r(a + b)), float32, or None, and the LoRA factors `relaxed` of the fine-tuning, or {}."""
+    """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA factors `relaxed` of the fine-tuning, or {}."""
     theta: torch.Tensor | None = None
     relaxed: dict = field(default_factory=dict)
     basis_seed: int = 0               # of the LiDB that theta belongs to
@@ -93,8 +93,9 @@ def load_person(path, method):
     if differ and differ != ["basis_checksum"]:
         raise PersonError(whose + "with another basis: " + ", ".join(f"{key} {note.get(key)}, here {ours[key]}" for key in differ))
     if differ:
-        raise PersonError(f"{whose}and seed {ours['basis_seed']} made another basis then than here (checksums {note.get('basis_checksum')} and "
-                          f"{ours['basis_checksum']}): the file was altered, or this torch's random numbers are others")
+        raise PersonError(f"{whose}and seed {ours['basis_seed']} made another basis there than here (checksums "
+                          f"{note.get('basis_checksum')} and {ours['basis_checksum']}): the file was altered, or this torch "
+                          "draws other random numbers")
     check(tensors, method, path)
     try:
         strength = float(note["scale"])
@@ -121,7 +122,8 @@ def belongs_to(method):
     """What the numbers mean: metadata about the layers, by names and shapes, and about the basis."""
     shapes = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
-    basis = {"a": method.lidb.a, "b": method.lidb.b, "r": method.lidb.rank, "basis_seed": method.lidb.seed, "basis_checksum": method.lidb.checksum}
+    lidb = method.lidb
+    basis = {"a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed, "basis_checksum": lidb.checksum}
     return {"layers": f"{zlib.crc32(shapes.encode()):08x}", "layer_set": ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
             **{key: str(value) for key, value in basis.items()}}
 
@@ -130,21 +132,22 @@ def check(tensors, method, path):
     """PersonError unless these are one person's numbers for method's layers."""
     shapes = {"theta": (1, *method.lidb.shape)}
     for name, m in method.layers.items():
-        if f"{name}.A" in tensors or f"{name}.B" in tensors:
-            rank = max(1, tensors[f"{name}.A"].shape[-1] if f"{name}.A" in tensors else 1)
+        missing = [key for key in (f"{name}.A", f"{name}.B") if key not in tensors]
+        if len(missing) == 1:
+            raise PersonError(f"{path}: {missing[0]} is missing")
+        if not missing:
+            rank = max(1, *tensors[f"{name}.A"].shape[2:], 0)
             shapes |= {f"{name}.A": (1, m.in_features, rank), f"{name}.B": (1, rank, m.out_features)}
     for key, t in tensors.items():
         if tuple(t.shape) != shapes.get(key):
             raise PersonError(f"{path}: {key} has shape {tuple(t.shape)}, expected {shapes.get(key, 'no such tensor')}")
-    if missing := shapes.keys() - tensors.keys() - {"theta"}:
-        raise PersonError(f"{path}: {min(missing)} is missing")
     check_numbers(tensors, path)
 
 
 def check_numbers(tensors, path):
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.isfinite().all():
-            raise PersonError(f"{path}: {key} holds numbers that are infinite, NaN, or none of {t.dtype}")
+        if not t.is_floating_point() or not t.float().isfinite().all():
+            raise PersonError(f"{path}: {key} ({t.dtype}) holds numbers that are infinite, NaN or no fractions")
 
 
 def read(path):
@@ -205,10 +208,11 @@ def kohya(name):
 
 # A key of somebody's LoRA: which layer, and which of its two matrices. kohya writes X.lora_down.weight, diffusers has written
 # X_lora.down.weight, X.lora.down.weight and X.lora_linear_layer.down.weight, PEFT writes X.lora_A.weight, or X.lora_A.default.weight.
-KEY = re.compile(r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<way>down|up)|\.lora_(?P<ab>[AB])(?:\.\w+)?)\.weight|(?P<of>.+)\.alpha")
+KEY = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up)|\.lora_([AB])(?:\.\w+)?)\.weight|(.+)\.(alpha)")
+ROLES = {"A": "down", "B": "up"}
 FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
-    r"^lora_te[12]_|^text_encoder_2\.|_input_blocks_|_output_blocks_|label_emb|add_embedding": "a LoRA for SDXL",
-    r"lora_unet_(double|single|joint)_|transformer\.(single_)?transformer_blocks|diffusion_model\.": "a LoRA for a diffusion transformer",
+    r"^lora_te2_|^text_encoder_2\.|_input_blocks_|_output_blocks_|label_emb|add_embedding": "a LoRA for SDXL",
+    r"lora_unet_(double|single|joint)_|transformer\.(single_)?transformer_blocks": "a LoRA for a diffusion transformer",
     r"\.hada_|\.lokr_|\.oft_|\.(a1|b1|on_input)\b|\.boft_": "LoHa, LoKr, OFT or (IA)³, not LoRA",
     r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
     r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
@@ -234,14 +238,16 @@ def load_lora(path, model, strength=1.0):
     layers, names, found = adaptable_layers(model.unet, model.text), spellings(model), {}
     for key, t in tensors.items():
         match = KEY.fullmatch(key)
-        name = match and names.get(plain(match["layer"] or match["of"]))
-        role = match and ("alpha" if match["of"] else "down" if match["way"] == "down" or match["ab"] == "A" else "up")
+        name = match and names.get(plain(match[1] or match[4]))
+        role = match and (match[2] or ROLES.get(match[3], match[5]))
         if name is None:
             problems.setdefault("layers that this model doesn't have, or no LoRA", []).append(key)
         elif name not in layers:
             problems.setdefault("convolutions larger than 1×1 (LoCon), which are not implemented", []).append(key)
         elif role in found.setdefault(name, {}):
             problems.setdefault("the same layer twice", []).append(key)
+        elif role == "alpha" and t.numel() != 1:
+            problems.setdefault("an alpha that is no number", []).append(key)
         else:
             found[name][role] = key
     config = peft_config(path, note, tensors)
@@ -251,16 +257,16 @@ def load_lora(path, model, strength=1.0):
             problems.setdefault("one matrix without the other", []).extend(keys.values())
             continue
         down, up = (tensors[keys[role]] for role in ("down", "up"))
-        (n_out, n_in), rank = layers[name].weight.shape[:2], len(down)
-        if down.shape[2:].numel() != 1 or tuple(down.flatten(1).shape) != (rank, n_in) or tuple(up.flatten(1).shape) != (n_out, rank):
-            problems.setdefault(f"made for other widths (the first: {tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out})",
-                                []).append(keys["down"])
+        (n_out, n_in), rank = layers[name].weight.shape[:2], max(1, *down.shape[:1], 0)
+        if any((*t.shape[:2], t.shape[2:].numel()) != (*want, 1) for t, want in ((down, (rank, n_in)), (up, (n_out, rank)))):
+            problems.setdefault("made for other widths", []).append(
+                f"{keys['down']} and up, {tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}")
             continue
         alpha = tensors[keys["alpha"]].item() if "alpha" in keys else None
         factor = strength * (peft_scale(config, name, rank) if alpha is None else alpha / rank)
         factors[name] = tuple(t.to(model.device) for t in (down.float().flatten(1).T[None], up.float().flatten(1).T[None] * factor))
     refuse(path, problems)
-    check_numbers(tensors, path)
+    check_numbers({key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}, path)
     if not factors:
         raise PersonError(f"{path}: empty")
     return factors
@@ -273,20 +279,24 @@ def refuse(path, problems):
                                                   for what, keys in problems.items()))
 
 
+PREFIXES = {"unet": "unet", "text": "text_encoder"}  # diffusers' names of the two parts
+
+
 def spellings(model):
-    """Every way to write a layer in a LoRA, after plain() -> our name. Convolutions of all sizes, so that the error can say what they are."""
+    """Every way to write a layer in a LoRA, after plain() -> our name. Large convolutions as well, so that the error can name them."""
     names = {}
-    for part, module, theirs in ("unet", model.unet, "unet"), ("text", model.text, "text_encoder"):
-        for inner, m in module.named_modules():
+    for part, theirs in PREFIXES.items():
+        for inner, m in getattr(model, part).named_modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 name = f"{part}.{inner}"
-                names |= dict.fromkeys([kohya(name), f"{theirs}.{inner}", f"base_model.model.{inner}", inner], name)
-                names[f"{theirs}.{inner.removeprefix('text_model.')}"] = name  # transformers 5 has no text_model
+                for short in {inner, inner.removeprefix("text_model.")}:  # transformers 5 has no text_model
+                    names |= dict.fromkeys([f"{theirs}.{short}", f"base_model.model.{short}", short, kohya(f"{part}.{short}")], name)
+                    names[kohya(f"{part}.{short}").replace("lora_te_", "lora_te1_")] = name  # what diffusers makes of its own for kohya
     return names
 
 
 def plain(layer):
-    """A layer's name in diffusers' older LoRAs -> in its newer ones. attn1.processor.to_q -> attn1.to_q, self_attn.to_q -> self_attn.q_proj."""
+    """A layer's name in diffusers' older LoRAs, attn1.processor.to_q or self_attn.to_q -> in its newer: attn1.to_q, self_attn.q_proj."""
     layer = re.sub(r"\.to_out$", ".to_out.0", layer.replace(".processor.", "."))
     return re.sub(r"self_attn\.to_(q|k|v|out)(\.0)?$", r"self_attn.\1_proj", layer)
 
@@ -301,13 +311,11 @@ def peft_config(path, note, tensors):
         if "lora_adapter_metadata" in note:
             return dict(json.loads(note["lora_adapter_metadata"]))
         if any(key.startswith("base_model.model.") for key in tensors):
-            return {f"{part}.{key}": value for key, value in json.loads(file.read_text(encoding="utf-8")).items() for part in PREFIXES.values()}
+            settings = json.loads(file.read_text(encoding="utf-8")).items()
+            return {f"{part}.{key}": value for key, value in settings for part in PREFIXES.values()}
         return {}
     except (OSError, ValueError, AttributeError) as error:
-        raise PersonError(f"{path}: PEFT's settings, in {file.name} beside the file or in its metadata, are not readable ({error})") from None
-
-
-PREFIXES = {"unet": "unet", "text": "text_encoder"}
+        raise PersonError(f"{path}: PEFT's settings, its metadata or {file.name} beside it, are not readable ({error})") from None
 
 
 def peft_scale(config, name, rank):
@@ -321,12 +329,6 @@ def peft_scale(config, name, rank):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # A model folder with the person in it
-
-TOKENIZER = {"tokenizer_class": "CLIPTokenizer", "bos_token": clip.START, "eos_token": clip.END, "pad_token": clip.END, "unk_token": clip.END,
-             "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
-SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "clip_sample": False,
-             "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}
-
 
 def merge_to_folder(method, factors, source, out):
     """Write a model folder in the hub's layout with one person's factors merged into its weights, for diffusers and for sd.load.
@@ -349,35 +351,45 @@ def merge_to_folder(method, factors, source, out):
             merge(copies, mine)
             weights = module.state_dict() | {f"{k.split('.', 1)[1]}.weight": copy.weight for k, copy in copies.items()}
             write(weights, temporary / part / f"{sd.PARTS[part][3]}.safetensors", {"format": "pt"})
-        for file, ours in settings(model).items():
-            theirs = sd.read_json(Path(source, file)) if source and Path(source, file).is_file() else {}
-            # components that only filter pictures or embed them stay behind; a class is named only by who writes for diffusers
-            fixed = {k: v for k, v in ours.items() if k in ("_class_name", "safety_checker", "feature_extractor", "image_encoder")}
+        written = settings(model)
+        for file, ours in written.items():
+            if source and file != "model_index.json" and Path(source, file).is_file():
+                ours |= sd.read_json(Path(source, file))
+        written["model_index.json"]["scheduler"] = "diffusers", written["scheduler/scheduler_config.json"]["_class_name"]
+        for file, ours in written.items():
             (temporary / file).parent.mkdir(exist_ok=True)
-            (temporary / file).write_text(json.dumps(ours | theirs | fixed, indent=2) + "\n", encoding="utf-8")
+            (temporary / file).write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
         model.tokenizer.save(temporary / "tokenizer")
         if out.exists():
             out.rmdir()
         temporary.replace(out)
+    except (OSError, SafetensorError) as error:
+        raise PersonError(f"{out}: not written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def settings(model):
-    """Path -> dict of every settings file in the hub's layout."""
-    kinds = [kind.replace("Down", "Up") for kind in reversed(model.unet.config.down_block_types)]
-    levels, text = len(model.vae.config.block_out_channels), model.text.config
-    version = {"_diffusers_version": "0.27.0"}
-    index = {"unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"), "scheduler": ("diffusers", "PNDMScheduler"),
-             "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
-             "safety_checker": (None, None), "feature_extractor": (None, None), "image_encoder": (None, None)}
+    """Path -> dict of every settings file that diffusers and transformers want, as they are for SD 1.5 but for the sizes."""
+    unet, levels, text = model.unet.config, len(model.vae.config.block_out_channels), model.text.config
+    diffusers = lambda name: {"_class_name": name, "_diffusers_version": "0.27.0"}
     return {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline", **version, "requires_safety_checker": False, **index},
-        "unet/config.json": {"_class_name": "UNet2DConditionModel", **version, **asdict(model.unet.config), "up_block_types": kinds,
-                             **{k: v for k, v in sd.IMPLEMENTED["unet/config.json"].items() if v is not None}},
-        "vae/config.json": {"_class_name": "AutoencoderKL", **version, **asdict(model.vae.config), "act_fn": "silu",
-                            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels},
-        "text_encoder/config.json": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(text),
-                                     "projection_dim": text.hidden_size, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
-        "tokenizer/tokenizer_config.json": {**TOKENIZER, "model_max_length": text.max_position_embeddings},
-        "scheduler/scheduler_config.json": SCHEDULER | version}
+        "model_index.json": diffusers("StableDiffusionPipeline") | {
+            "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+            "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+            "safety_checker": (None, None), "feature_extractor": (None, None), "requires_safety_checker": False},
+        "unet/config.json": diffusers("UNet2DConditionModel") | asdict(unet) | {
+            k: v for k, v in sd.IMPLEMENTED["unet/config.json"].items() if v is not None} | {
+            "up_block_types": [kind.replace("Down", "Up") for kind in reversed(unet.down_block_types)]},
+        "vae/config.json": diffusers("AutoencoderKL") | asdict(model.vae.config) | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels, "act_fn": "silu"},
+        "text_encoder/config.json": asdict(text) | {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": text.hidden_size,
+            "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": text.max_position_embeddings, "bos_token": clip.START,
+            "eos_token": clip.END, "pad_token": clip.END, "unk_token": clip.END, "add_prefix_space": False, "do_lower_case": True,
+            "errors": "replace"},
+        "scheduler/scheduler_config.json": diffusers("PNDMScheduler") | {
+            "beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear", "clip_sample": False, "num_train_timesteps": 1000,
+            "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None}}

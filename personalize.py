@@ -1,10 +1,12 @@
-"""One photo of a face in, pictures of that person out.
+"""One photo of a face in, pictures of that person out; or a personal file made before, which needs no fitting.
 
     python personalize.py nano/example.png "[V] face as a rock star"
     python personalize.py me.jpg "a Pixar character of a [V] face" "[V] face as a king" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+    python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
+    python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
 
-Writes to --out one PNG per prompt, sheet.png (photo | prediction alone | prompts), person.safetensors (the LiDB weights) and
-person_tuned.safetensors (the same with the LoRA of the fine-tuning).
+Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the LiDB weights) and
+person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo, the prediction alone, then the prompts.
 """
 import argparse
 import sys
@@ -19,7 +21,8 @@ from tqdm import tqdm  # noqa: E402
 
 import hdb  # noqa: E402
 import images  # noqa: E402
-from person import Person, PersonError, save_person  # noqa: E402
+from lidb import join, scale  # noqa: E402
+from person import Person, PersonError, export_lora, is_person, load_lora, load_person, merge_to_folder, save_person, stack  # noqa: E402
 
 NANO = Path(__file__).parent / "nano"
 
@@ -27,8 +30,9 @@ NANO = Path(__file__).parent / "nano"
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=type("", (argparse.RawDescriptionHelpFormatter,
                                                                                     argparse.ArgumentDefaultsHelpFormatter), {}))
-    parser.add_argument("photo", help="a picture of one face")
-    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as a rock star"')
+    parser.add_argument("photo", help="a picture of one face, or a personal file (.safetensors)")
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as a rock star"; '
+                        "further personal files may stand before the first")
     parser.add_argument("--model", default="nano", help="nano, a hub id, a folder or a .safetensors file of a Stable Diffusion 1.x")
     parser.add_argument("--hypernet", help="file of train.py; nano brings its own, without one there is no prediction")
     parser.add_argument("--crop", type=crop, metavar="X,Y,SIZE", help="square of the photo to use, in pixels; its central square if not given")
@@ -38,11 +42,24 @@ def arguments():
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4., help="classifier-free guidance scale")
     parser.add_argument("--negative", default="", help="what to avoid")
+    parser.add_argument("--strength", type=float, default=1., help="of the personal weights at sampling, 0 to 1.5: likeness against editability")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="somebody else's LoRA beside the person; repeatable")
+    parser.add_argument("--export", choices=["lora"], help="also write lora.safetensors for diffusers, ComfyUI and A1111")
+    parser.add_argument("--merge", metavar="FOLDER", help="also write the model with the person merged in, in the hub's layout")
     parser.add_argument("--seed", type=int, help="drawn, and printed, if not given")
     parser.add_argument("--out", default="out", type=Path)
     parser.add_argument("--device", help="cuda, mps or cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.people = [args.photo] if is_person(args.photo) else []
+    while args.people and len(args.prompts) > 1 and is_person(args.prompts[0]):
+        args.people.append(args.prompts.pop(0))
+    for name, low, high in (("steps", 0, 100_000), ("rank", 1, 320), ("sample_steps", 1, 999), ("strength", 0, 1.5)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+    if len(args.people) > 1 and (args.export or args.merge):
+        parser.error("--export and --merge take one person")
+    return args
 
 
 def crop(text):
@@ -60,53 +77,83 @@ def main(args):
     for prompt in args.prompts:
         if "[V]" not in hdb.canonical(prompt):
             print(f'warning: the prompt "{prompt}" does not say [V], so it will not show the person', file=sys.stderr)
-    images.read(args.photo, images.SMALLEST, args.crop)  # a bad photo is reported before gigabytes are loaded
+    if not args.people:
+        images.read(args.photo, images.SMALLEST, args.crop)  # a bad photo is reported before gigabytes are loaded
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
     file = args.hypernet or (NANO / "hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
 
-    theta = None
-    if method.hypernet:
-        theta = method.predict(photo)
-        stage(f"predicted {theta.numel():,} personal weights from {args.photo}")
-    factors = method.lidb.factors(theta) if theta is not None else {}
-    person = Person(theta, {}, base=args.model)
-    if args.steps:
-        model.unet.gradient_checkpointing = model.device.type != "cpu"
-        with tqdm(total=args.steps, desc="fine-tuning", leave=False) as bar:
-            relaxed = method.fine_tune(photo, theta, args.steps, args.rank, args.lr, generator=torch.Generator().manual_seed(args.seed),
-                                       callback=lambda step, loss: (bar.set_postfix(loss=f"{loss:.4f}"), bar.update()))
-        person = Person(theta, relaxed, base=args.model)
-        stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
+    photo, predicted = None, []
+    if args.people:
+        people = [load_person(path, method) for path in args.people]
+        stage(f"read {', '.join(args.people)}")
+    else:
+        photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
+        people = [fit(method, photo, args, stage)]
+    style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
+    factors = join(scale(stack([p.factors(method.lidb) for p in people]), args.strength), style)
 
-    seeds = [args.seed + i for i in range(len(args.prompts))]
-    settings = {"sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance, "negative": args.negative}
-    sample = lambda prompts, factors, seeds: method.sample(prompts, factors, seeds, args.sample_steps, args.guidance, args.negative)
-    pictures = torch.cat([sample([p], person.factors(method.lidb), [s]) for p, s in
-                          tqdm(list(zip(args.prompts, seeds)), desc="sampling", leave=False)])
-    predicted = sample([hdb.PROMPT], factors, seeds[:1]) if theta is not None else photo.new_empty(0, *photo.shape[1:])
+    settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance,
+                "negative": args.negative, "strength": args.strength, **({"lora": ", ".join(args.lora)} if args.lora else {})}
+    sample = lambda prompt, factors, seeds: method.sample([prompt] * len(seeds), factors, seeds, args.sample_steps, args.guidance, args.negative)
+    if photo is not None and people[0].theta is not None:
+        predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), [args.seed])
+    seeds = [[args.seed + i * len(people) + j for j in range(len(people))] for i in range(len(args.prompts))]
+    pictures = torch.cat([sample(*job) for job in tqdm([(p, factors, s) for p, s in zip(args.prompts, seeds)], desc="sampling", leave=False)])
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    for i, (prompt, seed, picture) in enumerate(zip(args.prompts, seeds, pictures)):
-        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=prompt, seed=seed, model=args.model, **settings)
-    images.save(images.sheet(torch.cat([photo.cpu(), predicted.cpu(), pictures.cpu()]), 1 + len(predicted) + len(pictures)),
-                args.out / "sheet.png", prompt=" | ".join(args.prompts), seed=args.seed, model=args.model, **settings)
-    save_person(person, method, args.out / "person_tuned.safetensors")
-    if theta is not None:
-        save_person(person, method, args.out / "person.safetensors", lidb_only=True)
-    for path in sorted(args.out.glob("*")):
+    for i, picture in enumerate(pictures):
+        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[i // len(people)], seed=args.seed + i, **settings)
+    shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
+    images.save(images.sheet(shown, len(shown) if photo is not None else len(people)), args.out / "sheet.png",
+                prompt=" | ".join(args.prompts), seed=args.seed, **settings)
+    written = [args.out / "sheet.png", *(args.out / f"{i}.png" for i in range(len(pictures)))]
+    if photo is not None:
+        for name, lidb_only in ("person.safetensors", True), ("person_tuned.safetensors", False):
+            if people[0].relaxed and not lidb_only or people[0].theta is not None and lidb_only:
+                save_person(people[0], method, args.out / name, lidb_only)
+                written.append(args.out / name)
+    if args.export:
+        export_lora(factors, args.out / "lora.safetensors")
+        written.append(args.out / "lora.safetensors")
+    if args.merge:
+        merge_to_folder(method, factors, args.model if Path(args.model).is_dir() and args.model != "nano" else None, args.merge)
+        print(f"  {args.merge}/  the model with the person merged in")
+    for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
-    if args.model == "nano":
+    if args.model == "nano" and photo is not None:
         from nano import judge
-        referee = judge.load()
-        everything = torch.cat([predicted, pictures]).cpu()
-        scores = referee.likeness(everything, photo.cpu().expand(len(everything), -1, -1, -1)).tolist()
+        scores = judge.load().likeness(shown[1:], photo.cpu().expand(len(shown) - 1, -1, -1, -1)).tolist()
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores):
             print(f"  likeness {score:+.2f}  {name}")
     stage(f"done, seed {args.seed}")
+
+
+def fit(method, photo, args, stage):
+    """Photo to Person: predict, then fine-tune."""
+    theta, relaxed = None, {}
+    if method.hypernet:
+        theta = method.predict(photo)
+        stage(f"predicted {theta.numel():,} personal weights from {args.photo}")
+    if args.steps:
+        method.model.unet.gradient_checkpointing = method.model.device.type != "cpu"
+        with tqdm(total=args.steps, desc="fine-tuning", leave=False) as bar:
+            relaxed = method.fine_tune(photo, theta, args.steps, args.rank, args.lr, generator=torch.Generator().manual_seed(args.seed),
+                                       callback=lambda step, loss: (bar.set_postfix(loss=f"{loss:.4f}"), bar.update()))
+        stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
+    if theta is None and not relaxed:
+        raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give --hypernet or --steps")
+    return Person(theta, relaxed, base=args.model, basis_seed=method.lidb.seed)
+
+
+def lora(text):
+    """"style.safetensors:0.8" -> its path and strength."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if path and not Path(text).exists() else (text, 1.)
+    except ValueError:
+        return text, 1.
 
 
 class Stages:

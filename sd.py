@@ -131,25 +131,27 @@ VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The hub's layout
 
+def download(name, *patterns):
+    """The folder of a hub repository's files that match `patterns`, from the hub or its cache."""
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's, the network's and the disk's errors have no base in common
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoadError(f"{name}: neither a folder here nor to be had from the hub ({reason}); check the name and the network, or "
+                        "download it elsewhere and give its folder") from None
+
+
 def fetch(name, dtype):
     """Download what is needed of a hub repository, or find it in the hub's cache, and return its folder."""
-    def download(*patterns):
-        try:
-            return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns)))
-        except Exception as error:  # the hub's, the network's and the disk's errors have no base in common
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LoadError(f"{name}: neither a folder here nor to be had from the hub ({reason}); check the name and the network, or "
-                            "download it elsewhere and give its folder") from None
-
     # the small files first, so that a wrong model is refused before its gigabytes are downloaded
-    folder = download("model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS),
+    folder = download(name, "model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS),
                       "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json")
     refuse_other_folders(folder)
     failure = None
     for variant in variants(dtype):
         stems = [f"{part}/{stem}{variant}" for part, (*_, stem, _) in PARTS.items()]
         try:
-            folder = download(*(f"{stem}{end}.safetensors" for stem in stems for end in ("", "-*-of-*")))
+            folder = download(name, *(f"{stem}{end}.safetensors" for stem in stems for end in ("", "-*-of-*")))
         except LoadError as error:  # offline, it may be, with the other variant in the cache
             failure = error
         if all(weights(folder, part, [variant]) for part in PARTS):
@@ -183,12 +185,16 @@ def from_folder(name, folder, device, dtype):
         hint = "; make it with nano/pretrain.py" if name == "nano" else "; pickles (.bin) are not read" if pickles else ""
         raise LoadError(f"{folder}: not a complete Stable Diffusion, it lacks {', '.join(missing)}{hint}")
     modules = {}
-    for part, (_, _, config, *_) in PARTS.items():
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(folder / part / "config.json").items()}
-        # a field that isn't there, such as scaling_factor in old files, has SD 1.5's value
-        config = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
-        modules[part] = module(part, config, files[part], FOLDER_NAMES[part], device, dtype)
+    for part, (_, kind, config, *_) in PARTS.items():
+        settings = read_settings(config, folder / part / "config.json")
+        modules[part] = module(kind, settings, files[part], FOLDER_NAMES[part], device, dtype)
     return assemble(name, modules, vocabulary_in(folder / "tokenizer"))
+
+
+def read_settings(config, file):
+    """A config dataclass from a config.json; a field that isn't there, such as scaling_factor in old files, has SD 1.5's value."""
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(file).items()}
+    return config(**{f.name: found[f.name] for f in fields(config) if f.name in found})
 
 
 def read_json(file):
@@ -252,10 +258,10 @@ def from_file(name, file, device, dtype):
         shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     refuse_other_files(file, shapes)
     modules = {}
-    for part, (ours, *_, prefix) in PARTS.items():
+    for part, (ours, kind, *_, prefix) in PARTS.items():
         def rename(key):
             return ours.from_compvis(key.removeprefix(prefix)) if key.startswith(prefix) else None
-        modules[part] = module(part, ours.SD15, [file], rename, device, dtype)
+        modules[part] = module(kind, ours.SD15, [file], rename, device, dtype)
     return assemble(name, modules, vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer") or fetch_vocabulary(file))
 
 
@@ -315,9 +321,8 @@ class NoInit(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
 
-def module(part, config, files, rename, device, dtype):
-    """A part with the tensors of `files`: rename(key) is our name for a key there, None for one that isn't needed."""
-    kind = PARTS[part][1]
+def module(kind, config, files, rename, device, dtype):
+    """kind(config) with the tensors of `files`: rename(key) is our name for a key there, None for one that isn't needed."""
     try:
         with torch.device("meta"), NoInit():  # names and shapes, no memory
             built = kind(config)

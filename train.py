@@ -8,6 +8,7 @@ The same command resumes what was stopped.
 """
 import argparse
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ class Photos:
 
     def __init__(self, folder, model, vit, device):
         side = 8 * model.unet.config.sample_size
+        if not Path(folder).is_dir():
+            raise images.ImageError(f"{folder}: no such folder")
         files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
         if not files:
             raise images.ImageError(f"{folder}: holds no photos (.jpg, .png, .webp, .bmp)")
@@ -96,7 +99,8 @@ def train(args):
         if held_out and (trainer.step % args.every == 0 or trainer.step == args.steps):
             show(method, held_out, trainer)
     trainer.average()
-    hdb.save_hypernet(method.hypernet, method, args.save or f"{out}/{args.name}/hypernet.safetensors")
+    hdb.save_hypernet(method.hypernet, method, args.save or out / args.name / "hypernet.safetensors",
+                      None if args.model == "nano" else args.encoder)
 
 
 def show(method, held_out, trainer):
@@ -136,4 +140,10 @@ if __name__ == "__main__":
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
-    train(parser.parse_args())
+    try:
+        args = parser.parse_args()
+        if args.model != "nano" and not args.faces:
+            parser.error("--faces is needed for a model other than nano")
+        train(args)
+    except (images.ImageError, hdb.LoadError) as error:
+        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)

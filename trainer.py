@@ -89,6 +89,29 @@ class Trainer:
                 p.copy_(self.ema[k])
 
 
+class Ring:
+    """The `size` rows that were added last, of several tensors side by side: a pool to draw training samples from."""
+
+    def __init__(self, size):
+        self.size, self.count, self.columns = size, 0, []
+
+    def __len__(self):
+        return min(self.count, self.size)
+
+    def add(self, *tensors):
+        """Rows to put in place of the oldest; the first call fixes shapes, dtypes and devices."""
+        if not self.columns:
+            self.columns = [t.new_empty(self.size, *t.shape[1:]) for t in tensors]
+        at = (torch.arange(len(tensors[0])) + self.count) % self.size
+        for column, t in zip(self.columns, tensors):
+            column[at.to(column.device)] = t
+        self.count += len(at)
+
+    def __getitem__(self, rows):
+        """The rows with these indices (CPU), a slice of each tensor."""
+        return [column[rows.to(column.device)] for column in self.columns]
+
+
 def write(tensors, path, metadata=None):
     """Save a safetensors file so that a reader never sees half of one."""
     path = Path(path)

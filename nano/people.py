@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hypernet import NANO_VIT, ViT  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Trainer, write  # noqa: E402
+from trainer import Ring, Trainer, write  # noqa: E402
 
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS), "eye_colour": len(faces.EYES), "beard": 6,
               "glasses": 4, "glasses_colour": len(faces.FRAMES)}
@@ -27,7 +27,7 @@ def traits(identity):
     return torch.cat(number + kind, 1)
 
 
-def encoder(runs, device, steps=1500, batch=16, fresh=4, lr=7e-4, seed=0):
+def encoder(runs, device, steps=3000, batch=64, fresh=6, lr=1.2e-3, seed=0):
     """A ViT pre-trained to read identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen 14 million pictures.
 
     Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it.
@@ -37,14 +37,13 @@ def encoder(runs, device, steps=1500, batch=16, fresh=4, lr=7e-4, seed=0):
     if not file.exists():
         head = torch.nn.Linear(NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]).to(device)
         trainer = Trainer({"vit": vit, "head": head}, file.parent, steps, lr)
-        pool, truth = torch.empty(0, dtype=torch.uint8, device=device), torch.empty(0, device=device)
+        pool = Ring(16_000)
         for step in trainer:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 200_000_000)
             identity = torch.rand(fresh if len(pool) else 16 * fresh, len(faces.IDENTITY), generator=generator)
-            pool = torch.cat([pool, ((photos(identity, generator, device) + 1) * 127.5).round().byte()])[-16_000:]
-            truth = torch.cat([truth, traits(identity).to(device)])[-16_000:]
-            pick = torch.randint(len(pool), (batch,), generator=generator).to(device)
-            trainer.update((head(vit(pool[pick].float() / 127.5 - 1).mean(1)) - truth[pick]).pow(2).mean())
+            pool.add(((photos(identity, generator, device) + 1) * 127.5).round().byte(), traits(identity).to(device))
+            pixels, truth = pool[torch.randint(len(pool), (batch,), generator=generator)]
+            trainer.update((head(vit(pixels.float() / 127.5 - 1).mean(1)) - truth).pow(2).mean())
         trainer.average()
         write(vit.state_dict(), file)
     vit.load_state_dict(load_file(file))
@@ -55,9 +54,16 @@ class People:
     """Pairs for Eq. 2: the features of one photo of a person, and the latent of another picture of them in some style, with its prompt."""
 
     def __init__(self, model, vit, device, plain=.4, size=30_000, fresh=4, views=2):
-        self.model, self.vit, self.device, self.plain, self.size, self.fresh, self.views = model, vit, device, plain, size, fresh, views
-        self.features = self.latents = torch.empty(0, device=device)
-        self.styles = torch.empty(0, dtype=torch.long)
+        self.model, self.vit, self.device, self.plain, self.fresh, self.views = model, vit, device, plain, fresh, views
+        self.pool = Ring(size)
+
+    @property
+    def features(self):
+        return self.pool.columns[0][:len(self.pool)]  # (P, n, d), fp16
+
+    @property
+    def latents(self):
+        return self.pool.columns[1][:len(self.pool)]  # (P, views, 4, h, w)
 
     @torch.no_grad()
     def add(self, count, generator):
@@ -66,9 +72,7 @@ class People:
         styles[torch.rand(styles.shape, generator=generator) < self.plain] = 0
         features = self.vit(photos(identity, generator, self.device)).half()
         latents = self.model.encode(photos(identity.repeat_interleave(self.views, 0), generator, self.device, styles.flatten()))
-        self.features = torch.cat([self.features.to(features.dtype), features])[-self.size:]
-        self.latents = torch.cat([self.latents, latents.unflatten(0, styles.shape)])[-self.size:]
-        self.styles = torch.cat([self.styles, styles])[-self.size:]
+        self.pool.add(features, latents.unflatten(0, styles.shape), styles)
 
     def fix(self, count, generator):
         """`count` people and no others from now on: those that targets are fitted for."""
@@ -77,13 +81,14 @@ class People:
         self.fresh = 0
 
     def prompts(self, who, view):
-        return [list(faces.STYLES.values())[s].format("[V]") for s in self.styles[who, view].tolist()]
+        styles = self.pool.columns[2][who, view].tolist()
+        return [list(faces.STYLES.values())[s].format("[V]") for s in styles]
 
     def draw(self, count, generator):
         """Indices (count,) of people and of their views; some new people join first."""
         if self.fresh:
-            self.add(self.fresh if len(self.styles) else 256, generator)
-        return torch.randint(len(self.styles), (count,), generator=generator), torch.randint(self.views, (count,), generator=generator)
+            self.add(self.fresh if len(self.pool) else 256, generator)
+        return torch.randint(len(self.pool), (count,), generator=generator), torch.randint(self.views, (count,), generator=generator)
 
 
 class HeldOut:

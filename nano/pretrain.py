@@ -19,7 +19,7 @@ import sampling  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Trainer, write  # noqa: E402
+from trainer import Ring, Trainer, write  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -102,25 +102,6 @@ def tokenizer():
     return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)
 
 
-class Pool:
-    """Latents of the pictures drawn last, so that each is seen a few times: drawing and encoding cost as much as training on them."""
-
-    def __init__(self, encoder, size, device):
-        self.encoder, self.size, self.device = encoder, size, device
-        self.latents, self.identity, self.style = torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long)
-
-    @torch.no_grad()
-    def add(self, count, generator):
-        pictures, identity, style = people(count, generator, self.device)
-        latents = torch.cat([self.encoder.encode(x)[0] for x in pictures.split(128)])
-        for name, new in ("latents", latents), ("identity", identity), ("style", style):
-            setattr(self, name, torch.cat([getattr(self, name).to(new.device), new])[-self.size:])
-
-    def draw(self, count, generator):
-        pick = torch.randint(len(self.style), (count,), generator=generator)
-        return self.latents[pick.to(self.latents.device)], self.identity[pick], self.style[pick]
-
-
 def train_base(args):
     """Text encoder and UNet together on the noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556)."""
     torch.manual_seed(args.seed)
@@ -133,15 +114,21 @@ def train_base(args):
     initialise(text)
     torch.nn.init.zeros_(model.conv_out.weight)
     words = tokenizer()
-    pool = Pool(encoder, args.pool, args.device)
+    pool = Ring(args.pool)  # latents are seen a few times each: drawing and encoding cost as much as training on them
+
+    @torch.no_grad()
+    def add(count, generator):
+        pictures, identity, style = people(count, generator, args.device)
+        pool.add(torch.cat([encoder.encode(x)[0] for x in pictures.split(128)]), identity, style)
+
     trainer = Trainer({"unet": model, "text": text}, Path(args.runs) / "base", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
-    pool.add(32 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
+    add(32 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
     snr = sampling.ALPHAS_CUMPROD / (1 - sampling.ALPHAS_CUMPROD)
     weight = (snr.clamp(max=5) / snr).to(args.device)
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pool.add(args.fresh, generator)
-        z, identity, style = pool.draw(args.batch, generator)
+        add(args.fresh, generator)
+        z, identity, style = pool[torch.randint(len(pool), (args.batch,), generator=generator)]
         ids = words(faces.captions(identity, style, generator)).to(args.device)
         t = torch.randint(sampling.STEPS, (args.batch,), generator=generator).to(args.device)
         noise = torch.randn(z.shape, generator=generator).to(z)

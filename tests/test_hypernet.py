@@ -1,11 +1,18 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-
-from hypernet import DINO_S, NANO_VIT, VIT_H, HyperConfig, HyperNetwork, ViT
-from lidb import LiDB, Personal
+from rule import difference, draw, fill
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+import hdb
+from hypernet import DINO_S, NANO_VIT, VIT_H, HyperConfig, HyperNetwork, ViT, ViTConfig
+from lidb import LiDB, Personal
+
+SMALL_VIT = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
 
 
 def small(**options):
@@ -73,3 +80,31 @@ def test_people_in_a_batch_do_not_mix():
     nn.init.normal_(net.heads)
     photos = torch.randn(3, 3, 64, 64)
     assert torch.allclose(net(photos)[1:2], net(photos[1:2]), atol=1e-4)
+
+
+def test_vit_gives_what_transformers_gives():
+    reference = load_file(Path(__file__).parent / "reference/vit.safetensors")
+    vit = fill(ViT(SMALL_VIT))
+    with torch.no_grad():
+        assert difference(vit(draw((2, 3, 32, 32), "vit:own")), reference["own"]) <= 1e-4
+        assert difference(vit(draw((1, 3, 48, 24), "vit:other")), reference["other"]) <= 1e-4
+
+
+def test_official_files_load_strictly(tmp_path, monkeypatch):
+    vit = fill(ViT(SMALL_VIT))
+    pooler = {"pooler.dense.weight": torch.zeros(32, 32), "pooler.dense.bias": torch.zeros(32)}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", **asdict(SMALL_VIT)}))
+    save_file(vit.state_dict() | pooler, tmp_path / "model.safetensors")
+    back = hdb.load_vit(tmp_path, "cpu")
+    assert back.config == SMALL_VIT and all(torch.equal(v, back.state_dict()[k]) for k, v in vit.state_dict().items())
+    save_file({f"vit.{k}": v for k, v in vit.state_dict().items()} | {"classifier.weight": torch.zeros(2, 32)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert torch.equal(hdb.load_vit("google/vit-huge-patch14-224-in21k", "cpu").layernorm.weight, vit.layernorm.weight)
+    state = vit.state_dict()
+    del state["layernorm.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(hdb.LoadError, match="layernorm.bias"):
+        hdb.load_vit(tmp_path, "cpu")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(hdb.LoadError, match="has no model.safetensors"):
+        hdb.load_vit(tmp_path, "cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import Trainer, write
+from trainer import Ring, Trainer, write
 
 
 def train(out, steps, total=120):
@@ -48,3 +48,11 @@ def test_write_is_atomic(tmp_path):
     with pytest.raises(Exception):
         write({"a": "not a tensor"}, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_ring_keeps_the_last_rows_of_all_tensors_together():
+    ring = Ring(5)
+    for i in range(4):
+        ring.add(torch.tensor([2 * i, 2 * i + 1]), torch.tensor([[2. * i], [2. * i + 1]]))
+    a, b = ring[torch.arange(len(ring))]
+    assert len(ring) == 5 and sorted(a.tolist()) == [3, 4, 5, 6, 7] and torch.equal(a.float(), b[:, 0])

@@ -183,7 +183,7 @@ def lora():
     some = r"(down_blocks\.0|mid_block|up_blocks\.1)\..*"
     attention = LoraConfig(r=2, lora_alpha=2, target_modules=some + r"attn\d\.to_(q|k|v|out\.0)")
     everything = LoraConfig(r=2, lora_alpha=3, alpha_pattern={"proj_in": 5, "mid_block.attentions.0.proj_out": 1}, rank_pattern={"to_k": 3},
-                            target_modules=some + r"(to_[qkv]|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|time_emb_proj|conv_shortcut)"
+                            target_modules=some + r"(to_[qkv]|to_out\.0|ff\.net\.(0\.proj|2)|proj_in|proj_out|time_emb_proj|conv_shortcut)"
                             r"|time_embedding\.linear_1")
     words = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
 
@@ -223,9 +223,9 @@ def lora():
             file = Path(folder, "pytorch_lora_weights.safetensors")
             if naming == "kohya":
                 whole = {f"unet.{k}": v for k, v in state.items()} | {f"text_encoder.{k}": v for k, v in words_state.items()}
-                kohya = {k.replace("lora_te_encoder", "lora_te_text_model_encoder"): v for k, v in convert_state_dict_to_kohya(whole).items()}
-                for i, key in enumerate(k for k in kohya if k.endswith("alpha")):
-                    kohya[key] = torch.tensor([1., 2., 5.][i % 3])
+                kohya = convert_state_dict_to_kohya(whole)
+                kohya = {k.replace("lora_te1_encoder", "lora_te_text_model_encoder"): v for k, v in kohya.items()}
+                kohya |= {k: torch.tensor(3.) for k in kohya if k.endswith("alpha")}  # diffusers 0.42 drops alphas that differ
                 kohya = {k: v[:, :, None, None] if re.search("proj_(in|out).lora|shortcut.lora", k) and v.dim() == 2 else v
                          for k, v in kohya.items()}
                 save_file({k: v.contiguous() for k, v in kohya.items()}, file)
@@ -251,6 +251,24 @@ def lora():
         out |= {f"peft|{k}": v for k, v in load_file(Path(folder, "adapter_model.safetensors")).items()}
     return out | {"peft:metadata": torch.tensor(list(note.encode()), dtype=torch.uint8)} | {
         f"peft:{k}": v for k, v in outputs(whole, text).items()}
+
+
+@part
+def vit():
+    """A small ViTModel read by transformers from a file with our names, at its own size and at another."""
+    import json
+    import tempfile
+    from dataclasses import asdict
+    from transformers import ViTModel
+    import hypernet
+    from test_hypernet import SMALL_VIT
+    ours = fill(hypernet.ViT(SMALL_VIT))
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(ours.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
+        Path(folder, "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"], "hidden_act": "gelu", **asdict(SMALL_VIT)}))
+        theirs = ViTModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    return {"own": theirs(draw((2, 3, 32, 32), "vit:own")).last_hidden_state,
+            "other": theirs(draw((1, 3, 48, 24), "vit:other"), interpolate_pos_encoding=True).last_hidden_state}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""The main job itself, as a user runs it, at two steps."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, script="personalize.py"):
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_one_photo_to_a_person(tmp_path):
+    common = ["nano/example.png", "[V] face as a rock star", "a king", "--steps", 2, "--sample-steps", 2, "--seed", 7]
+    done = run(*common, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert 'warning: the prompt "a king" does not say [V]' in done.stderr and "rock star" not in done.stderr
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"0.png", "1.png", "sheet.png", "person.safetensors", "person_tuned.safetensors"}
+    picture = Image.open(tmp_path / "a/0.png")
+    assert picture.size == (128, 128) and picture.text["prompt"] == "[V] face as a rock star" and picture.text["seed"] == "7"
+    assert Image.open(tmp_path / "a/sheet.png").size == (4 * 128, 128)
+    assert (tmp_path / "a/person.safetensors").stat().st_size <= 120_000
+    with safe_open(tmp_path / "a/person.safetensors", "pt") as f:
+        assert list(f.keys()) == ["theta"]
+    assert done.stdout.count("likeness") == 3 and "seed 7" in done.stdout and "predicted 7,584 personal weights" in done.stdout
+    again = run(*common, "--out", tmp_path / "b")
+    assert again.returncode == 0
+    assert (tmp_path / "a/0.png").read_bytes() == (tmp_path / "b/0.png").read_bytes()
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["none.png", "[V] face"], "no such file"),
+    (["README.md", "[V] face"], "cannot be read as a picture"),
+    (["nano", "[V] face"], "a folder"),
+    (["nano/example.png", "[V] face", "--crop", "100,100,100"], "does not lie inside"),
+    (["nano/example.png", "[V] face", "--crop", "1,2"], "three whole numbers"),
+    (["nano/example.png", "[V] face", "--crop", "0,0,20"], "too small"),
+    (["nano/example.png", "[V] face", "--model", "nowhere"], "no such file or folder"),
+    (["nano/example.png", "[V] face", "--model", "nano/judge.safetensors"], "no model known here"),
+    (["nano/example.png", "[V] face", "--hypernet", "nano/judge.safetensors"], "not a hypernetwork"),
+    (["nano/example.png"], "required: prompt"),
+])
+def test_what_a_user_did_wrong_is_one_clear_line(arguments, why):
+    failed = run(*arguments, "--out", "out/never")
+    assert failed.returncode == 2 and why in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.stderr.strip().splitlines()[-1].startswith("personalize.py: ")
+    assert not (ROOT / "out/never").exists()
+
+
+def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
+    few = ["--sample-steps", 2, "--seed", 7]
+    for name, crop in (("a", "0,0,128"), ("b", "10,10,100")):
+        assert run("nano/example.png", "[V] face as a king", "--steps", 1, *few, "--crop", crop, "--out", tmp_path / name).returncode == 0
+    a, b = (tmp_path / name / "person_tuned.safetensors" for name in "ab")
+    again = run(a, "[V] face as a king", *few, "--out", tmp_path / "again", "--export", "lora", "--merge", tmp_path / "merged")
+    assert again.returncode == 0, again.stderr
+    difference = lambda one, two: max(abs(x - y) for x, y in zip(Image.open(one).tobytes(), Image.open(two).tobytes()))
+    assert difference(tmp_path / "a/0.png", tmp_path / "again/0.png") <= 8  # what fp16 does to the personal weights
+    merged = run("nano/example.png", "[V] face as a king", *few, "--model", tmp_path / "merged", "--steps", 1, "--lr", 0, "--out", tmp_path / "m")
+    assert merged.returncode == 0, merged.stderr
+    assert difference(tmp_path / "again/0.png", tmp_path / "m/0.png") <= 8
+    off = run(a, "[V] face as a king", *few, "--strength", 0, "--lora", tmp_path / "again/lora.safetensors:1.0", "--out", tmp_path / "off")
+    assert off.returncode == 0, off.stderr
+    assert difference(tmp_path / "again/0.png", tmp_path / "off/0.png") <= 8  # nobody, plus the person as a LoRA
+    both = run(a, b, "[V] face as a king", *few, "--out", tmp_path / "both")
+    assert both.returncode == 0, both.stderr
+    assert difference(tmp_path / "again/0.png", tmp_path / "both/0.png") <= 8 and (tmp_path / "both/1.png").exists()

@@ -1,0 +1,73 @@
+"""Training the hypernetwork, a few steps of it, as a user runs it."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_personalize import ROOT, run
+
+import hdb
+import images
+import train
+from trainer import write
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A folder of runs that has the encoder already."""
+    hypernet = load_file(ROOT / "nano/hypernet.safetensors")
+    write({k.removeprefix("vit."): v.float() for k, v in hypernet.items() if k.startswith("vit.")}, tmp_path / "encoder/vit.safetensors")
+    return tmp_path
+
+
+def test_train_and_resume_with_targets(runs):
+    options = ["--out", runs, "--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 64, "--target-steps", 1, "--every", 1000]
+    first = run(*options, "--steps", 2, script="train.py")
+    assert first.returncode == 0, first.stderr
+    targets = (runs / "hypernet/targets.safetensors").read_bytes()
+    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (64, 79, 96)
+    again = run(*options, "--steps", 3, script="train.py")
+    assert again.returncode == 0 and (runs / "hypernet/targets.safetensors").read_bytes() == targets
+    lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
+    assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
+    model = hdb.load("nano", "cpu")
+    hypernet = hdb.load_hypernet(runs / "hypernet/hypernet.safetensors", model)
+    assert hypernet.config.iterations == 2 and hypernet(torch.zeros(1, 3, 128, 128)).abs().max() > 0
+
+
+def test_fitted_targets_explain_their_people():
+    model = hdb.load("nano", "cpu")
+    method = hdb.HyperDreamBooth(model)
+
+    class Two:
+        latents = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+        def prompts(self, who, view):
+            return [hdb.PROMPT] * len(who)
+
+    def loss(theta):
+        method.personal.factors = method.lidb.factors(theta)
+        with torch.no_grad():
+            return method.denoising_loss(Two.latents[:, 0], [hdb.PROMPT] * 2, torch.Generator().manual_seed(9)).mean()
+
+    theta = train.fit_targets(method, Two(), 15, .02, torch.Generator().manual_seed(1))
+    assert theta.shape == (2, *method.lidb.shape) and not theta.requires_grad
+    assert loss(theta) < loss(torch.zeros_like(theta))
+    assert not torch.allclose(theta[0], theta[1], atol=1e-2)
+
+
+def test_a_folder_of_photos(runs, tmp_path):
+    model = hdb.load("nano", "cpu")
+    vit = hdb.load_hypernet(ROOT / "nano/hypernet.safetensors", model).vit
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    with pytest.raises(images.ImageError, match="holds no photos"):
+        train.Photos(folder, model, vit, "cpu")
+    for name in "ab":
+        images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / f"{name}.png")
+    (folder / "notes.txt").write_text("not a photo")
+    data = train.Photos(folder, model, vit, "cpu")
+    who, view = data.draw(5, torch.Generator().manual_seed(0))
+    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)  # two photos and their mirror images
+    assert len(data.features) == 4 and data.prompts(who, view) == [hdb.PROMPT] * 5
