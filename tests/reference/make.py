@@ -1,6 +1,6 @@
 """Make the stored reference outputs with diffusers and transformers:  python tests/reference/make.py [part ...]
 
-    pip install diffusers==0.40.0 transformers   # whatever pip resolves; needed here only, never by the tests
+    pip install diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 pytest   # needed here only, never by the tests
 
 Each function below builds a small model of the reference library, fills it by tests/reference/rule.py and returns the tensors to
 keep; they land in tests/reference/<part>.safetensors. Inputs are drawn by the same rule, so only outputs are stored.
@@ -261,7 +261,7 @@ def vit():
     from dataclasses import asdict
     from transformers import ViTModel
     import hypernet
-    from test_hypernet import SMALL_VIT
+    from tests.test_hypernet import SMALL_VIT
     ours = fill(hypernet.ViT(SMALL_VIT))
     with tempfile.TemporaryDirectory() as folder:
         save_file(ours.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
