@@ -34,7 +34,7 @@ def base(method, args):
                                             guidance=args.guidance) for i in range(0, len(prompts), 16)])
         z, styles, attributes = referee(pictures)
         right = (styles.argmax(1) == style).float()
-        print(f"base, {name}: style accuracy {right.mean():.3f} (worst: {min((right[style == i].mean().item(), s) for i, s in enumerate(faces.STYLES))})")
+        print(f"base, {name}: style accuracy {right.mean():.3f} (worst: {min((round(right[style == i].mean().item(), 2), s) for i, s in enumerate(faces.STYLES))})")
         if words:
             truth = faces.attributes(identity)
             hits = {k: (a.argmax(1) == truth[k]).float().mean().item() for k, a in attributes.items()}
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="*", help="of the people's table; all if not given")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=4.)
+    parser.add_argument("--guidance", type=float, default=3.)
     parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
     args = parser.parse_args()
     model = hdb.load("nano", "cpu")
