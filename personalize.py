@@ -39,6 +39,7 @@ def arguments():
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning; 0: prediction alone")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA that is fine-tuned")
     parser.add_argument("--lr", type=float, default=8e-3, help="of fine-tuning")
+    parser.add_argument("--batch", type=int, default=4, help="of fine-tuning: noises of the photo a step")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale")
     parser.add_argument("--negative", default="", help="what to avoid")
@@ -54,7 +55,7 @@ def arguments():
     args.people = [args.photo] if is_person(args.photo) else []
     while args.people and len(args.prompts) > 1 and is_person(args.prompts[0]):
         args.people.append(args.prompts.pop(0))
-    for name, low, high in (("steps", 0, 100_000), ("rank", 1, 320), ("sample_steps", 1, 999), ("strength", 0, 1.5)):
+    for name, low, high in (("steps", 0, 100_000), ("rank", 1, 320), ("batch", 1, 1024), ("sample_steps", 1, 999), ("strength", 0, 1.5)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
     if len(args.people) > 1 and (args.export or args.merge):
@@ -137,9 +138,9 @@ def fit(method, photo, args, stage):
         theta = method.predict(photo)
         stage(f"predicted {theta.numel():,} personal weights from {args.photo}")
     if args.steps:
-        method.model.unet.gradient_checkpointing = method.model.device.type != "cpu"
+        method.model.unet.gradient_checkpointing = sum(p.numel() for p in method.model.unet.parameters()) > 1e8  # the miniature has room
         with tqdm(total=args.steps, desc="fine-tuning", leave=False) as bar:
-            relaxed = method.fine_tune(photo, theta, args.steps, args.rank, args.lr, generator=torch.Generator().manual_seed(args.seed),
+            relaxed = method.fine_tune(photo, theta, args.steps, args.rank, args.lr, args.batch, torch.Generator().manual_seed(args.seed),
                                        callback=lambda step, loss: (bar.set_postfix(loss=f"{loss:.4f}"), bar.update()))
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
     if theta is None and not relaxed:
