@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("--rows", nargs="*", help="of the people's table; all if not given")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=3.)
+    parser.add_argument("--guidance", type=float, default=4.)
     parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
     args = parser.parse_args()
     model = hdb.load("nano", "cpu")

@@ -76,7 +76,7 @@ class HyperDreamBooth:
         distance = (theta_hat - theta).pow(2).mean() if beta else zero
         return alpha * denoising + beta * distance, denoising, distance
 
-    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=8e-3, batch=4, generator=None, callback=None):
+    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=4e-3, batch=4, generator=None, callback=None):
         """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and LoRA factors of a higher rank are trained
         beside it with the denoising loss on the one photo, `batch` noises of it a step. photo (P, 3, H, W) in [-1, 1], theta (P, layers,
         size) or None for none; P people are fine-tuned side by side, each on their own photo.
@@ -102,7 +102,7 @@ class HyperDreamBooth:
         return {k: (a.detach(), b.detach()) for k, (a, b) in relaxed.items()}
 
     @torch.no_grad()
-    def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=3., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
+    def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=4., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, with the factors of one person or of B, one seed per picture.
 
         size: (height, width) in pixels, divisible by 8; the model's own if None. The factors are in force only while this runs.

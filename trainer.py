@@ -16,7 +16,7 @@ class Trainer:
     Iterate over it for the step numbers that remain; call `update(loss)` once in each.
     """
 
-    def __init__(self, modules, out, steps, lr, batch_note="", warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf):
+    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf):
         self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
         self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes = Path(out), steps, lr, warmup, ema, minutes
         self.out.mkdir(parents=True, exist_ok=True)

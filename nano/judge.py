@@ -112,8 +112,8 @@ def report(device, people=256):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--people", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--people", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=48, help="people a step, two pictures each")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
