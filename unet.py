@@ -248,13 +248,13 @@ def from_compvis(name):
 
     Raises KeyError(name) for a name that no SD 1.x UNet has.
     """
-    return _ours_by_compvis()[name]
+    return _ours_by_compvis(SD15)[name]
 
 
 @cache
-def _ours_by_compvis():
+def _ours_by_compvis(config):
     with torch.device("meta"):  # names only, no memory
-        return {to_compvis(name): name for name in UNet(SD15).state_dict()}
+        return {to_compvis(name): name for name in UNet(config).state_dict()}
 
 
 def to_compvis(name):
