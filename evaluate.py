@@ -12,6 +12,7 @@ import hdb
 from lidb import join
 from nano import faces, judge
 from nano.people import HeldOut, photos
+from nano.pretrain import psnr
 
 STYLES = ("photo", "selfie", "pixar", "bark", "rock star", "professional")
 
@@ -26,8 +27,7 @@ def base(method, args):
     style = torch.arange(len(faces.STYLES)).repeat_interleave(count)
     real = photos(identity, generator, "cpu", style)
     decoded = torch.cat([model.decode(model.encode(x)) for x in real.split(16)]).clamp(-1, 1)
-    error = (decoded - real).pow(2).mean((1, 2, 3))
-    print(f"autoencoder: {(10 * torch.log10(4 / error)).mean():.2f} dB PSNR, likeness through it {referee.likeness(decoded, real).mean():.2f}")
+    print(f"autoencoder: {psnr(decoded, real):.2f} dB PSNR, likeness through it {referee.likeness(decoded, real).mean():.2f}")
     for name, words in (("style words only", 0.), ("attribute words", 1.)):
         prompts = faces.captions(identity, style, generator, words=words, rare=0., drop=0.)
         pictures = torch.cat([method.sample(prompts[i:i + 16], seeds=list(range(i, i + len(prompts[i:i + 16]))), steps=args.sample_steps,

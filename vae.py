@@ -4,7 +4,6 @@ Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (
 """
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
