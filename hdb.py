@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+import checkpoints
 import sampling
 import sd
+from checkpoints import LoadError
 from hypernet import HyperConfig, HyperNetwork, ViT, ViTConfig
 from lidb import LiDB, Personal, adaptable_layers, join, lora, personal_layers
-from sd import LoadError, StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
+from sd import StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
 from trainer import write
 
 IDENTIFIER = "sks"  # what [V] becomes: a token that text-to-image models know nothing of
@@ -29,11 +31,10 @@ class HyperDreamBooth:
     """The method around one StableDiffusion `model`, whose weights stay as they are. What is personal is in *factors* (see lidb.py)."""
 
     def __init__(self, model, hypernet=None, basis_seed=0):
-        """basis_seed: of the LiDB basis; a hypernetwork from load_hypernet brings the one it was trained with."""
+        """basis_seed: of the LiDB basis; a hypernetwork from load_hypernet brings the basis it was trained with."""
         self.model, self.hypernet = model, hypernet
-        basis_seed = getattr(hypernet, "basis_seed", basis_seed)
         self.layers = personal_layers(model.unet, model.text)
-        self.lidb = LiDB(self.layers, seed=basis_seed, device=model.device)
+        self.lidb = getattr(hypernet, "lidb", None) or LiDB(self.layers, seed=basis_seed, device=model.device)
         self.personal = Personal(adaptable_layers(model.unet, model.text))
 
     @torch.no_grad()
@@ -135,8 +136,8 @@ def load_vit(source, device=None):
     def rename(key):  # classifiers keep the ViT under a prefix; their head, and the pooler, look at one token and are not needed
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
-    config = sd.read_settings(ViTConfig, folder / "config.json")
-    return sd.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
+    config = checkpoints.read_settings(ViTConfig, folder / "config.json")
+    return checkpoints.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -164,7 +165,7 @@ def load_hypernet(path, model):
         config, seed, checksum = json.loads(note["config"]), int(note["basis_seed"]), int(note["basis_checksum"])
     except Exception as error:
         raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error})") from None
-    basis = LiDB(personal_layers(model.unet, model.text), seed=seed)
+    basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
     if (config["layers"], config["size"]) != basis.shape or checksum != basis.checksum:
         raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
     hypernet = HyperNetwork(HyperConfig(**{**config, "vit": ViTConfig(**config["vit"])}))
@@ -172,5 +173,5 @@ def load_hypernet(path, model):
         hypernet.vit = load_vit(note["encoder"], "cpu")
         tensors |= {f"vit.{k}": v for k, v in hypernet.vit.state_dict().items()}
     hypernet.load_state_dict(tensors)
-    hypernet.basis_seed = seed
+    hypernet.lidb = basis
     return hypernet.eval().requires_grad_(False).to(model.device)

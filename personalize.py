@@ -21,8 +21,9 @@ from tqdm import tqdm  # noqa: E402
 
 import hdb  # noqa: E402
 import images  # noqa: E402
+from export import export_lora, free, load_lora, merge_to_folder  # noqa: E402
 from lidb import join, scale  # noqa: E402
-from person import Person, PersonError, export_lora, is_person, load_lora, load_person, merge_to_folder, save_person, stack  # noqa: E402
+from person import Person, PersonError, is_person, load_person, save_person, stack  # noqa: E402
 
 NANO = Path(__file__).parent / "nano"
 
@@ -80,6 +81,8 @@ def main(args):
             print(f'warning: the prompt "{prompt}" does not say [V], so it will not show the person', file=sys.stderr)
     if not args.people:
         images.read(args.photo, images.SMALLEST, args.crop)  # a bad photo is reported before gigabytes are loaded
+    if args.merge:
+        free(args.merge)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (NANO / "hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
@@ -145,7 +148,9 @@ def fit(method, photo, args, stage):
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
     if theta is None and not relaxed:
         raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give --hypernet or --steps")
-    return Person(theta, relaxed, base=args.model, basis_seed=method.lidb.seed)
+    kept = lambda t: t.half().float()  # as the file keeps them, so that the pictures are the same again from there
+    return Person(theta if theta is None else kept(theta), {k: (kept(a), kept(b)) for k, (a, b) in relaxed.items()}, base=args.model,
+                  basis_seed=method.lidb.seed)
 
 
 def lora(text):

@@ -5,35 +5,26 @@
     noise = model.unet(latent, 500, model.context(["a face"]))     # one step's prediction
     image = model.decode(latent)
 
-Loading is strict: every tensor of the files has its place and every place its tensor, or there is one line that says which hasn't. It is
-lazy as well: modules are built on the meta device, which holds shapes and no numbers, and tensors go one by one from their file to their
-place, so the weights are in memory once and no random initialisation is computed to be thrown away.
+What is missing, surplus, misshapen or of another family is refused in one line; checkpoints.py does the reading.
 """
 import json
 import os
 import re
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
-from torch.overrides import TorchFunctionMode
 
 import clip
 import unet
 import vae
+from checkpoints import PICKLES, LoadError, module, read, read_json, read_settings
 
 HERE = Path(__file__).parent
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 ONLY = "only Stable Diffusion 1.x is implemented"
-
-
-class LoadError(ValueError):
-    """What is wrong with a model's files and what to do about it, in one line for the user."""
 
 
 class StableDiffusion:
@@ -44,8 +35,8 @@ class StableDiffusion:
 
     def __init__(self, name, unet, text, tokenizer, vae):
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
-        for module in (unet, text, vae):
-            module.eval().requires_grad_(False)
+        for part in (unet, text, vae):
+            part.eval().requires_grad_(False)
 
     @property
     def device(self):
@@ -126,7 +117,6 @@ FOLDER_NAMES = {  # from the key in a folder's file to ours; None: not needed
     "vae": lambda key: re.sub(r"(mid_block\.attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{vae.OLD_ATTENTION.get(m[2], m[2])}", key)}
 SINGLE_FILE_EXTRAS = re.compile(  # the noise schedule's tables, which follow from two numbers, and the training's moving average
     r"(betas|alphas_cumprod(_prev)?|(sqrt|log_one_minus|posterior)_\w+)$|model_ema\.")
-VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")  # 1×1 convolutions (c, c, 1, 1) in single files
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The hub's layout
@@ -189,19 +179,6 @@ def from_folder(name, folder, device, dtype):
         settings = read_settings(config, folder / part / "config.json")
         modules[part] = module(kind, settings, files[part], FOLDER_NAMES[part], device, dtype)
     return assemble(name, modules, vocabulary_in(folder / "tokenizer"))
-
-
-def read_settings(config, file):
-    """A config dataclass from a config.json; a field that isn't there, such as scaling_factor in old files, has SD 1.5's value."""
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(file).items()}
-    return config(**{f.name: found[f.name] for f in fields(config) if f.name in found})
-
-
-def read_json(file):
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
 
 
 # Settings that leave the tensors' names and shapes as they are but change the result: what our code does.
@@ -293,66 +270,7 @@ def fetch_vocabulary(file):
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
-# Files to modules
-
-def read(file):
-    """Open a safetensors file with safe_open, or raise a LoadError that says what it is instead."""
-    try:
-        with open(file, "rb") as f:
-            head = f.read(9)  # the header's length in 8 bytes, then the header, a JSON dictionary
-    except OSError as error:
-        raise LoadError(f"{file}: {error.strerror}") from None
-    if file.suffix in PICKLES or head.startswith((b"PK", b"\x80")) and head[8:] != b"{":
-        raise LoadError(f"{file}: a pickle, which could run any code when read; download or convert it as .safetensors")
-    try:
-        # pread copies each tensor out. The pages of a memory map would count as memory beside the copy in another dtype, and the weights
-        # would change, or the program crash, when the file does.
-        return safe_open(file, "pt", backend="pread")
-    except SafetensorError as error:
-        what = f"damaged or truncated ({error})" if head[8:] == b"{" else "not safetensors, whatever its name" if head else "empty"
-        raise LoadError(f"{file}: {what}; download it again") from None
-
-
-class NoInit(TorchFunctionMode):
-    """Skips initialisers. They would compute nothing on the meta device, but normal_ imports a compiler for that: seconds and 70 MB."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) != "torch.nn.init":
-            return function(*args, **(kwargs or {}))
-
-
-def module(kind, config, files, rename, device, dtype):
-    """kind(config) with the tensors of `files`: rename(key) is our name for a key there, None for one that isn't needed."""
-    try:
-        with torch.device("meta"), NoInit():  # names and shapes, no memory
-            built = kind(config)
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise LoadError(f"{files[0].parent}: no {kind.__name__} with these settings can be built ({error!r})") from None
-    shapes = {name: tuple(p.shape) for name, p in built.state_dict().items()}
-    found = {}
-    for file in files:
-        with read(file) as f:
-            for key in f.keys():
-                try:
-                    name = rename(key)
-                except (KeyError, ValueError):
-                    name = key
-                if name is None:
-                    continue
-                shape = tuple(f.get_slice(key).get_shape())
-                if name not in shapes or name in found:
-                    raise LoadError(f"{file}: surplus tensor {key} of shape {shape}, expected none")
-                if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
-                    shape = shape[:2]
-                if shape != shapes[name]:
-                    raise LoadError(f"{file}: tensor {key} has shape {shape}, expected {shapes[name]}")
-                found[name] = f.get_tensor(key).view(shape).to(device, dtype)
-    if missing := [name for name in shapes if name not in found]:
-        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
-        raise LoadError(f"{files[0]}: no tensor for {missing[0]}, expected shape {shapes[missing[0]]}{more}")
-    built.load_state_dict(found, assign=True)
-    return built
-
+# The whole
 
 def vocabulary_in(folder):
     """The files in `folder` that hold a tokenizer's vocabulary: a pair, or the one file that transformers 5 writes, or []."""

@@ -69,16 +69,19 @@ def train(args):
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     device, out = model.device, Path(args.out)
     method = hdb.HyperDreamBooth(model)
+    start = args.start and hdb.load_hypernet(args.start, model)
     model.unet.gradient_checkpointing = args.model != "nano"
     if args.model == "nano":
         from nano import people  # the one place where the miniature brings its own data
-        vit = people.encoder(out, device)
+        vit = people.encoder(out, device, start=start and start.vit.state_dict())
         data, held_out = people.People(model, vit, device), people.HeldOut(16, device)
     else:
         vit = hdb.load_vit(args.encoder, device)
         data, held_out = Photos(args.faces, model, vit, device), None
     torch.manual_seed(args.seed)
     method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=args.iterations, vit=vit.config)).to(device)
+    if start:
+        method.hypernet.load_state_dict(start.state_dict())
     method.hypernet.vit = vit
     trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes)
     targets = None
@@ -123,6 +126,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="nano", help="nano, a hub id, a folder or a .safetensors file")
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default="google/vit-huge-patch14-224-in21k", help="ViT to encode photos with (not for nano)")
+    parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from; nano's encoder goes on as well")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to be resumed by the same command")
     parser.add_argument("--batch", type=int, default=24)

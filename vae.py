@@ -169,7 +169,7 @@ def from_compvis(name):
             return name
         case ["norm_out", leaf]:
             return f"{part}.conv_norm_out.{leaf}"
-        case ["mid", "attn_1", leaf, kind]:
+        case ["mid", "attn_1", leaf, kind] if leaf in MID_ATTENTION:
             return f"{part}.mid_block.attentions.0.{MID_ATTENTION[leaf]}.{kind}"
         case ["mid", "block_1" | "block_2" as block, leaf, kind]:
             return f"{part}.mid_block.resnets.{int(block[-1]) - 1}.{leaf.replace('nin_shortcut', 'conv_shortcut')}.{kind}"

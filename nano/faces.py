@@ -55,6 +55,7 @@ HAIR_STYLES = {
     "a mohawk":    (-.30, -.30,   .00,   .10,  .00,  -.60,   .15,   .36, -.50,  .00,  -1.6,   .00),
 }
 HAIR_ROWS = torch.tensor(list(HAIR_STYLES.values()))
+ATTRIBUTES = {"skin": len(SKIN_WORDS), "hair_colour": len(HAIR_WORDS), "hair_style": len(HAIR_STYLES), "glasses": 3, "beard": 4}
 
 
 def identities(seeds):

@@ -19,7 +19,6 @@ from nano import faces  # noqa: E402
 from trainer import Trainer, write  # noqa: E402
 
 FILE = Path(__file__).with_name("judge.safetensors")
-ATTRIBUTES = {"skin": len(faces.SKIN_WORDS), "hair_colour": len(faces.HAIR_WORDS), "hair_style": len(faces.HAIR_STYLES), "glasses": 3, "beard": 4}
 
 
 class Judge(nn.Module):
@@ -30,7 +29,7 @@ class Judge(nn.Module):
         self.trunk = nn.Sequential(conv(3, a, 2), conv(a, b, 2), conv(b, c, 2), conv(c, c, 1), conv(c, d, 2), conv(d, d, 1), conv(d, d, 1))
         self.embed = nn.Linear(d * 16, dim)
         self.style = nn.Linear(d * 16, len(faces.STYLES))
-        self.attributes = nn.ModuleDict({k: nn.Linear(d * 16, n) for k, n in ATTRIBUTES.items()})
+        self.attributes = nn.ModuleDict({k: nn.Linear(d * 16, n) for k, n in faces.ATTRIBUTES.items()})
 
     def forward(self, x):
         """Pictures (B, 3, 128, 128) -> unit embedding (B, 64), style logits (B, 11), dict of attribute logits."""
@@ -90,7 +89,7 @@ def report(device, people=256):
     """Print verification within each style (two pictures of one person or of two people), likeness, style and attribute accuracy."""
     model, generator = load(device), torch.Generator().manual_seed(1)
     identity = faces.identities(range(10_000_000, 10_000_000 + people))
-    truth, hits = faces.attributes(identity), {k: [] for k in ("style", *ATTRIBUTES)}
+    truth, hits = faces.attributes(identity), {k: [] for k in ("style", *faces.ATTRIBUTES)}
     same, other = [], []
     for s, name in enumerate(faces.STYLES):
         style = torch.full((people,), s)

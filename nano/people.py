@@ -27,23 +27,30 @@ def traits(identity):
     return torch.cat(number + kind, 1)
 
 
-def encoder(runs, device, steps=3000, batch=64, fresh=6, lr=1.2e-3, seed=0):
+def encoder(runs, device, steps=3000, batch=64, fresh=6, lr=1.2e-3, seed=0, start=None):
     """A ViT pre-trained to read identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen 14 million pictures.
 
-    Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it.
+    Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it. Two linear heads read: one
+    sees every patch in its place, which teaches what is small and local (glasses, a beard), one their mean, which makes patches compare
+    notes (the face's width). start: a ViT's weights to go on from.
     """
     torch.manual_seed(seed)
     vit, file = ViT(NANO_VIT).to(device), Path(runs) / "encoder/vit.safetensors"
     if not file.exists():
-        head = torch.nn.Linear(NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]).to(device)
-        trainer = Trainer({"vit": vit, "head": head}, file.parent, steps, lr)
+        if start:
+            vit.load_state_dict(start)
+        width, count = NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]
+        heads = torch.nn.ModuleDict({"mean": torch.nn.Linear(width, count), "places": torch.nn.Linear(width * (vit.embeddings.side ** 2 + 1), count)})
+        trainer = Trainer({"vit": vit, "heads": heads.to(device)}, file.parent, steps, lr)
         pool = Ring(16_000)
         for step in trainer:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 200_000_000)
             identity = torch.rand(fresh if len(pool) else 16 * fresh, len(faces.IDENTITY), generator=generator)
             pool.add(((photos(identity, generator, device) + 1) * 127.5).round().byte(), traits(identity).to(device))
             pixels, truth = pool[torch.randint(len(pool), (batch,), generator=generator)]
-            trainer.update((head(vit(pixels.float() / 127.5 - 1).mean(1)) - truth).pow(2).mean())
+            features = vit(pixels.float() / 127.5 - 1)
+            mean, places = (error.pow(2).mean() for error in (heads["mean"](features.mean(1)) - truth, heads["places"](features.flatten(1)) - truth))
+            trainer.update(mean + places, mean=mean, places=places)
         trainer.average()
         write(vit.state_dict(), file)
     vit.load_state_dict(load_file(file))
@@ -101,8 +108,9 @@ class HeldOut:
         self.photos = photos(self.identity, torch.Generator().manual_seed(first), device)
 
     @torch.no_grad()
-    def measure(self, method, factors, style, seeds, **options):
-        """Pictures of everybody in one style, their likeness (B,) to the photos and whether the style is right (B,)."""
-        pictures = method.sample([faces.STYLES[style].format("[V]")] * len(self.photos), factors, seeds, **options)
+    def measure(self, method, factors, style, seeds, who=slice(None), **options):
+        """Pictures of everybody, or of these, in one style, their likeness (B,) to the photos and whether the style is right (B,)."""
+        photos = self.photos[who]
+        pictures = method.sample([faces.STYLES[style].format("[V]")] * len(photos), factors, seeds, **options)
         right = self.judge(pictures)[1].argmax(1) == list(faces.STYLES).index(style)
-        return pictures, self.judge.likeness(pictures, self.photos), right.float()
+        return pictures, self.judge.likeness(pictures, photos), right.float()

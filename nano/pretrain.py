@@ -1,4 +1,4 @@
-"""Train the miniature Stable Diffusion from nothing:  python nano/pretrain.py vae && python nano/pretrain.py base
+"""Train the miniature Stable Diffusion from nothing:  for part in vae text unet; do python nano/pretrain.py $part; done
 
 Each part checkpoints to --runs every two minutes and goes on from there when it is called again, on any device; its moving average is
 written to nano/ in the hub's layout as fp16.
@@ -24,11 +24,10 @@ from trainer import Ring, Trainer, write  # noqa: E402
 HERE = Path(__file__).parent
 
 
-def people(count, generator, device, plain=0.):
-    """Random people in random styles, a share `plain` of them as plain photos: (pictures (count, 3, 128, 128), identity, style)."""
+def people(count, generator, device):
+    """Random people in random styles: (pictures (count, 3, 128, 128), identity, style)."""
     identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
     style = torch.randint(len(faces.STYLES), (count,), generator=generator)
-    style[torch.rand(count, generator=generator) < plain] = 0
     nuisance = faces.nuisances(count, generator)
     return faces.render(identity.to(device), nuisance.to(device), style.to(device)), identity, style
 
@@ -49,8 +48,9 @@ def train_vae(args):
     model = vae.VAE(vae.NANO).to(args.device)
     initialise(model)
     modules = {"vae": model}
+    if args.decoder or args.warm:
+        restore(model, "vae/diffusion_pytorch_model.safetensors")
     if args.decoder:
-        load_vae(model)
         modules = {"decoder": model.decoder, "post": model.post_quant_conv}
         model.encoder.requires_grad_(False)
     trainer = Trainer(modules, Path(args.runs) / ("decoder" if args.decoder else "vae"), args.steps, args.lr, minutes=args.minutes)
@@ -91,8 +91,8 @@ def standardise(model, mean, std):
     out.bias[c:] -= 2 * std.log()
 
 
-def load_vae(model):
-    model.load_state_dict({k: v.float() for k, v in load_file(HERE / "vae/diffusion_pytorch_model.safetensors").items()})
+def restore(module, file):
+    module.load_state_dict({k: v.float() for k, v in load_file(HERE / file).items()})
 
 
 def tokenizer():
@@ -102,17 +102,52 @@ def tokenizer():
     return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)
 
 
-def train_base(args):
-    """Text encoder and UNet together on the noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556)."""
+def train_text(args):
+    """Teach the text encoder what its captions say, as CLIP's has learnt it from pictures before Stable Diffusion uses it: from the end of
+    the text on, every hidden state must tell the style and, where they are mentioned, the attributes.
+
+    (Trained with the UNet alone it finds the styles, which change the whole picture, and forgets the quieter words.)
+    """
+    torch.manual_seed(args.seed)
+    text, words = clip.TextTransformer(clip.NANO).to(args.device), tokenizer()
+    initialise(text)
+    kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
+    heads = torch.nn.Linear(clip.NANO.hidden_size, sum(kinds.values())).to(args.device)
+    trainer = Trainer({"text": text, "heads": heads}, Path(args.runs) / "text", args.steps, args.lr, minutes=args.minutes)
+    for step in trainer:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        identity = torch.rand(args.batch, len(faces.IDENTITY), generator=generator)
+        said = torch.rand(args.batch, generator=generator) < .7
+        style = torch.randint(len(faces.STYLES), (args.batch,), generator=generator)
+        captions = [faces.captions(i[None], s[None], generator, words=w, drop=0.)[0] for i, s, w in zip(identity, style, said.float())]
+        ids = words(captions).to(args.device)
+        told = faces.attributes(identity)
+        truth = {"style": style, **{k: (v + 1) * said for k, v in told.items()}}
+        truth["hair_colour"] *= told["hair_style"] > 0  # nobody speaks of a bald person's
+        after = (ids == ids.max()).float()  # from the end-of-text token on
+        loss = 0
+        for logits, target in zip(heads(text(ids)).split(list(kinds.values()), 2), truth.values()):
+            error = torch.nn.functional.cross_entropy(logits.mT, target.to(args.device)[:, None].expand_as(ids), reduction="none")
+            loss = loss + (after * error).sum() / after.sum() / len(kinds)
+        trainer.update(loss)
+    trainer.average()
+    save(text, "text_encoder", "model.safetensors")
+    (HERE / "tokenizer").mkdir(exist_ok=True)
+    words.save(HERE / "tokenizer")
+
+
+def train_unet(args):
+    """The noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556); autoencoder and text encoder stay as they are."""
     torch.manual_seed(args.seed)
     model, text, encoder = unet.UNet(unet.NANO), clip.TextTransformer(clip.NANO), vae.VAE(vae.NANO)
-    load_vae(encoder)
+    initialise(model)
+    torch.nn.init.zeros_(model.conv_out.weight)
+    restore(text, "text_encoder/model.safetensors")
+    restore(encoder, "vae/diffusion_pytorch_model.safetensors")
+    if args.warm:
+        restore(model, "unet/diffusion_pytorch_model.safetensors")
     for m in (model, text, encoder):
         m.to(args.device)
-    encoder.requires_grad_(False)
-    initialise(model)
-    initialise(text)
-    torch.nn.init.zeros_(model.conv_out.weight)
     words = tokenizer()
     pool = Ring(args.pool)  # latents are seen a few times each: drawing and encoding cost as much as training on them
 
@@ -121,7 +156,7 @@ def train_base(args):
         pictures, identity, style = people(count, generator, args.device)
         pool.add(torch.cat([encoder.encode(x)[0] for x in pictures.split(128)]), identity, style)
 
-    trainer = Trainer({"unet": model, "text": text}, Path(args.runs) / "base", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
+    trainer = Trainer({"unet": model}, Path(args.runs) / "unet", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
     add(32 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
     snr = sampling.ALPHAS_CUMPROD / (1 - sampling.ALPHAS_CUMPROD)
     weight = (snr.clamp(max=5) / snr).to(args.device)
@@ -132,16 +167,15 @@ def train_base(args):
         ids = words(faces.captions(identity, style, generator)).to(args.device)
         t = torch.randint(sampling.STEPS, (args.batch,), generator=generator).to(args.device)
         noise = torch.randn(z.shape, generator=generator).to(z)
-        error = (model(sampling.add_noise(z, noise, t), t, text(ids)) - noise).pow(2).mean((1, 2, 3))
+        with torch.no_grad():
+            context = text(ids)
+        error = (model(sampling.add_noise(z, noise, t), t, context) - noise).pow(2).mean((1, 2, 3))
         trainer.update((weight[t] * error).mean(), mse=error.mean())
         if trainer.step % 500 == 0:
             preview(model, text, words, encoder, trainer.out / f"samples_{trainer.step:06d}.png")
     trainer.average()
     preview(model, text, words, encoder, trainer.out / "samples.png")
     save(model, "unet", "diffusion_pytorch_model.safetensors")
-    save(text, "text_encoder", "model.safetensors")
-    (HERE / "tokenizer").mkdir(exist_ok=True)
-    words.save(HERE / "tokenizer")
 
 
 def initialise(model):
@@ -172,17 +206,18 @@ def preview(model, text, words, decoder, path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("part", choices=["vae", "base"])
+    parser.add_argument("part", choices=["vae", "text", "unet"])
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, to be resumed")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder", action="store_true", help="vae: train only the decoder of nano/vae further")
+    parser.add_argument("--warm", action="store_true", help="vae, unet: start from the weights in nano/ instead of from nothing")
     parser.add_argument("--ema", type=float, default=.998)
-    parser.add_argument("--pool", type=int, default=50_000, help="base: latents kept")
-    parser.add_argument("--fresh", type=int, default=4, help="base: new pictures a step")
+    parser.add_argument("--pool", type=int, default=50_000, help="unet: latents kept")
+    parser.add_argument("--fresh", type=int, default=4, help="unet: new pictures a step")
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    {"vae": train_vae, "base": train_base}[args.part](args)
+    {"vae": train_vae, "text": train_text, "unet": train_unet}[args.part](args)

@@ -131,7 +131,7 @@ def test_hypernetwork_files(method, tmp_path):
     assert back.config == method.hypernet.config and torch.allclose(back(photo()), method.hypernet(photo()), atol=1e-2)
     hdb.save_hypernet(method.hypernet, hdb.HyperDreamBooth(method.model, basis_seed=1), file)
     seed_one = hdb.load_hypernet(file, method.model)
-    assert seed_one.basis_seed == 1
+    assert seed_one.lidb.seed == 1
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("text.safetensors", "none.safetensors"):
         with pytest.raises(hdb.LoadError, match="not a hypernetwork"):

@@ -163,5 +163,5 @@ def test_single_file_names_map_one_to_one():
 @pytest.mark.parametrize("name", ["", "loss.logvar", "encoder.down.0.attn.0.q.weight", "encoder.mid_block.resnets.0.conv1.weight",
                                   "decoder.mid.attn_1.to_q.weight"])
 def test_other_single_file_names_are_refused(name):
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=f"^'{name}'$"):
         vae.from_compvis(name)

@@ -1,0 +1,91 @@
+"""From files to modules, strictly and lazily: every tensor of the files has its place and every place its tensor, or one line says which hasn't.
+
+Modules are built on the meta device, which holds shapes and no numbers, and tensors go one by one from their file to their place, so the
+weights are in memory once and no random initialisation is computed to be thrown away.
+"""
+import json
+import re
+from dataclasses import fields
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")  # 1×1 convolutions (c, c, 1, 1) in single files
+
+
+class LoadError(ValueError):
+    """What is wrong with a model's files and what to do about it, in one line for the user."""
+
+
+def read_settings(config, file):
+    """A config dataclass from a config.json; a field that isn't there, such as scaling_factor in old files, has SD 1.5's value."""
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(file).items()}
+    return config(**{f.name: found[f.name] for f in fields(config) if f.name in found})
+
+
+def read_json(file):
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
+
+
+def read(file):
+    """Open a safetensors file with safe_open, or raise a LoadError that says what it is instead."""
+    try:
+        with open(file, "rb") as f:
+            head = f.read(9)  # the header's length in 8 bytes, then the header, a JSON dictionary
+    except OSError as error:
+        raise LoadError(f"{file}: {error.strerror}") from None
+    if file.suffix in PICKLES or head.startswith((b"PK", b"\x80")) and head[8:] != b"{":
+        raise LoadError(f"{file}: a pickle, which could run any code when read; download or convert it as .safetensors")
+    try:
+        # pread copies each tensor out. The pages of a memory map would count as memory beside the copy in another dtype, and the weights
+        # would change, or the program crash, when the file does.
+        return safe_open(file, "pt", backend="pread")
+    except SafetensorError as error:
+        what = f"damaged or truncated ({error})" if head[8:] == b"{" else "not safetensors, whatever its name" if head else "empty"
+        raise LoadError(f"{file}: {what}; download it again") from None
+
+
+class NoInit(TorchFunctionMode):
+    """Skips initialisers. They would compute nothing on the meta device, but normal_ imports a compiler for that: seconds and 70 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
+def module(kind, config, files, rename, device, dtype):
+    """kind(config) with the tensors of `files`: rename(key) is our name for a key there, None for one that isn't needed."""
+    try:
+        with torch.device("meta"), NoInit():  # names and shapes, no memory
+            built = kind(config)
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise LoadError(f"{files[0].parent}: no {kind.__name__} with these settings can be built ({error!r})") from None
+    shapes = {name: tuple(p.shape) for name, p in built.state_dict().items()}
+    found = {}
+    for file in files:
+        with read(file) as f:
+            for key in f.keys():
+                try:
+                    name = rename(key)
+                except (KeyError, ValueError):
+                    name = key
+                if name is None:
+                    continue
+                shape = tuple(f.get_slice(key).get_shape())
+                if name not in shapes or name in found:
+                    raise LoadError(f"{file}: surplus tensor {key} of shape {shape}, expected none")
+                if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
+                    shape = shape[:2]
+                if shape != shapes[name]:
+                    raise LoadError(f"{file}: tensor {key} has shape {shape}, expected {shapes[name]}")
+                found[name] = f.get_tensor(key).view(shape).to(device, dtype)
+    if missing := [name for name in shapes if name not in found]:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        raise LoadError(f"{files[0]}: no tensor for {missing[0]}, expected shape {shapes[missing[0]]}{more}")
+    built.load_state_dict(found, assign=True)
+    return built
