@@ -5,14 +5,17 @@ style the judge recognises, because copying the photo is a likeness too. ± is t
 """
 import argparse
 import time
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import hdb
 from lidb import join
 from nano import faces, judge
 from nano.people import HeldOut, photos
 from nano.pretrain import psnr
+from trainer import write
 
 STYLES = ("photo", "selfie", "pixar", "bark", "rock star", "professional")
 
@@ -62,7 +65,7 @@ def people(method, args):
             "prediction only, s = 1": lambda: method.lidb.factors(method.predict(held_out.photos, 1)),
             "s = 1 + fine-tuning": lambda: tune(method.predict(held_out.photos, 1))}
     print(f"{args.people} people, likeness / style accuracy\n{'':26s}" + "".join(f"{s:>14s}" for s in STYLES) + "   styled mean")
-    measured = {}  # row -> likeness (people, 2) of "a [V] face" and of the other styles' mean
+    folder = Path(args.runs) / f"evaluation_{args.people}"  # a file of likenesses for every row: rows may be measured by several calls
     for name in args.rows or rows:
         start, factors, scores, styles = time.time(), rows[name](), [], []
         for i, style in enumerate(STYLES):
@@ -80,12 +83,12 @@ def people(method, args):
         print(f"{name:26s}" + "".join(f"{s.mean():9.2f}/{r.mean():.2f}" for s, r in zip(scores.T, styles.T))
               + f"   {mean.mean():.3f} ± {mean.std() / len(mean) ** .5:.3f} / {styles[:, 1:].mean():.2f}"
               + f"   (photo ± {scores[:, 0].std() / len(mean) ** .5:.3f}; {time.time() - start:.0f} s)", flush=True)
-        measured[name] = torch.stack([scores[:, 0], mean], 1)
-    first, *others = measured
-    for name in others:  # the same people and the same noise in every row, so the difference is known better than either
-        difference = measured[first] - measured[name]
-        error = difference.std(0) / len(difference) ** .5
-        print(f"{first} − {name}: photo {difference[:, 0].mean():+.3f} ± {error[0]:.3f}, styled {difference[:, 1].mean():+.3f} ± {error[1]:.3f}")
+        write({"plain": scores[:, 0], "styled": mean}, folder / f"{name}.safetensors")
+    measured = {name: load_file(folder / f"{name}.safetensors") for name in rows if (folder / f"{name}.safetensors").exists()}
+    best = measured.pop("prediction + fine-tuning", None)
+    for name in measured if best is not None else ():  # the same people and noise in every row, so the difference is known better than either
+        differences = [f"{kind} {d.mean():+.3f} ± {d.std() / len(d) ** .5:.3f}" for kind in best for d in [best[kind] - measured[name][kind]]]
+        print(f"full method − {name}: {', '.join(differences)}")
 
 
 if __name__ == "__main__":
@@ -96,6 +99,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sample-steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=4.)
+    parser.add_argument("--runs", default="runs", help="folder that keeps the likenesses of every row measured")
     parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
     args = parser.parse_args()
     model = hdb.load("nano", "cpu")

@@ -77,7 +77,7 @@ class HyperDreamBooth:
         distance = (theta_hat - theta).pow(2).mean() if beta else zero
         return alpha * denoising + beta * distance, denoising, distance
 
-    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=4e-3, batch=4, generator=None, callback=None):
+    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
         """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and LoRA factors of a higher rank are trained
         beside it with the denoising loss on the one photo, `batch` noises of it a step. photo (P, 3, H, W) in [-1, 1], theta (P, layers,
         size) or None for none; P people are fine-tuned side by side, each on their own photo.

@@ -39,7 +39,7 @@ def arguments():
     parser.add_argument("--crop", type=crop, metavar="X,Y,SIZE", help="square of the photo to use, in pixels; its central square if not given")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning; 0: prediction alone")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA that is fine-tuned")
-    parser.add_argument("--lr", type=float, default=4e-3, help="of fine-tuning")
+    parser.add_argument("--lr", type=float, default=3e-3, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4, help="of fine-tuning: noises of the photo a step")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=4., help="classifier-free guidance scale")

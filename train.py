@@ -94,7 +94,8 @@ def train(args):
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 400_000_000)
         who, view = data.draw(args.batch, generator)
-        s = max(1, min(args.iterations, 1 + (args.iterations * 2 * step) // args.steps))  # s grows to its full value by half-time
+        # s grows to its full value by half-time; what has learnt to iterate goes on with all of it
+        s = args.iterations if start else max(1, min(args.iterations, 1 + (args.iterations * 2 * step) // args.steps))
         theta = method.hypernet.refine(data.features[who].float(), s)
         loss, denoising, distance = method.hyper_loss(theta, data.latents[who, view], data.prompts(who, view), generator,
                                                       None if targets is None else targets[who], args.alpha, args.beta)

@@ -94,7 +94,7 @@ class People:
     def draw(self, count, generator):
         """Indices (count,) of people and of their views; some new people join first."""
         if self.fresh:
-            self.add(self.fresh if len(self.pool) else 256, generator)
+            self.add(self.fresh if len(self.pool) else 512, generator)
         return torch.randint(len(self.pool), (count,), generator=generator), torch.randint(self.views, (count,), generator=generator)
 
 

@@ -157,7 +157,7 @@ def train_unet(args):
         pool.add(torch.cat([encoder.encode(x)[0] for x in pictures.split(128)]), identity, style)
 
     trainer = Trainer({"unet": model}, Path(args.runs) / "unet", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
-    add(32 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
+    add(256 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
     snr = sampling.ALPHAS_CUMPROD / (1 - sampling.ALPHAS_CUMPROD)
     weight = (snr.clamp(max=5) / snr).to(args.device)
     for step in trainer:

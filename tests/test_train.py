@@ -36,6 +36,14 @@ def test_train_and_resume_with_targets(runs):
     assert hypernet.config.iterations == 2 and hypernet(torch.zeros(1, 3, 128, 128)).abs().max() > 0
 
 
+def test_training_goes_on_from_a_hypernetwork(runs):
+    shipped = ROOT / "nano/hypernet.safetensors"
+    done = run("--start", shipped, "--steps", 1, "--lr", 0, "--batch", 2, "--out", runs, "--save", runs / "same.safetensors", script="train.py")
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(shipped), load_file(runs / "same.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
 def test_fitted_targets_explain_their_people():
     model = hdb.load("nano", "cpu")
     method = hdb.HyperDreamBooth(model)
