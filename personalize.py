@@ -9,12 +9,16 @@ Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, pe
 person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo, the prediction alone, then the prompts.
 """
 import argparse
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
 START = time.time()  # importing torch takes a while, and the times printed below should be what a user waits
+# Threads that wait for one another spin by default, which starves the one whose core another program is using: on two cores, one of them
+# busy, forty steps took minutes. To sleep after a short spin costs a few per cent on a free machine. OpenMP reads this as torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
