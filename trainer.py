@@ -13,14 +13,19 @@ class Trainer:
     """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any later call resumes from.
 
     modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of log.jsonl and state.safetensors.
+    muon: matrices and convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon).
     Iterate over it for the step numbers that remain; call `update(loss)` once in each.
     """
 
-    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf):
+    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf, muon=False):
         self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
         self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes = Path(out), steps, lr, warmup, ema, minutes
         self.out.mkdir(parents=True, exist_ok=True)
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self.matrices = {k: p.detach().flatten(1) for k, p in self.parameters.items() if muon and p.dim() > 1}  # in the parameters' memory
+        others = {k: p for k, p in self.parameters.items() if k not in self.matrices}
+        self.optimizers = {torch.optim.AdamW(others.values(), lr, betas, weight_decay=weight_decay, fused=True): others}
+        if self.matrices:
+            self.optimizers[torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")] = self.matrices
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
         self.step, self.mean = 0, {}
         if (self.out / "state.safetensors").exists():
@@ -42,12 +47,16 @@ class Trainer:
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
         progress = self.step / self.steps
         lr = self.lr * min(1, (self.step + 1) / self.warmup) * (.5 + .5 * math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for k, m in self.matrices.items():
+            m.grad = self.parameters[k].grad.flatten(1)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        for p in self.parameters.values():
+            p.grad = None
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
         self.step += 1
@@ -62,11 +71,9 @@ class Trainer:
             f.write(json.dumps({"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
 
     def save(self):
-        moments = {k: self.optimizer.state[p] for k, p in self.parameters.items()}
-        tensors = {}
-        for k, p in self.parameters.items():
-            tensors |= {f"now.{k}": p.detach(), f"ema.{k}": self.ema[k]}
-            tensors |= {f"{m}.{k}": moments[k][m] for m in ("exp_avg", "exp_avg_sq") if moments[k]}
+        tensors = {f"now.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": p for k, p in self.ema.items()}
+        for optimizer, trained in self.optimizers.items():
+            tensors |= {f"{m}.{k}": t for k, p in trained.items() for m, t in optimizer.state[p].items() if m != "step"}
         write(tensors, self.out / "state.safetensors", {"step": str(self.step)})
 
     def _resume(self):
@@ -78,9 +85,10 @@ class Trainer:
             for k, p in self.parameters.items():
                 p.copy_(tensors[f"now.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
-                if f"exp_avg.{k}" in tensors:
-                    self.optimizer.state[p] = {"step": torch.tensor(float(self.step)),
-                                               **{m: tensors[f"{m}.{k}"].to(p.device) for m in ("exp_avg", "exp_avg_sq")}}
+        for optimizer, trained in self.optimizers.items():
+            for k, p in trained.items():
+                moments = {m: tensors[f"{m}.{k}"].to(p.device) for m in ("exp_avg", "exp_avg_sq", "momentum_buffer") if f"{m}.{k}" in tensors}
+                optimizer.state[p] = moments and {"step": torch.tensor(float(self.step)), **moments}
 
     def average(self):
         """Put the moving average into the modules in place of the current weights."""

@@ -2,12 +2,16 @@
 import pytest
 import torch
 from rule import draw, fill
+from torch.nn.functional import interpolate
 
 import clip
 import hdb
+import images
+import sampling
+import sd
 import unet
 import vae
-from hypernet import DINO_S, HyperConfig, HyperNetwork, NANO_VIT, ViT
+from hypernet import DINO_S, NANO_VIT, HyperConfig, HyperNetwork, ViT
 from person import Person
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -18,25 +22,32 @@ def relative(ours, reference):
     return ((ours.float().cpu() - reference).norm() / reference.norm()).item()
 
 
-def small_models():
-    ids = torch.randint(clip.NANO.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    return {"unet": (unet.UNet(unet.NANO), (draw((2, 4, 16, 16), 1), torch.tensor([10, 900]), draw((2, 24, 128), 2))),
-            "text": (clip.TextTransformer(clip.NANO), (ids,)),
-            "vae.encode": (vae.VAE(vae.NANO), (draw((2, 3, 128, 128), 3).clamp(-1, 1),)),
-            "vae.decode": (vae.VAE(vae.NANO), (draw((2, 4, 16, 16), 4),)),
-            "vit": (ViT(DINO_S), (draw((2, 3, 224, 224), 5).clamp(-1, 1),))}
+def parts():
+    """A call, a module and its inputs: what is shipped, doing what it is made for, as random weights amplify rounding in the UNet and the
+    autoencoder more than trained ones do. The official encoders of photos are not here, so theirs are random."""
+    model = hdb.load("nano", "cpu", torch.float32)
+    tower = fill(clip.CLIP(clip.TextConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
+                           clip.VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)))
+    photo = images.read(sd.HERE / "nano/example.png", 128)
+    ids, latent, t = model.tokenizer(["a face as a rock star", ""]), model.encode(photo), torch.tensor([100, 900])
+    noisy = sampling.add_noise(latent.expand(2, -1, -1, -1), draw((2, 4, 16, 16), 1), t)
+    forward = lambda module, *inputs: module(*inputs)
+    return {"unet": (forward, model.unet, noisy, t, model.text(ids)),
+            "text": (forward, model.text, ids),
+            "vae.encode": (lambda m, x: m.encode(x)[0], model.vae, photo),
+            "vae.decode": (lambda m, z: m.decode(z), model.vae, latent),
+            "vit": (forward, fill(ViT(DINO_S)), interpolate(photo, (224, 224), mode="bicubic")),
+            "clip image": (lambda m, x: m.image_features(x), tower, clip.preprocess(photo))}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("part", small_models())
+@pytest.mark.parametrize("part", ["unet", "text", "vae.encode", "vae.decode", "vit", "clip image"])
+@torch.no_grad()
 def test_half_precision_against_the_cpu(part, dtype):
-    module, inputs = small_models()[part]
-    fill(module)
-    call = {"vae.encode": lambda m, x: m.encode(x)[0], "vae.decode": lambda m, z: m.decode(z)}.get(part, lambda m, *a: m(*a))
-    with torch.no_grad():
-        reference = call(module, *inputs)
-        on_gpu = [x.cuda() if x.dtype == torch.long else x.cuda().to(dtype) for x in inputs]
-        assert relative(call(module.cuda().to(dtype), *on_gpu), reference) <= 1e-2
+    call, module, *inputs = parts()[part]
+    reference = call(module, *inputs)
+    on_gpu = [x.cuda() if x.dtype == torch.long else x.cuda().to(dtype) for x in inputs]
+    assert relative(call(module.cuda().to(dtype), *on_gpu), reference) <= 1e-2
 
 
 def full_size(dtype):
@@ -70,13 +81,6 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
 
 
 def test_a_seed_means_the_same_on_both_devices():
-    module = fill(unet.UNet(unet.NANO))
-    model = hdb.StableDiffusion("nano", module, fill(clip.TextTransformer(clip.NANO)), clip.Tokenizer(*clip.learn_bpe(["a", "face"])[:2], 24),
-                                fill(vae.VAE(vae.NANO)))
-    method = hdb.HyperDreamBooth(model)
-    pictures = []
-    for device in ("cpu", "cuda"):
-        for part in (model.unet, model.text, model.vae):
-            part.to(device)
-        pictures.append(method.sample(["a face"], seeds=[3], steps=4).cpu())
-    assert (pictures[0] - pictures[1]).abs().max() < .05
+    pictures = [hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32)).sample(["a face as a rock star"], seeds=[3]).cpu()
+                for device in ("cpu", "cuda")]
+    assert (pictures[0] - pictures[1]).abs().mean() < .01

@@ -7,10 +7,10 @@ from torch import nn
 from trainer import Ring, Trainer, write
 
 
-def train(out, steps, total=120):
+def train(out, steps, total=120, **options):
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    trainer = Trainer({"model": model}, out, total, lr=.3, warmup=5)
+    trainer = Trainer({"model": model}, out, total, lr=.3, warmup=5, **options)
     for step in trainer:
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
         trainer.update((model(x) - x.sum(1, keepdim=True)).square().mean())
@@ -20,14 +20,26 @@ def train(out, steps, total=120):
     return trainer, model
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path):
-    _, straight = train(tmp_path / "straight", 120)
-    train(tmp_path / "halves", 51)
-    trainer, resumed = train(tmp_path / "halves", 120)
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, muon):
+    _, straight = train(tmp_path / "straight", 120, muon=muon)
+    train(tmp_path / "halves", 51, muon=muon)
+    trainer, resumed = train(tmp_path / "halves", 120, muon=muon)
     assert trainer.step == 120 and torch.allclose(straight.weight, resumed.weight, atol=1e-6)
     assert torch.allclose(resumed.weight, torch.ones(1, 4), atol=.05)
     trainer.average()
     assert not torch.equal(resumed.weight, straight.weight)
+
+
+def test_muon_trains_the_kernels_where_they_are(tmp_path):
+    model = nn.Conv2d(2, 3, 3)
+    before = model.weight.detach().clone()
+    trainer = Trainer({"m": model}, tmp_path, 10, lr=.1, warmup=1, muon=True)
+    assert list(trainer.matrices) == ["m.weight"]
+    trainer.update(model(torch.ones(1, 2, 3, 3)).sum())
+    moved = (model.weight.detach() - before).flatten(1)
+    assert torch.linalg.svdvals(moved)[0] / moved.norm() > .99  # the gradient's one direction, rank 1
+    assert .6 < moved.norm() / (.1 * .2 * 18 ** .5) < 1.3  # and about as long as AdamW's steps, whatever the gradient's length
 
 
 def test_frozen_parameters_stay_out(tmp_path):
