@@ -90,16 +90,18 @@ class HyperDreamBooth:
         relaxed = lora(self.layers, rank, generator, people=len(photo))
         parameters = [p for pair in relaxed.values() for p in pair]
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .99), weight_decay=0.)
-        with torch.enable_grad():
-            for step in range(steps):
-                self.personal.factors = join(predicted, relaxed)
-                loss = self.denoising_loss(latent, [PROMPT] * len(latent), generator).mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if callback:
-                    callback(step, loss.item())
-        self.personal.factors = {}
+        try:
+            with torch.enable_grad():
+                for step in range(steps):
+                    self.personal.factors = join(predicted, relaxed)
+                    loss = self.denoising_loss(latent, [PROMPT] * len(latent), generator).mean()
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if callback:
+                        callback(step, loss.item())
+        finally:
+            self.personal.factors = {}
         return {k: (a.detach(), b.detach()) for k, (a, b) in relaxed.items()}
 
     @torch.no_grad()
@@ -112,10 +114,12 @@ class HyperDreamBooth:
         height, width = (side, side) if size is None else (size[0] // 8, size[1] // 8)
         start = sampling.noise((len(prompts), 4, height, width), list(seeds if seeds is not None else range(len(prompts))))
         self.personal.factors = factors or {}
-        context = self.context(prompts)
-        negatives = self.model.context([negative] * len(prompts))
-        z = sampler(sampling.guided(self.model.unet, context, negatives, guidance), start.to(self.model.device), steps, callback=callback)
-        self.personal.factors = {}
+        try:
+            context = self.context(prompts)
+            negatives = self.model.context([negative] * len(prompts))
+            z = sampler(sampling.guided(self.model.unet, context, negatives, guidance), start.to(self.model.device), steps, callback=callback)
+        finally:
+            self.personal.factors = {}
         return self.model.decode(z).float().clamp(-1, 1)
 
 

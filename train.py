@@ -83,7 +83,7 @@ def train(args):
     if start:
         method.hypernet.load_state_dict(start.state_dict())
     method.hypernet.vit = vit
-    trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes)
+    trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes, muon=True)
     targets = None
     if args.beta:
         data.fix(args.targets, torch.Generator().manual_seed(args.seed + 600_000_000))

@@ -21,7 +21,7 @@ class Trainer:
         self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
         self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes = Path(out), steps, lr, warmup, ema, minutes
         self.out.mkdir(parents=True, exist_ok=True)
-        self.matrices = {k: p.detach().flatten(1) for k, p in self.parameters.items() if muon and p.dim() > 1}  # in the parameters' memory
+        self.matrices = {k: p.detach().flatten(1) for k, p in self.parameters.items() if muon and p.dim() in (2, 4)}  # in the parameters' memory
         others = {k: p for k, p in self.parameters.items() if k not in self.matrices}
         self.optimizers = {torch.optim.AdamW(others.values(), lr, betas, weight_decay=weight_decay, fused=True): others}
         if self.matrices:

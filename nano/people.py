@@ -27,7 +27,7 @@ def traits(identity):
     return torch.cat(number + kind, 1)
 
 
-def encoder(runs, device, steps=3000, batch=64, fresh=6, lr=1.2e-3, seed=0, start=None):
+def encoder(runs, device, steps=3000, batch=64, fresh=24, lr=1e-3, seed=0, start=None):
     """A ViT pre-trained to read identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen 14 million pictures.
 
     Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it. Two linear heads read: one
@@ -41,8 +41,8 @@ def encoder(runs, device, steps=3000, batch=64, fresh=6, lr=1.2e-3, seed=0, star
             vit.load_state_dict(start)
         width, count = NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]
         heads = torch.nn.ModuleDict({"mean": torch.nn.Linear(width, count), "places": torch.nn.Linear(width * (vit.embeddings.side ** 2 + 1), count)})
-        trainer = Trainer({"vit": vit, "heads": heads.to(device)}, file.parent, steps, lr)
-        pool = Ring(16_000)
+        trainer = Trainer({"vit": vit, "heads": heads.to(device)}, file.parent, steps, lr, muon=True)
+        pool = Ring(32_000)
         for step in trainer:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step + 200_000_000)
             identity = torch.rand(fresh if len(pool) else 16 * fresh, len(faces.IDENTITY), generator=generator)

@@ -53,14 +53,15 @@ def train_vae(args):
     if args.decoder:
         modules = {"decoder": model.decoder, "post": model.post_quant_conv}
         model.encoder.requires_grad_(False)
-    trainer = Trainer(modules, Path(args.runs) / ("decoder" if args.decoder else "vae"), args.steps, args.lr, minutes=args.minutes)
+    trainer = Trainer(modules, Path(args.runs) / ("decoder" if args.decoder else "vae"), args.steps, args.lr, minutes=args.minutes, muon=True)
     test, _, _ = people(64, torch.Generator().manual_seed(10_000_000), args.device)
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         x, _, _ = people(args.batch, generator, args.device)
-        mean, logvar = model.encode(x)
-        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(x)
-        y = model.decode(z)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+            mean, logvar = (t.float() for t in model.encode(x))
+            z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator).to(x)
+            y = model.decode(z).float()
         mse, mae = (y - x).pow(2).mean(), (y - x).abs().mean()
         kl = .5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         trainer.update(mse + .05 * mae + (0 if args.decoder else 3e-5 * kl), mse=mse, kl=kl)
@@ -156,7 +157,7 @@ def train_unet(args):
         pictures, identity, style = people(count, generator, args.device)
         pool.add(torch.cat([encoder.encode(x)[0] for x in pictures.split(128)]), identity, style)
 
-    trainer = Trainer({"unet": model}, Path(args.runs) / "unet", args.steps, args.lr, ema=args.ema, minutes=args.minutes)
+    trainer = Trainer({"unet": model}, Path(args.runs) / "unet", args.steps, args.lr, ema=args.ema, minutes=args.minutes, muon=True)
     add(256 * args.fresh, torch.Generator().manual_seed(args.seed + 500_000_000 + trainer.step))
     snr = sampling.ALPHAS_CUMPROD / (1 - sampling.ALPHAS_CUMPROD)
     weight = (snr.clamp(max=5) / snr).to(args.device)
@@ -214,6 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder", action="store_true", help="vae: train only the decoder of nano/vae further")
     parser.add_argument("--warm", action="store_true", help="vae, unet: start from the weights in nano/ instead of from nothing")
+    parser.add_argument("--bf16", action="store_true", help="vae: compute in bfloat16, on hardware that has it")
     parser.add_argument("--ema", type=float, default=.998)
     parser.add_argument("--pool", type=int, default=50_000, help="unet: latents kept")
     parser.add_argument("--fresh", type=int, default=4, help="unet: new pictures a step")

@@ -119,6 +119,16 @@ def test_sampling_is_one_person_per_picture_and_seeded(method):
     assert method.sample(prompts[:1], size=(64, 96), steps=1).shape == (1, 3, 64, 96)
 
 
+def test_an_interrupted_run_leaves_the_model_untouched(method):
+    def stop(*_):
+        raise KeyboardInterrupt
+    factors = method.lidb.factors(method.predict(photo()))
+    for run in (lambda: method.fine_tune(photo(), steps=1, callback=stop), lambda: method.sample(["a [V] face"], factors, [0], steps=2, callback=stop)):
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert method.personal.factors == {}
+
+
 def test_v_becomes_the_identifier(method):
     plain, capital, small = (method.context([p]) for p in (f"a {hdb.IDENTIFIER} face", "a [V] face", "a [v] face"))
     assert torch.equal(plain, capital) and torch.equal(plain, small)
