@@ -1,14 +1,16 @@
 """From files to modules, strictly and lazily: every tensor of the files has its place and every place its tensor, or one line says which hasn't.
 
 Modules are built on the meta device, which holds shapes and no numbers, and tensors go one by one from their file to their place, so the
-weights are in memory once and no random initialisation is computed to be thrown away.
+weights are in memory once and no random initialisation is computed to be thrown away. And back into files, whole or not at all.
 """
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -21,8 +23,13 @@ class LoadError(ValueError):
 
 def read_settings(config, file):
     """A config dataclass from a config.json; a field that isn't there, such as scaling_factor in old files, has SD 1.5's value."""
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in read_json(file).items()}
-    return config(**{f.name: found[f.name] for f in fields(config) if f.name in found})
+    return configure(config(), read_json(file))
+
+
+def configure(config, found):
+    """The config dataclass with the fields that are in the dict `found` taken from there, lists as tuples."""
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    return replace(config, **{f.name: found[f.name] for f in fields(config) if f.name in found})
 
 
 def read_json(file):
@@ -89,3 +96,15 @@ def module(kind, config, files, rename, device, dtype):
         raise LoadError(f"{files[0]}: no tensor for {missing[0]}, expected shape {shapes[missing[0]]}{more}")
     built.load_state_dict(found, assign=True)
     return built
+
+
+def write(tensors, path, metadata=None):
+    """Save tensors as a safetensors file at `path`, with its folder, so that nobody ever sees half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

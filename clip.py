@@ -109,8 +109,10 @@ class Tokenizer:
     def __call__(self, texts):
         """A list of B strings to ids (B, max_length): start, tokens, end, then end again as padding. Unknown symbols are end as well.
 
-        What doesn't fit is cut, with a warning that names it.
+        What doesn't fit is cut, with a warning that names it. TypeError for a lone string, which would be taken for a list of letters.
         """
+        if isinstance(texts, str):
+            raise TypeError("give a list of texts, not one text")
         ids = torch.full((len(texts), self.max_length), self.end)
         ids[:, 0] = self.start
         for row, text in zip(ids, texts):

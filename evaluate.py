@@ -5,17 +5,18 @@ style the judge recognises, because copying the photo is a likeness too. ± is t
 """
 import argparse
 import time
+import zlib
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 import hdb
+from checkpoints import write
 from lidb import join
 from nano import faces, judge
 from nano.people import HeldOut, photos
 from nano.pretrain import psnr
-from trainer import write
 
 STYLES = ("photo", "selfie", "pixar", "bark", "rock star", "professional")
 
@@ -65,7 +66,10 @@ def people(method, args):
             "prediction only, s = 1": lambda: method.lidb.factors(method.predict(held_out.photos, 1)),
             "s = 1 + fine-tuning": lambda: tune(method.predict(held_out.photos, 1))}
     print(f"{args.people} people, likeness / style accuracy\n{'':26s}" + "".join(f"{s:>14s}" for s in STYLES) + "   styled mean")
-    folder = Path(args.runs) / f"evaluation_{args.people}"  # a file of likenesses for every row: rows may be measured by several calls
+    # a file of likenesses for every row, as rows may be measured by several calls; other weights or settings are another folder
+    weights = [*sorted(Path(__file__).parent.glob("nano/*/*.safetensors")), Path(__file__).parent / "nano/judge.safetensors", Path(args.hypernet)]
+    settings = b"".join(w.read_bytes() for w in weights) + repr((args.steps, args.sample_steps, args.guidance)).encode()
+    folder = Path(args.runs) / f"evaluation_{args.people}_{zlib.crc32(settings):08x}"
     for name in args.rows or rows:
         start, factors, scores, styles = time.time(), rows[name](), [], []
         for i, style in enumerate(STYLES):

@@ -21,9 +21,9 @@ from torch import nn
 import checkpoints
 import clip
 import sd
+from checkpoints import write
 from lidb import adaptable_layers, merge
 from person import PersonError, check_numbers, read
-from trainer import write
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # LoRA, ours for other programs and others' for ours
@@ -39,16 +39,19 @@ def export_lora(factors, path, metadata=None, dtype=torch.float32):
     for name, (a, b) in factors.items():
         if len(a) != 1:
             raise PersonError(f"{path}: a LoRA is one person's, not {len(a)} people's")
-        key = kohya(name)
-        tensors[f"{key}.lora_down.weight"] = a[0].T.to(dtype)               # (r, in)
-        tensors[f"{key}.lora_up.weight"] = b[0].T.to(dtype)                 # (out, r)
-        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[2]))           # readers multiply by alpha / r
+        key, end = kohya(name), (1, 1) if name.endswith(CONVOLUTIONS) else ()
+        tensors[f"{key}.lora_down.weight"] = a[0].T.to(dtype).unflatten(1, (-1, *end))  # (r, in), of convolutions (r, in, 1, 1)
+        tensors[f"{key}.lora_up.weight"] = b[0].T.to(dtype).unflatten(1, (-1, *end))    # (out, r)
+        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[2]))                       # readers multiply by alpha / r
     if not tensors:
         raise PersonError(f"{path}: nothing to write, the person has no personal weights")
     check_numbers(tensors, path)
     rank = str(max(a.shape[2] for a, _ in factors.values()))
     note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_base_model_version": "sd_v1"}
     write(tensors, path, note | {key: str(value) for key, value in (metadata or {}).items()})
+
+
+CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
 
 
 def kohya(name):
@@ -192,7 +195,8 @@ def merge_to_folder(method, factors, source, out):
     """Write a model folder in the hub's layout with one person's factors merged into its weights, for diffusers and for sd.load.
 
     source: the folder that method.model was loaded from, for its settings, or None: written from our own. out: a folder that doesn't
-    exist yet or is empty. The loaded model stays as it is. PersonError if out is taken or the factors are several people's.
+    exist yet or is empty. The loaded model stays as it is; of a model in bfloat16, float16 is written, for a person would hardly survive
+    rounding to 8 bits. PersonError if out is taken or the factors are several people's.
     """
     out, model = free(out), method.model
     if any(len(a) != 1 for a, _ in factors.values()):
@@ -203,9 +207,10 @@ def merge_to_folder(method, factors, source, out):
         temporary.mkdir(parents=True)
         for part, module, name in ("vae", model.vae, None), ("text_encoder", model.text, "text"), ("unet", model.unet, "unet"):
             mine = {k: f for k, f in factors.items() if k.split(".", 1)[0] == name}
-            copies = {k: SimpleNamespace(weight=layers[k].weight.detach().clone()) for k in mine}
+            copies = {k: SimpleNamespace(weight=layers[k].weight.detach().to(torch.float32, copy=True)) for k in mine}
             merge(copies, mine)
             weights = module.state_dict() | {f"{k.split('.', 1)[1]}.weight": copy.weight for k, copy in copies.items()}
+            weights = {k: t.to(torch.float16 if model.dtype == torch.bfloat16 else model.dtype) for k, t in weights.items()}
             write(weights, temporary / part / f"{sd.PARTS[part][3]}.safetensors", {"format": "pt"})
         written = settings(model)
         for file, ours in written.items():

@@ -12,16 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 import checkpoints
 import sampling
 import sd
-from checkpoints import LoadError
+from checkpoints import LoadError, write
 from hypernet import HyperConfig, HyperNetwork, ViT, ViTConfig
 from lidb import LiDB, Personal, adaptable_layers, join, lora, personal_layers
 from sd import StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
-from trainer import write
+from trainer import backward
 
 IDENTIFIER = "sks"  # what [V] becomes: a token that text-to-image models know nothing of
 PROMPT = "a [V] face"
@@ -55,7 +54,7 @@ class HyperDreamBooth:
         would otherwise drown everything else. Time steps are spread evenly over the batch, which makes the average less noisy.
         """
         count = len(latent)
-        t = ((torch.arange(count) + torch.rand(count, generator=generator)) * (sampling.STEPS / count)).long()
+        t = ((torch.arange(count) + torch.rand(count, generator=generator)) * (sampling.STEPS / count)).long().clamp(max=sampling.STEPS - 1)
         t = t[torch.randperm(count, generator=generator)]
         noise = torch.randn(latent.shape, generator=generator).to(latent)
         context = self.context(prompts)
@@ -64,10 +63,12 @@ class HyperDreamBooth:
         return (1 / snr).clamp(max=5).to(latent.device) * (predicted - noise).float().pow(2).mean((1, 2, 3))
 
     def hyper_loss(self, theta_hat, latent, prompts, generator, theta=None, alpha=1., beta=0.):
-        """Eq. 2: L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖², for a batch in which every sample is another person.
+        """Eq. 2: L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖², for a batch in which every sample is another person. Both terms are means over
+        elements here, the first weighted as in denoising_loss, so that α and β mean the same for every model.
 
         theta_hat (B, layers, size) from the hypernetwork, latent (B, 4, h, w) of the target pictures, B prompts; theta, the same shape as
-        theta_hat: pre-optimised targets, needed if β > 0 (ValueError without). Returns the loss and its two terms, unweighted.
+        theta_hat: pre-optimised targets, needed if β > 0 (ValueError without). Returns the loss and its two terms, unweighted. θ̂'s
+        factors stay in force for the backward pass.
         """
         if beta and theta is None:
             raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
@@ -95,7 +96,7 @@ class HyperDreamBooth:
                 for step in range(steps):
                     self.personal.factors = join(predicted, relaxed)
                     loss = self.denoising_loss(latent, [PROMPT] * len(latent), generator).mean()
-                    loss.backward()
+                    backward(loss, parameters)
                     optimizer.step()
                     optimizer.zero_grad()
                     if callback:
@@ -108,11 +109,15 @@ class HyperDreamBooth:
     def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=4., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, with the factors of one person or of B, one seed per picture.
 
-        size: (height, width) in pixels, divisible by 8; the model's own if None. The factors are in force only while this runs.
+        size: (height, width) in pixels, divisible by 8; the model's own if None. sampler: dpmpp_2m, ddim, or for eta > 0
+        functools.partial(sampling.ddim, eta=1., generator=g) with `g` generators that are the `seeds` as well. The factors are in force
+        only while this runs. ValueError for another size.
         """
-        side = self.model.unet.config.sample_size
-        height, width = (side, side) if size is None else (size[0] // 8, size[1] // 8)
-        start = sampling.noise((len(prompts), 4, height, width), list(seeds if seeds is not None else range(len(prompts))))
+        side = 8 * self.model.unet.config.sample_size
+        height, width = size or (side, side)
+        if height % 8 or width % 8:
+            raise ValueError(f"a picture's sides must be divisible by 8, not {height}×{width}")
+        start = sampling.noise((len(prompts), 4, height // 8, width // 8), list(seeds if seeds is not None else range(len(prompts))))
         self.personal.factors = factors or {}
         try:
             context = self.context(prompts)
@@ -130,27 +135,28 @@ def canonical(prompt):
 
 def load_vit(source, device=None):
     """The ViT at `source`, a hub id (google/vit-huge-patch14-224-in21k, facebook/dino-vits16) or a folder with its config.json and
-    model.safetensors, in float32. Raises LoadError, as load() does."""
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = sd.download(source, "config.json", "model.safetensors")
-    if not (folder / "model.safetensors").is_file():
-        raise LoadError(f"{source}: has no model.safetensors; pickles (.bin) are not read")
+    model.safetensors, in float32. Its config says how the pictures it was trained on were normalised, from preprocessor_config.json if
+    that is there. Raises LoadError, as load() does."""
+    folder = sd.encoder_folder(source, "preprocessor_config.json")
 
     def rename(key):  # classifiers keep the ViT under a prefix; their head, and the pooler, look at one token and are not needed
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
     config = checkpoints.read_settings(ViTConfig, folder / "config.json")
+    if (folder / "preprocessor_config.json").is_file():
+        found = checkpoints.read_json(folder / "preprocessor_config.json")
+        config = checkpoints.configure(config, {k: found[k] for k in ("image_mean", "image_std") if k in found})
     return checkpoints.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode_face(vit, photo):
-    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size that the ViT was trained on."""
+    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size and normalisation that the ViT was trained with."""
     side, weight = vit.config.image_size, vit.layernorm.weight
-    if photo.shape[2] != side:
+    if photo.shape[2:] != (side, side):
         photo = torch.nn.functional.interpolate(photo, (side, side), mode="bicubic", antialias=True)
-    return vit(photo.to(weight.device, weight.dtype))
+    mean, std = (2 * photo.new_tensor(t).view(3, 1, 1) for t in (vit.config.image_mean, vit.config.image_std))
+    return vit(((photo - (mean - 1)) / std).to(weight.device, weight.dtype))
 
 
 def save_hypernet(hypernet, method, path, encoder=None):
@@ -162,20 +168,25 @@ def save_hypernet(hypernet, method, path, encoder=None):
 
 
 def load_hypernet(path, model):
-    """The HyperNetwork in a file of save_hypernet, on the model's device. LoadError if it was made for other layers than this model's."""
+    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. LoadError if it is none, or made for other layers
+    than this model's."""
     try:
-        with safe_open(path, "pt") as f:
-            note, tensors = f.metadata() or {}, {k: f.get_tensor(k).float() for k in f.keys()}
+        with checkpoints.read(Path(path)) as f:
+            note = f.metadata() or {}
         config, seed, checksum = json.loads(note["config"]), int(note["basis_seed"]), int(note["basis_checksum"])
-    except Exception as error:
-        raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error})") from None
+        config = HyperConfig(**{**config, "vit": checkpoints.configure(ViTConfig(), config["vit"])})
+    except LoadError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error!r})") from None
     basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
-    if (config["layers"], config["size"]) != basis.shape or checksum != basis.checksum:
+    if (config.layers, config.size) != basis.shape or checksum != basis.checksum:
         raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
-    hypernet = HyperNetwork(HyperConfig(**{**config, "vit": ViTConfig(**config["vit"])}))
+
+    def hypernet(config):
+        return HyperNetwork(config, torch.nn.Identity() if "encoder" in note else None)
+    built = checkpoints.module(hypernet, config, [Path(path)], lambda key: key, model.device, torch.float32)
     if "encoder" in note:
-        hypernet.vit = load_vit(note["encoder"], "cpu")
-        tensors |= {f"vit.{k}": v for k, v in hypernet.vit.state_dict().items()}
-    hypernet.load_state_dict(tensors)
-    hypernet.lidb = basis
-    return hypernet.eval().requires_grad_(False).to(model.device)
+        built.vit = load_vit(note["encoder"], model.device)
+    built.lidb = basis
+    return built.eval().requires_grad_(False)

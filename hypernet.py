@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Field names are those of transformers' ViTConfig."""
+    """Field names are those of transformers' ViTConfig, the last two those of its image processor, for values from 0 to 1."""
     hidden_size: int = 1280
     intermediate_size: int = 5120
     num_hidden_layers: int = 32
@@ -20,6 +20,8 @@ class ViTConfig:
     image_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-12
+    image_mean: tuple = (.5, .5, .5)
+    image_std: tuple = (.5, .5, .5)
 
 
 VIT_H = ViTConfig()  # google/vit-huge-patch14-224-in21k
@@ -84,7 +86,7 @@ class ViT(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1] (the normalisation of vit-huge-in21k: mean and deviation .5) -> (B, 1 + patches, d), class token first."""
+        """image (B, 3, H, W), normalised as config says: in [-1, 1] for mean and deviation .5 -> (B, 1 + patches, d), class token first."""
         x = self.embeddings(image)
         for block in self.encoder["layer"]:
             x = block(x)
@@ -104,10 +106,12 @@ class HyperConfig:
 
 
 class HyperNetwork(nn.Module):
-    def __init__(self, config):
+    """T of Eq. 3 with its encoder: photos to θ̂. vit: an encoder that is there already, of config.vit; a fresh one if None."""
+
+    def __init__(self, config, vit=None):
         super().__init__()
         self.config, c = config, config
-        self.vit = ViT(c.vit)
+        self.vit = vit or ViT(c.vit)
         self.face = nn.Linear(c.vit.hidden_size, c.width)
         self.estimate = nn.Linear(c.size, c.width, bias=False)  # θ̂ = 0 makes a token of zeros, as the paper starts
         self.position = nn.Parameter(torch.randn(c.layers, c.width) * .02)
@@ -118,7 +122,7 @@ class HyperNetwork(nn.Module):
         self.bias = nn.Parameter(torch.zeros(c.layers, c.size))
 
     def forward(self, image, iterations=None):
-        """Photos (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, size)."""
+        """Photos (B, 3, side, side), as the encoder takes them, -> θ̂ (B, layers, size)."""
         return self.refine(self.vit(image), iterations)
 
     def refine(self, features, iterations=None):

@@ -29,7 +29,7 @@ class LiDB:
 
     θ is one tensor (P, layers, r·(a + b)): for each layer A_train, then B_train. It is counted from a start A₀, the same for everybody, that
     is not zero: so θ = 0 leaves the model untouched although its gradient doesn't vanish, and θ fitted for two people are comparable.
-    The bases come from a CPU generator in float64, so `seed` means the same on every device; `checksum` proves it.
+    All random numbers come from a CPU generator, the bases' in float64, so `seed` means the same on every device; `checksum` proves it.
     """
 
     def __init__(self, layers, a=None, b=None, rank=1, seed=0, device=None):
@@ -39,7 +39,7 @@ class LiDB:
         if max(self.a, self.b) > narrowest:
             raise ValueError(f"a = {self.a} and b = {self.b} must not exceed the narrowest layer's width, {narrowest}")
         generator = torch.Generator().manual_seed(seed)
-        self.a0 = torch.randn(self.a, rank, generator=generator) / self.a ** .5
+        self.a0 = torch.randn(self.a, rank, generator=generator, dtype=torch.float32, device="cpu") / self.a ** .5
         self.a_aux = [orthonormal(m.in_features, self.a, generator) for m in layers.values()]    # (in, a): columns of length 1
         self.b_aux = [orthonormal(m.out_features, self.b, generator).T for m in layers.values()]  # (b, out): rows of length 1
         self.checksum = zlib.crc32(b"".join((t * 1e4).round().short().numpy().tobytes() for t in (self.a0, *self.a_aux, *self.b_aux)))
@@ -62,7 +62,7 @@ class LiDB:
 
 def orthonormal(rows, columns, generator):
     """Random float32 matrix (rows, columns) with orthonormal columns. Float64 and the sign rule make it the same with every LAPACK."""
-    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu"))
     return (q * r.diagonal().sign()).float()
 
 
@@ -87,9 +87,10 @@ class Personal:
                 if len(x) % len(a):
                     raise ValueError(f"a batch of {len(x)} cannot be shared among {len(a)} people")
                 a, b = (t.repeat(len(x) // len(t), 1, 1) for t in (a, b))
-            x = x.flatten(2).mT if x.dim() == 4 else x if x.dim() == 3 else x[:, None]  # (B, n, in): pixels, tokens or one vector
+            pixels = isinstance(module, nn.Conv2d)
+            x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])  # (B, n, in): n pixels or tokens, or one vector
             residual = x @ a.to(x.dtype) @ b.to(x.dtype)
-            return y + (residual.mT if y.dim() == 4 else residual).reshape(y.shape)
+            return y + (residual.mT if pixels else residual).reshape(y.shape)
         return add
 
     def remove(self):

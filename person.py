@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 import checkpoints
+from checkpoints import write
 from hdb import IDENTIFIER
 from lidb import join, scale
-from trainer import write
 
 FORMAT, VERSION = "hdb-person", "1"
 

@@ -10,6 +10,7 @@ person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png 
 """
 import argparse
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -50,7 +51,8 @@ def arguments():
     parser.add_argument("--negative", default="", help="what to avoid")
     parser.add_argument("--strength", type=float, default=1., help="of the personal weights at sampling, 0 to 1.5: likeness against editability")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="somebody else's LoRA beside the person; repeatable")
-    parser.add_argument("--export", choices=["lora"], help="also write lora.safetensors for diffusers, ComfyUI and A1111")
+    parser.add_argument("--export", choices=["lora"], help="also write lora.safetensors, with --strength and --lora in it, "
+                        "for diffusers, ComfyUI and A1111")
     parser.add_argument("--merge", metavar="FOLDER", help="also write the model with the person merged in, in the hub's layout")
     parser.add_argument("--seed", type=int, help="drawn, and printed, if not given")
     parser.add_argument("--out", default="out", type=Path)
@@ -63,6 +65,12 @@ def arguments():
     for name, low, high in (("steps", 0, 100_000), ("rank", 1, 320), ("batch", 1, 1024), ("sample_steps", 1, 999), ("strength", 0, 1.5)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+    if not 0 <= args.lr < 1:
+        parser.error("--lr must be from 0 to below 1")
+    if any(is_person(prompt) for prompt in args.prompts):
+        parser.error("a prompt must follow the personal files" if args.people else "personal files take no photo beside them")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file, not a folder")
     if len(args.people) > 1 and (args.export or args.merge):
         parser.error("--export and --merge take one person")
     return args
@@ -79,7 +87,7 @@ def crop(text):
 def main(args):
     stage = Stages()
     if args.seed is None:
-        args.seed = torch.seed() % 2 ** 31
+        args.seed = secrets.randbelow(2 ** 31)
     for prompt in args.prompts:
         if "[V]" not in hdb.canonical(prompt):
             print(f'warning: the prompt "{prompt}" does not say [V], so it will not show the person', file=sys.stderr)
@@ -92,19 +100,24 @@ def main(args):
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
 
-    photo, predicted = None, []
+    style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
+    photo, predicted, written = None, [], []
     if args.people:
         people = [load_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
     else:
         photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
         people = [fit(method, photo, args, stage)]
-    style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
+        for name, lidb_only in ("person.safetensors", True), ("person_tuned.safetensors", False):
+            if people[0].relaxed and not lidb_only or people[0].theta is not None and lidb_only:
+                save_person(people[0], method, args.out / name, lidb_only)
+                written.append(args.out / name)
     factors = join(scale(stack([p.factors(method.lidb) for p in people]), args.strength), style)
 
     settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance,
                 "negative": args.negative, "strength": args.strength, **({"lora": ", ".join(args.lora)} if args.lora else {})}
-    sample = lambda prompt, factors, seeds: method.sample([prompt] * len(seeds), factors, seeds, args.sample_steps, args.guidance, args.negative)
+    sample = lambda prompt, factors, seeds: method.sample([hdb.canonical(prompt).replace("[V]", p.identifier) for p in people], factors, seeds,
+                                                          args.sample_steps, args.guidance, args.negative)
     if photo is not None and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), [args.seed])
     seeds = [[args.seed + i * len(people) + j for j in range(len(people))] for i in range(len(args.prompts))]
@@ -116,12 +129,7 @@ def main(args):
     shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
     images.save(images.sheet(shown, len(shown) if photo is not None else len(people)), args.out / "sheet.png",
                 prompt=" | ".join(args.prompts), seed=args.seed, **settings)
-    written = [args.out / "sheet.png", *(args.out / f"{i}.png" for i in range(len(pictures)))]
-    if photo is not None:
-        for name, lidb_only in ("person.safetensors", True), ("person_tuned.safetensors", False):
-            if people[0].relaxed and not lidb_only or people[0].theta is not None and lidb_only:
-                save_person(people[0], method, args.out / name, lidb_only)
-                written.append(args.out / name)
+    written += [args.out / "sheet.png", *(args.out / f"{i}.png" for i in range(len(pictures)))]
     if args.export:
         export_lora(factors, args.out / "lora.safetensors")
         written.append(args.out / "lora.safetensors")

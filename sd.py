@@ -19,7 +19,7 @@ import torch
 import clip
 import unet
 import vae
-from checkpoints import PICKLES, LoadError, module, read, read_json, read_settings
+from checkpoints import PICKLES, LoadError, configure, module, read, read_json, read_settings
 
 HERE = Path(__file__).parent
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -49,8 +49,10 @@ class StableDiffusion:
     def encode(self, image, generator=None):
         """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the latent (B, 4, H/8, W/8) that the UNet sees.
 
-        The mean of the encoder's distribution, or a sample of it where a CPU generator is given.
+        The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError for other sizes.
         """
+        if image.shape[-2] % 8 or image.shape[-1] % 8:
+            raise ValueError(f"a picture's sides must be divisible by 8, not {image.shape[-2]}×{image.shape[-1]}")
         z, logvar = self.vae.encode(image.to(self.device, self.dtype))
         if generator is not None:
             z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator).to(z)
@@ -172,7 +174,9 @@ def from_folder(name, folder, device, dtype):
         missing.append("tokenizer/vocab.json and merges.txt")
     if missing:
         pickles = any(file.suffix in PICKLES for part in PARTS for file in (folder / part).glob("*"))
-        hint = "; make it with nano/pretrain.py" if name == "nano" else "; pickles (.bin) are not read" if pickles else ""
+        single = [file.name for file in folder.glob("*.safetensors")] if not any(files.values()) else []
+        hint = ("; make it with nano/pretrain.py" if name == "nano" else f"; if {single[0]} is a whole model, give its path" if single else
+                "; pickles (.bin) are not read" if pickles else "")
         raise LoadError(f"{folder}: not a complete Stable Diffusion, it lacks {', '.join(missing)}{hint}")
     modules = {}
     for part, (_, kind, config, *_) in PARTS.items():
@@ -213,6 +217,30 @@ def refuse_other_folders(folder):
     schedule = configs["scheduler/scheduler_config.json"]
     if other := [f"{key} {schedule[key]!r}" for key, value in SCHEDULE.items() if schedule.get(key, value) != value]:
         warnings.warn(f"{folder}/scheduler: {', '.join(other)} is not Stable Diffusion 1.5's noise schedule, which is used here all the same")
+
+
+def encoder_folder(source, *more):
+    """The folder of an encoder of pictures: `source` itself, or a hub id's files, config.json, model.safetensors and these."""
+    folder = Path(source) if os.path.isdir(source) else download(source, "config.json", "model.safetensors", *more)
+    if not (folder / "model.safetensors").is_file():
+        raise LoadError(f"{source}: has no model.safetensors; pickles (.bin) are not read")
+    return folder
+
+
+def load_clip(source="openai/clip-vit-large-patch14", device=None):
+    """Both towers of CLIP, a clip.CLIP in float32, and its tokenizer: what CLIP-I and CLIP-T are measured with. source: a hub id or a
+    folder with config.json, model.safetensors, vocab.json and merges.txt. Raises LoadError, as load() does."""
+    folder = encoder_folder(source, "vocab.json", "merges.txt")
+    found = read_json(folder / "config.json")
+    # files leave out what is as in ViT-B/32; the width of the space that both towers share stands outside
+    text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {})
+    vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | {"projection_dim": found.get("projection_dim", 512)})
+
+    def towers(configs):
+        return clip.CLIP(*configs)
+    model = module(towers, (text, vision), [folder / "model.safetensors"], lambda key: None if key in clip.KNOWN_EXTRAS else key,
+                   *place(device, torch.float32))
+    return model.eval().requires_grad_(False), read_tokenizer(vocabulary_in(folder), text, source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -285,6 +313,14 @@ def assemble(name, modules, vocabulary):
     text, width = modules["text_encoder"].config, modules["unet"].config.cross_attention_dim
     if text.hidden_size != width:
         raise LoadError(f"{name}: the text encoder makes features {text.hidden_size} wide, the UNet takes {width}")
+    tokenizer = read_tokenizer(vocabulary, text, name)
+    return StableDiffusion(name, modules["unet"], modules["text_encoder"], tokenizer, modules["vae"])
+
+
+def read_tokenizer(vocabulary, text, name):
+    """The tokenizer in the files from vocabulary_in(), for the text encoder's config `text`."""
+    if not vocabulary:
+        raise LoadError(f"{name}: has no vocab.json and merges.txt")
     try:
         if len(vocabulary) == 2:
             tokenizer = clip.Tokenizer.load(*vocabulary, max_length=text.max_position_embeddings)
@@ -297,4 +333,4 @@ def assemble(name, modules, vocabulary):
         raise LoadError(f"{vocabulary[0]}: not a CLIP tokenizer ({error!r})") from None
     if tokens > text.vocab_size:
         raise LoadError(f"{vocabulary[0]}: {tokens} tokens, {name}'s text encoder has {text.vocab_size}")
-    return StableDiffusion(name, modules["unet"], modules["text_encoder"], tokenizer, modules["vae"])
+    return tokenizer

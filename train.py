@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 import hdb
 import images
+from checkpoints import write
 from hypernet import HyperConfig, HyperNetwork
-from trainer import Trainer, write
+from trainer import Trainer, backward
 
 
 class Photos:
@@ -35,7 +36,7 @@ class Photos:
         for file in tqdm(files, desc="photos"):
             photo = images.read(file, side).to(device)
             for view in (photo, photo.flip(3)):
-                features.append(hdb.encode_face(vit, view).half())
+                features.append(hdb.encode_face(vit, view).half().cpu())  # of 15,000 people they would fill a GPU
                 latents.append(model.encode(view))
         self.features, self.latents = torch.cat(features), torch.stack(latents)  # (2·P, n, d), (2·P, 1, 4, h, w)
 
@@ -50,19 +51,22 @@ class Photos:
         return torch.randint(len(self.latents), (count,), generator=generator), torch.zeros(count, dtype=torch.long)
 
 
-def fit_targets(method, data, steps, lr, generator):
-    """Target θ (P, layers, size) of Eq. 2 for all people of `data` at once, from the one shared start, by the denoising loss on their pictures."""
+def fit_targets(method, data, steps, lr, batch, generator):
+    """Target θ (P, layers, size) of Eq. 2 for all people of `data`, `batch` at once, all from the one shared start, by the denoising loss
+    on their pictures."""
     people, views = data.latents.shape[:2]
-    theta = torch.zeros(people, *method.lidb.shape, device=data.latents.device, requires_grad=True)
-    optimizer = torch.optim.Adam([theta], lr=lr, betas=(.9, .99))
-    for _ in tqdm(range(steps), desc="targets"):
-        for who in torch.arange(people).split(64):  # what one forward pass holds
+    fitted = []
+    for who in tqdm(torch.arange(people).split(batch), desc="targets"):
+        theta = torch.zeros(len(who), *method.lidb.shape, device=data.latents.device, requires_grad=True)
+        optimizer = torch.optim.Adam([theta], lr=lr, betas=(.9, .99))
+        for _ in range(steps):
             view = torch.randint(views, (len(who),), generator=generator)
-            method.personal.factors = method.lidb.factors(theta[who])
-            method.denoising_loss(data.latents[who, view], data.prompts(who, view), generator).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return theta.detach()
+            method.personal.factors = method.lidb.factors(theta)
+            backward(method.denoising_loss(data.latents[who, view], data.prompts(who, view), generator).sum(), [theta])
+            optimizer.step()
+            optimizer.zero_grad()
+        fitted.append(theta.detach())
+    return torch.cat(fitted)
 
 
 def train(args):
@@ -76,27 +80,29 @@ def train(args):
         vit = people.encoder(out, device, start=start and start.vit.state_dict())
         data, held_out = people.People(model, vit, device), people.HeldOut(16, device)
     else:
-        vit = hdb.load_vit(args.encoder, device)
+        vit = start.vit if start else hdb.load_vit(args.encoder, device)
         data, held_out = Photos(args.faces, model, vit, device), None
     torch.manual_seed(args.seed)
-    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=args.iterations, vit=vit.config)).to(device)
+    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=args.iterations, vit=vit.config), vit).to(device)
     if start:
+        start.vit = vit
         method.hypernet.load_state_dict(start.state_dict())
-    method.hypernet.vit = vit
     trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes, muon=True)
     targets = None
     if args.beta:
         data.fix(args.targets, torch.Generator().manual_seed(args.seed + 600_000_000))
         file = out / args.name / "targets.safetensors"
         if not file.exists():
-            write({"theta": fit_targets(method, data, args.target_steps, args.target_lr, torch.Generator().manual_seed(args.seed))}, file)
+            write({"theta": fit_targets(method, data, args.target_steps, args.target_lr, args.batch, torch.Generator().manual_seed(args.seed))}, file)
         targets = load_file(file, device=str(device))["theta"]
+        if len(targets) != len(data.latents):
+            raise hdb.LoadError(f"{file}: fitted for {len(targets)} people, not {len(data.latents)}; remove it, or go on as before")
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 400_000_000)
         who, view = data.draw(args.batch, generator)
         # s grows to its full value by half-time; what has learnt to iterate goes on with all of it
         s = args.iterations if start else max(1, min(args.iterations, 1 + (args.iterations * 2 * step) // args.steps))
-        theta = method.hypernet.refine(data.features[who].float(), s)
+        theta = method.hypernet.refine(data.features[who].to(device).float(), s)
         loss, denoising, distance = method.hyper_loss(theta, data.latents[who, view], data.prompts(who, view), generator,
                                                       None if targets is None else targets[who], args.alpha, args.beta)
         trainer.update(loss, denoising=denoising, distance=distance)
@@ -144,7 +150,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="runs")
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     parser.add_argument("--device")
-    parser.add_argument("--dtype")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     try:
         args = parser.parse_args()
         if args.model != "nano" and not args.faces:

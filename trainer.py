@@ -5,8 +5,19 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from tqdm import tqdm
+
+from checkpoints import write
+
+SCALE = 2 ** 10
+
+
+def backward(loss, parameters):
+    """The gradients of `loss` in `parameters`, as loss.backward() makes them in float32. In between they are SCALE times as large, since
+    float16, which ends at 6e-8, would round most of a picture's mean error away; the scale is a power of two, so nothing else changes."""
+    (loss * SCALE).backward()
+    torch._foreach_div_([p.grad for p in parameters], SCALE)
 
 
 class Trainer:
@@ -47,7 +58,7 @@ class Trainer:
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
         progress = self.step / self.steps
         lr = self.lr * min(1, (self.step + 1) / self.warmup) * (.5 + .5 * math.cos(math.pi * progress))
-        loss.backward()
+        backward(loss, self.parameters.values())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for k, m in self.matrices.items():
             m.grad = self.parameters[k].grad.flatten(1)
@@ -118,12 +129,3 @@ class Ring:
     def __getitem__(self, rows):
         """The rows with these indices (CPU), a slice of each tensor."""
         return [column[rows.to(column.device)] for column in self.columns]
-
-
-def write(tensors, path, metadata=None):
-    """Save a safetensors file so that a reader never sees half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    temporary.replace(path)

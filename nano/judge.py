@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import write  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Trainer, write  # noqa: E402
+from trainer import Trainer  # noqa: E402
 
 FILE = Path(__file__).with_name("judge.safetensors")
 

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from checkpoints import write  # noqa: E402
 from hypernet import NANO_VIT, ViT  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Ring, Trainer, write  # noqa: E402
+from trainer import Ring, Trainer  # noqa: E402
 
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS), "eye_colour": len(faces.EYES), "beard": 6,
               "glasses": 4, "glasses_colour": len(faces.FRAMES)}
@@ -83,8 +84,8 @@ class People:
 
     def fix(self, count, generator):
         """`count` people and no others from now on: those that targets are fitted for."""
-        for _ in range(0, count, 64):
-            self.add(64, generator)
+        for start in range(0, count, 64):
+            self.add(min(64, count - start), generator)
         self.fresh = 0
 
     def prompts(self, who, view):

@@ -18,8 +18,9 @@ import images  # noqa: E402
 import sampling  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
+from checkpoints import write  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Ring, Trainer, write  # noqa: E402
+from trainer import Ring, Trainer  # noqa: E402
 
 HERE = Path(__file__).parent
 

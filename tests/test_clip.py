@@ -1,14 +1,16 @@
 """clip.py against transformers: same weights (by rule.py), same outputs; same vocabulary, same token ids."""
 import json
 import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from rule import difference, draw, fill, generator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import clip
+import sd
 from clip import CLIP, SD15, VIT_B32, VIT_B32_TEXT, TextConfig, TextTransformer, Tokenizer, VisionConfig, learn_bpe
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -94,6 +96,30 @@ def test_causal():
     a, b = model(ids), model(changed)
     assert torch.equal(a[:, :12], b[:, :12])
     assert (a[:, 12:] - b[:, 12:]).abs().amax(-1).min() > 1e-4  # all that follows has changed
+
+
+def test_clip_from_a_folder(tmp_path):
+    text = replace(SMALL, vocab_size=len(VOCAB), hidden_act="gelu")
+    vision = VisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16,
+                          projection_dim=40)
+    model = fill(CLIP(text, vision))
+    unusual = lambda config, usual: {k: v for k, v in asdict(config).items() if v != asdict(usual)[k]}
+    config = {"text_config": unusual(text, VIT_B32_TEXT), "vision_config": unusual(vision, VIT_B32), "projection_dim": 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = {"text_model.embeddings.position_ids": torch.arange(77)[None], "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    save_file(model.state_dict() | ids, tmp_path / "model.safetensors")
+    with pytest.raises(sd.LoadError, match="no vocab.json"):
+        sd.load_clip(tmp_path, "cpu")
+    Tokenizer(VOCAB, MERGES).save(tmp_path)
+    loaded, tokenizer = sd.load_clip(tmp_path, "cpu")
+    assert loaded.config == text and torch.equal(tokenizer(["a woman"]), Tokenizer(VOCAB, MERGES)(["a woman"]))
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
+    assert loaded.image_features(torch.zeros(1, 3, 64, 64)).shape == loaded.text_features(tokenizer(["a woman"])).shape == (1, 40)
+    save_file({k: v for k, v in model.state_dict().items() if k != "visual_projection.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(sd.LoadError, match="no tensor for visual_projection.weight, expected shape \\(40, 48\\)"):
+        sd.load_clip(tmp_path, "cpu")
+    with pytest.raises(TypeError, match="list of texts"):
+        tokenizer("a woman")
 
 
 def test_tokenizer_equals_reference():

@@ -37,6 +37,19 @@ def test_an_export_is_the_person(tmp_path):
         assert f.metadata()["title"] == "me"
 
 
+def test_convolutions_are_exported_as_convolutions(tmp_path):
+    model = method().model
+    layers = lidb.adaptable_layers(model.unet, model.text)
+    factors = {k: (torch.randn(1, m.weight.shape[1], 2), torch.randn(1, 2, m.weight.shape[0])) for k, m in layers.items()}
+    export_lora(factors, tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    for name, layer in layers.items():
+        key = f"lora_{'te' if name[:4] == 'text' else 'unet'}_{name[5:].replace('.', '_')}"
+        assert tensors[f"{key}.lora_down.weight"].shape == (2, *layer.weight.shape[1:]), name
+        assert tensors[f"{key}.lora_up.weight"].shape == (layer.weight.shape[0], 2, *layer.weight.shape[2:])
+    assert any(isinstance(m, torch.nn.Conv2d) for m in layers.values()) and equal(load_lora(tmp_path / "lora.safetensors", model), factors)
+
+
 def test_an_export_in_the_model_is_the_merged_model(tmp_path):
     model, personal = adapted()
     factors = someone().factors(method().lidb)
@@ -146,6 +159,18 @@ def test_a_merged_folder_is_the_person(tmp_path, dtype):
         assert mine.config == theirs.config
         assert all(torch.equal(p, q) for p, q in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True))
     assert torch.equal(model.tokenizer(["a face"]), back.tokenizer(["a face"]))
+
+
+def test_a_person_merged_in_bfloat16_survives(tmp_path):
+    model, factors = small(), someone().factors(method().lidb)
+    for module in (model.unet, model.text, model.vae):
+        module.bfloat16()
+    before = model.unet.state_dict()
+    merge_to_folder(hdb.HyperDreamBooth(model), factors, None, tmp_path / "out")
+    after = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    a, b = factors[LAYER]
+    key = f"{LAYER[5:]}.weight"
+    assert after[key].dtype == torch.float16 and difference(after[key].float() - before[key].float(), (a[0] @ b[0]).T) < 2e-3
 
 
 def test_a_merged_folder_keeps_its_sources_settings(tmp_path):

@@ -1,7 +1,11 @@
 """The method on a randomly filled miniature: losses, fine-tuning, sampling, determinism."""
+import json
+
 import pytest
 import torch
 from rule import fill
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import clip
 import hdb
@@ -9,7 +13,8 @@ import sampling
 import unet
 import vae
 from hypernet import HyperConfig, HyperNetwork, NANO_VIT
-from lidb import join
+from lidb import join, lora
+from trainer import backward
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +87,7 @@ def test_prediction(method):
     one, two = method.predict(photo()), method.predict(photo(2))
     assert one.shape == (1, *method.lidb.shape) and two.shape == (2, *method.lidb.shape) and one.abs().max() > 0
     assert torch.equal(one, method.predict(photo())) and not torch.allclose(one, method.predict(photo(), iterations=1))
-    assert method.predict(torch.zeros(1, 3, 512, 512)).shape == one.shape
+    assert method.predict(torch.zeros(1, 3, 128, 512)).shape == one.shape
     with pytest.raises(ValueError, match="no hypernetwork"):
         hdb.HyperDreamBooth(method.model).predict(photo())
 
@@ -100,11 +105,31 @@ def test_fine_tuning_lowers_the_loss_of_its_photo_and_nothing_else(method):
 
 
 def test_people_fine_tuned_side_by_side_do_not_mix(method):
-    people = torch.cat([photo(seed=1), photo(seed=2)])
-    both = method.fine_tune(people, steps=1, rank=2, batch=2)
-    swapped = method.fine_tune(people.flip(0), steps=1, rank=2, batch=2)
-    assert all(a.shape[0] == 2 for a, _ in both.values())
-    assert any(not torch.allclose(b[0], b[1]) for _, b in both.values()) and any(not torch.equal(b, swapped[k][1]) for k, (_, b) in both.items())
+    tune = lambda *seeds: method.fine_tune(torch.cat([photo(seed=s) for s in seeds]), steps=2, rank=2, batch=2)
+    one, other = tune(1, 2), tune(1, 3)  # the second person is another, the first one's result the same
+    assert all(len(a) == 2 and torch.allclose(b[0], other[k][1][0], atol=1e-5) for k, (a, b) in one.items())
+    assert not any(torch.allclose(b[1], other[k][1][1], atol=1e-4) for k, (_, b) in one.items())
+
+
+def test_gradients_survive_float16():
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        method = hdb.HyperDreamBooth(hdb.load("nano", "cpu", dtype))
+        method.personal.factors = lora(method.layers, 1, generator())
+        pairs = method.personal.factors.values()
+        latent = method.model.encode(photo())
+        backward(method.denoising_loss(latent, [hdb.PROMPT], generator()).mean(), [b for _, b in pairs])
+        gradients.append([b.grad.flatten() for _, b in pairs])
+    assert min(torch.cosine_similarity(*pair, 0) for pair in zip(*gradients)) > .99
+
+
+def test_every_time_step_can_be_drawn_and_no_other(method, monkeypatch):
+    steps = []
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, 1 - 2 ** -24))  # the greatest that there is
+    monkeypatch.setattr(sampling, "add_noise", lambda x, noise, t: steps.extend(t.tolist()) or x)
+    method.personal.factors = {}
+    method.denoising_loss(torch.zeros(4, 4, 16, 16), [hdb.PROMPT] * 4, generator())
+    assert max(steps) == 999
 
 
 def test_sampling_is_one_person_per_picture_and_seeded(method):
@@ -117,6 +142,9 @@ def test_sampling_is_one_person_per_picture_and_seeded(method):
         assert torch.allclose(alone[0], together[i], atol=1e-3)
     assert not torch.allclose(method.sample(prompts, {}, [3, 4], steps=3), together, atol=1e-3)
     assert method.sample(prompts[:1], size=(64, 96), steps=1).shape == (1, 3, 64, 96)
+    for wrong in (lambda: method.sample(prompts[:1], size=(100, 64), steps=1), lambda: method.model.encode(torch.zeros(1, 3, 64, 100))):
+        with pytest.raises(ValueError, match="divisible by 8"):
+            wrong()
 
 
 def test_an_interrupted_run_leaves_the_model_untouched(method):
@@ -143,9 +171,16 @@ def test_hypernetwork_files(method, tmp_path):
     seed_one = hdb.load_hypernet(file, method.model)
     assert seed_one.lidb.seed == 1
     (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("text.safetensors", "none.safetensors"):
-        with pytest.raises(hdb.LoadError, match="not a hypernetwork"):
-            hdb.load_hypernet(tmp_path / name, method.model)
+    good, note = load_file(file), safe_open(file, "pt").metadata()
+    config = json.loads(note["config"])
+    save_file(good, tmp_path / "other.safetensors")
+    save_file(good, tmp_path / "field.safetensors", note | {"config": json.dumps(config | {"height": 3})})
+    save_file({k: v for k, v in good.items() if k != "bias"}, tmp_path / "missing.safetensors", note)
+    save_file(good | {"bias": torch.zeros(3)}, tmp_path / "misshapen.safetensors", note)
+    for name, why in (("text", "not safetensors"), ("none", "No such file"), ("other", "not a hypernetwork"), ("field", "not a hypernetwork"),
+                      ("missing", "no tensor for bias"), ("misshapen", r"bias has shape \(3,\), expected \(79, 96\)")):
+        with pytest.raises(hdb.LoadError, match=why):
+            hdb.load_hypernet(tmp_path / f"{name}.safetensors", method.model)
 
 
 def test_joined_prediction_and_lora_are_what_is_sampled(method):

@@ -100,6 +100,11 @@ def test_official_files_load_strictly(tmp_path, monkeypatch):
     save_file({f"vit.{k}": v for k, v in vit.state_dict().items()} | {"classifier.weight": torch.zeros(2, 32)}, tmp_path / "model.safetensors")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
     assert torch.equal(hdb.load_vit("google/vit-huge-patch14-224-in21k", "cpu").layernorm.weight, vit.layernorm.weight)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.25, 0.5, 1.0]}')
+    normalised, picture = hdb.load_vit(tmp_path, "cpu"), draw((1, 3, 32, 32), 0)
+    channels = torch.stack([(picture[:, i] / 2 + .5 - mean) / std for i, (mean, std) in enumerate([(.4, .25), (.5, .5), (.6, 1.)])], 1)
+    assert torch.allclose(hdb.encode_face(normalised, picture), vit(channels), atol=1e-5)
+    torch.testing.assert_close(hdb.encode_face(back, picture), vit(picture))
     state = vit.state_dict()
     del state["layernorm.bias"]
     save_file(state, tmp_path / "model.safetensors")

@@ -46,6 +46,13 @@ def test_basis_depends_on_its_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert first.checksum == again.checksum != other.checksum
     assert LiDB(layers, seed=0, a=4, b=3).checksum == 4031387682  # saved files rely on it: a change here breaks them
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert LiDB(layers, seed=5).checksum == first.checksum
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert LiDB(layers, seed=5, device="cpu").checksum == first.checksum
 
 
 def test_eq_1():
@@ -92,6 +99,17 @@ def test_one_person_serves_any_batch_and_p_people_serve_groups():
     personal.factors = basis.factors(some_theta(basis, 4))
     with pytest.raises(ValueError, match="6 cannot be shared among 4"):
         run(layers, x)
+
+
+@pytest.mark.parametrize("shape", [(2, 24), (2, 5, 24), (2, 24, 3, 24)])
+def test_any_number_of_axes_between_the_people_and_the_width(shape):
+    layers = {"one": small_layers()["one"]}
+    basis, personal, x = LiDB(layers), Personal(layers), torch.randn(shape)
+    a, b = basis.factors(some_theta(basis, 2))["one"]
+    plain = layers["one"](x)
+    personal.factors = {"one": (a, b)}
+    expected = torch.stack([plain[i] + x[i] @ a[i] @ b[i] for i in range(2)])
+    assert torch.allclose(layers["one"](x), expected, atol=1e-5)
 
 
 def test_theta_zero_is_the_untouched_model_with_a_gradient():

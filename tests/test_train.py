@@ -9,7 +9,7 @@ from test_personalize import ROOT, run
 import hdb
 import images
 import train
-from trainer import write
+from checkpoints import write
 
 
 @pytest.fixture
@@ -21,13 +21,15 @@ def runs(tmp_path):
 
 
 def test_train_and_resume_with_targets(runs):
-    options = ["--out", runs, "--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 64, "--target-steps", 1, "--every", 1000]
+    options = ["--out", runs, "--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 70, "--target-steps", 1, "--every", 1000]
     first = run(*options, "--steps", 2, script="train.py")
     assert first.returncode == 0, first.stderr
     targets = (runs / "hypernet/targets.safetensors").read_bytes()
-    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (64, 79, 96)
+    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (70, 79, 96)
     again = run(*options, "--steps", 3, script="train.py")
     assert again.returncode == 0 and (runs / "hypernet/targets.safetensors").read_bytes() == targets
+    others = run(*options, "--steps", 3, "--targets", 8, script="train.py")
+    assert others.returncode == 2 and "fitted for 70 people, not 8" in others.stderr
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
     assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
@@ -59,7 +61,7 @@ def test_fitted_targets_explain_their_people():
         with torch.no_grad():
             return method.denoising_loss(Two.latents[:, 0], [hdb.PROMPT] * 2, torch.Generator().manual_seed(9)).mean()
 
-    theta = train.fit_targets(method, Two(), 15, .02, torch.Generator().manual_seed(1))
+    theta = train.fit_targets(method, Two(), 15, .02, 2, torch.Generator().manual_seed(1))
     assert theta.shape == (2, *method.lidb.shape) and not theta.requires_grad
     assert loss(theta) < loss(torch.zeros_like(theta))
     assert not torch.allclose(theta[0], theta[1], atol=1e-2)

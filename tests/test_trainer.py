@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer import Ring, Trainer, write
+import checkpoints
+from checkpoints import write
+from trainer import Ring, Trainer
 
 
 def train(out, steps, total=120, **options):
@@ -55,11 +57,17 @@ def test_log_lines_and_schedule(tmp_path):
     assert abs(first["lr"] - .15) < .01 and last["lr"] < .001
 
 
-def test_write_is_atomic(tmp_path):
+def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     write({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(Exception):
-        write({"a": "not a tensor"}, tmp_path / "x.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    before = (tmp_path / "x.safetensors").read_bytes()
+
+    def disk_full(tensors, path, metadata):
+        path.write_text("half")
+        raise OSError("no space left")
+    monkeypatch.setattr(checkpoints, "save_file", disk_full)
+    with pytest.raises(OSError, match="no space"):
+        write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == before
 
 
 def test_ring_keeps_the_last_rows_of_all_tensors_together():
