@@ -4,6 +4,7 @@ Modules are built on the meta device, which holds shapes and no numbers, and ten
 weights are in memory once and no random initialisation is computed to be thrown away. And back into files, whole or not at all.
 """
 import json
+import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,29 +14,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
+from console import UserError
+
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")  # 1×1 convolutions (c, c, 1, 1) in single files
 
 
-class LoadError(ValueError):
+class LoadError(UserError):
     """What is wrong with a model's files and what to do about it, in one line for the user."""
 
 
 def read_settings(config, file):
     """A config dataclass from a config.json; a field that isn't there, such as scaling_factor in old files, has SD 1.5's value."""
-    return configure(config(), read_json(file))
+    return configure(config(), read_json(file), file)
 
 
-def configure(config, found):
-    """The config dataclass with the fields that are in the dict `found` taken from there, lists as tuples."""
+def configure(config, found, file):
+    """The config dataclass with the fields that are in the dict `found` taken from there, lists as tuples. LoadError, naming the file, for
+    a value of another type than the one in `config`, or a number that no size or scale can be."""
+    found = {f.name: found[f.name] for f in fields(config) if f.name in found}
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    return replace(config, **{f.name: found[f.name] for f in fields(config) if f.name in found})
+    for name, value in found.items():
+        if not fits(value, getattr(config, name)):
+            raise LoadError(f"{file}: {name} cannot be {value!r}")
+    return replace(config, **found)
+
+
+def fits(value, usual):
+    """Whether a setting is of the type of the usual one, a number positive (in a list, not negative) and neither infinite nor a billion."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and all(fits(v, usual[0]) or v == 0. for v in value)
+    if isinstance(usual, (int, float)):
+        return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < 1e9
+    return isinstance(value, type(usual))
 
 
 def read_json(file):
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
 
 
@@ -52,7 +69,7 @@ def read(file):
         # pread copies each tensor out. The pages of a memory map would count as memory beside the copy in another dtype, and the weights
         # would change, or the program crash, when the file does.
         return safe_open(file, "pt", backend="pread")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         what = f"damaged or truncated ({error})" if head[8:] == b"{" else "not safetensors, whatever its name" if head else "empty"
         raise LoadError(f"{file}: {what}; download it again") from None
 
@@ -70,7 +87,7 @@ def module(kind, config, files, rename, device, dtype):
     try:
         with torch.device("meta"), NoInit():  # names and shapes, no memory
             built = kind(config)
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise LoadError(f"{files[0].parent}: no {kind.__name__} with these settings can be built ({error!r})") from None
     shapes = {name: tuple(p.shape) for name, p in built.state_dict().items()}
     found = {}
@@ -105,6 +122,8 @@ def write(tensors, path, metadata=None):
     temporary = path.with_suffix(".tmp")
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # as any other file; safetensors writes them for the owner alone
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

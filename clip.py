@@ -168,6 +168,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class Attention(nn.Module):
     def __init__(self, config, causal):
         super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"{config.hidden_size} channels cannot be shared among {config.num_attention_heads} heads")
         self.heads, self.causal = config.num_attention_heads, causal
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)

@@ -116,10 +116,14 @@ def load_lora(path, model, strength=1.0):
                 f"{keys['down']} and up, {tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}")
             continue
         alpha = tensors[keys["alpha"]].item() if "alpha" in keys else None
-        factor = strength * (peft_scale(config, name, rank) if alpha is None else alpha / rank)
+        try:
+            factor = strength * float(peft_scale(config, name, rank) if alpha is None else alpha / rank)
+        except (TypeError, AttributeError, ValueError, re.error) as error:
+            raise PersonError(f"{path}: PEFT's settings make no sense ({error})") from None
         factors[name] = tuple(t.to(model.device) for t in (down.float().flatten(1).T[None], up.float().flatten(1).T[None] * factor))
     refuse(path, problems)
     check_numbers({key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}, path)
+    check_numbers({f"{name}, scaled,": b for name, (_, b) in factors.items()}, path)
     if not factors:
         raise PersonError(f"{path}: empty")
     return factors
@@ -186,8 +190,11 @@ def peft_scale(config, name, rank):
 def free(out):
     """The Path of a folder to write that doesn't exist yet or is empty; PersonError if it is taken."""
     out = Path(out)
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise PersonError(f"{out}: exists already; give a new or an empty folder")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise PersonError(f"{out}: exists already; give a new or an empty folder")
+    except OSError as error:
+        raise PersonError(f"{out}: {error.strerror}") from None
     return out
 
 
@@ -211,6 +218,7 @@ def merge_to_folder(method, factors, source, out):
             merge(copies, mine)
             weights = module.state_dict() | {f"{k.split('.', 1)[1]}.weight": copy.weight for k, copy in copies.items()}
             weights = {k: t.to(torch.float16 if model.dtype == torch.bfloat16 else model.dtype) for k, t in weights.items()}
+            check_numbers({k: weights[f"{k.split('.', 1)[1]}.weight"] for k in mine}, out)
             write(weights, temporary / part / f"{sd.PARTS[part][3]}.safetensors", {"format": "pt"})
         written = settings(model)
         for file, ours in written.items():

@@ -19,7 +19,7 @@ import sd
 from checkpoints import LoadError, write
 from hypernet import HyperConfig, HyperNetwork, ViT, ViTConfig
 from lidb import LiDB, Personal, adaptable_layers, join, lora, personal_layers
-from sd import StableDiffusion, load  # noqa: F401  (hdb.load is where users look for it)
+from sd import StableDiffusion, load, model_name  # noqa: F401  (hdb.load is where users look for it)
 from trainer import backward
 
 IDENTIFIER = "sks"  # what [V] becomes: a token that text-to-image models know nothing of
@@ -145,7 +145,7 @@ def load_vit(source, device=None):
     config = checkpoints.read_settings(ViTConfig, folder / "config.json")
     if (folder / "preprocessor_config.json").is_file():
         found = checkpoints.read_json(folder / "preprocessor_config.json")
-        config = checkpoints.configure(config, {k: found[k] for k in ("image_mean", "image_std") if k in found})
+        config = checkpoints.configure(config, {k: found[k] for k in ("image_mean", "image_std") if k in found}, folder)
     return checkpoints.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
 
 
@@ -174,12 +174,14 @@ def load_hypernet(path, model):
         with checkpoints.read(Path(path)) as f:
             note = f.metadata() or {}
         config, seed, checksum = json.loads(note["config"]), int(note["basis_seed"]), int(note["basis_checksum"])
-        config = HyperConfig(**{**config, "vit": checkpoints.configure(ViTConfig(), config["vit"])})
+        HyperConfig(**config)  # a field that isn't known here would mean something else
+        vit = checkpoints.configure(ViTConfig(), config.pop("vit"), path)
+        config = checkpoints.configure(HyperConfig(1, 1, vit=vit), config, path)
+        basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
     except LoadError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error!r})") from None
-    basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
     if (config.layers, config.size) != basis.shape or checksum != basis.checksum:
         raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
 
@@ -188,5 +190,7 @@ def load_hypernet(path, model):
     built = checkpoints.module(hypernet, config, [Path(path)], lambda key: key, model.device, torch.float32)
     if "encoder" in note:
         built.vit = load_vit(note["encoder"], model.device)
+    if not all(t.isfinite().all() for t in built.state_dict().values()):
+        raise LoadError(f"{path}: holds numbers that are infinite or NaN")
     built.lidb = basis
     return built.eval().requires_grad_(False)

@@ -34,6 +34,8 @@ class SelfAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, d = c.num_attention_heads, c.hidden_size
+        if d % self.heads:
+            raise ValueError(f"{d} channels cannot be shared among {self.heads} heads")
         self.attention = nn.ModuleDict({k: nn.Linear(d, d) for k in ("query", "key", "value")})
         self.output = nn.ModuleDict({"dense": nn.Linear(d, d)})
 

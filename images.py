@@ -1,14 +1,17 @@
 """Pictures in and out: any photo to a square tensor, tensors to PNG files that carry their settings, and contact sheets."""
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
+from console import UserError
+
 SMALLEST, LARGEST = 64, 12_000  # pixels a side
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """Why a file cannot be used as a photo, in one line for the user."""
 
 
@@ -16,7 +19,8 @@ def read(path, side, crop=None):
     """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in RGB, transparency over white, its central square or
     the square `crop` = (x, y, size) in pixels, resized. Raises ImageError for what is no picture, too small, too large, or a crop outside."""
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(), Image.open(path) as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit here
             if max(file.size) > LARGEST:
                 raise ImageError(f"{path}: {file.width}×{file.height} pixels is too large; at most {LARGEST} a side")
             image = to_rgb(ImageOps.exif_transpose(file))
@@ -46,7 +50,7 @@ def read(path, side, crop=None):
 def to_rgb(image):
     """8-bit RGB from any mode, transparency laid over white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit grey, which PIL would clip instead of scaling
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 1 if image.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
         image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
@@ -68,8 +72,11 @@ def save(image, path, **settings):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, "PNG", pnginfo=info)
-    temporary.replace(path)
+    try:
+        image.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sheet(pictures, columns):

@@ -6,7 +6,6 @@
 
 A personal file holds LiDB's numbers and, after rank-relaxed fine-tuning, a LoRA beside them. export.py takes the person to other programs.
 """
-import math
 import re
 import zlib
 from collections import Counter
@@ -20,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 
 import checkpoints
 from checkpoints import write
+from console import UserError
 from hdb import IDENTIFIER
 from lidb import join, scale
 
 FORMAT, VERSION = "hdb-person", "1"
 
 
-class PersonError(ValueError):
+class PersonError(UserError):
     """What is wrong with a personal file or a LoRA and what to do about it, in one line for the user."""
 
 
@@ -88,12 +88,14 @@ def load_person(path, method):
                           f"{note.get('basis_checksum')} and {ours['basis_checksum']}): the file was altered, or this torch "
                           "draws other random numbers")
     check(tensors, method, path)
+    if not tensors:
+        raise PersonError(f"{path}: empty")
     try:
         strength = float(note["scale"])
         about = dict(base=note["base"], identifier=note["identifier"], scale=strength, date=note["date"])
     except (KeyError, ValueError) as error:
         raise PersonError(f"{path}: damaged metadata ({error!r})") from None
-    if not math.isfinite(strength):
+    if not -10 <= strength <= 10:
         raise PersonError(f"{path}: damaged metadata (scale {strength})")
     tensors = {key: t.float().to(method.model.device) for key, t in tensors.items()}
     names = [name for name in method.layers if f"{name}.A" in tensors]
@@ -146,8 +148,8 @@ def read(path):
     try:
         with checkpoints.read(Path(path)) as f:
             return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except (checkpoints.LoadError, OSError, SafetensorError) as error:
-        raise PersonError(str(error)) from None
+    except (checkpoints.LoadError, OSError, SafetensorError, RuntimeError) as error:
+        raise PersonError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def stack(people):

@@ -24,6 +24,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import checkpoints  # noqa: E402
+import console  # noqa: E402
 import hdb  # noqa: E402
 import images  # noqa: E402
 from export import export_lora, free, load_lora, merge_to_folder  # noqa: E402
@@ -39,7 +41,7 @@ def arguments():
     parser.add_argument("photo", help="a picture of one face, or a personal file (.safetensors)")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as a rock star"; '
                         "further personal files may stand before the first")
-    parser.add_argument("--model", default="nano", help="nano, a hub id, a folder or a .safetensors file of a Stable Diffusion 1.x")
+    parser.add_argument("--model", type=hdb.model_name, default="nano", help="nano, a hub id, a folder or a .safetensors file of a Stable Diffusion 1.x")
     parser.add_argument("--hypernet", help="file of train.py; nano brings its own, without one there is no prediction")
     parser.add_argument("--crop", type=crop, metavar="X,Y,SIZE", help="square of the photo to use, in pixels; its central square if not given")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning; 0: prediction alone")
@@ -59,18 +61,22 @@ def arguments():
     parser.add_argument("--device", help="cuda, mps or cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     args = parser.parse_args()
-    args.people = [args.photo] if is_person(args.photo) else []
-    while args.people and len(args.prompts) > 1 and is_person(args.prompts[0]):
+    personal = lambda text: text.endswith(".safetensors") or is_person(text)
+    args.people = [args.photo] if personal(args.photo) else []
+    while args.people and len(args.prompts) > 1 and personal(args.prompts[0]):
         args.people.append(args.prompts.pop(0))
-    for name, low, high in (("steps", 0, 100_000), ("rank", 1, 320), ("batch", 1, 1024), ("sample_steps", 1, 999), ("strength", 0, 1.5)):
-        if not low <= getattr(args, name) <= high:
-            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-    if not 0 <= args.lr < 1:
-        parser.error("--lr must be from 0 to below 1")
-    if any(is_person(prompt) for prompt in args.prompts):
-        parser.error("a prompt must follow the personal files" if args.people else "personal files take no photo beside them")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out} is a file, not a folder")
+    args.prompts = [prompt.encode(errors="replace").decode() for prompt in args.prompts]  # a shell may pass any bytes
+    for prompt in args.prompts:
+        if personal(prompt) or os.path.isfile(prompt):
+            parser.error(f"{prompt} stands where a prompt is expected, after the photo or the personal files")
+    console.check_ranges(parser, args, steps=(0, 100_000), rank=(1, 320), lr=(0, 1), batch=(1, 1024), sample_steps=(1, 999), guidance=(-100, 100),
+                         strength=(0, 1.5), seed=(0, 2 ** 40))
+    console.check_folder(parser, "--out", args.out)
+    if args.merge is not None:
+        free(args.merge)
+        console.check_folder(parser, "--merge", args.merge)
+        if Path(args.merge).resolve() == args.out.resolve():
+            parser.error("--merge and --out must be two folders")
     if len(args.people) > 1 and (args.export or args.merge):
         parser.error("--export and --merge take one person")
     return args
@@ -92,15 +98,21 @@ def main(args):
         if "[V]" not in hdb.canonical(prompt):
             print(f'warning: the prompt "{prompt}" does not say [V], so it will not show the person', file=sys.stderr)
     if not args.people:
-        images.read(args.photo, images.SMALLEST, args.crop)  # a bad photo is reported before gigabytes are loaded
-    if args.merge:
-        free(args.merge)
+        images.read(args.photo, images.SMALLEST, args.crop)  # what is no photo or person is reported before gigabytes are loaded
+    for path in args.people:
+        checkpoints.read(Path(path))
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (NANO / "hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
 
     style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
+    method.context([*args.prompts, args.negative])  # warns of what is too long, which needs no repeating at every picture
+    warnings.filterwarnings("ignore", "prompt is longer")
+    for prompt in args.prompts:
+        text, room = hdb.canonical(prompt), model.text.config.max_position_embeddings - 2
+        if "[V]" in text and len(model.tokenizer.tokens(text.partition("[V]")[0] + hdb.IDENTIFIER)) > room:
+            print(f'warning: the prompt "{prompt}" is cut and does not say [V] before that, so it will not show the person', file=sys.stderr)
     photo, predicted, written = None, [], []
     if args.people:
         people = [load_person(path, method) for path in args.people]
@@ -109,6 +121,7 @@ def main(args):
         photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
         people = [fit(method, photo, args, stage)]
         for name, lidb_only in ("person.safetensors", True), ("person_tuned.safetensors", False):
+            (args.out / name).unlink(missing_ok=True)  # it may be somebody else's
             if people[0].relaxed and not lidb_only or people[0].theta is not None and lidb_only:
                 save_person(people[0], method, args.out / name, lidb_only)
                 written.append(args.out / name)
@@ -157,6 +170,8 @@ def fit(method, photo, args, stage):
         with tqdm(total=args.steps, desc="fine-tuning", leave=False) as bar:
             relaxed = method.fine_tune(photo, theta, args.steps, args.rank, args.lr, args.batch, torch.Generator().manual_seed(args.seed),
                                        callback=lambda step, loss: (bar.set_postfix(loss=f"{loss:.4f}"), bar.update()))
+        if not all(t.isfinite().all() for pair in relaxed.values() for t in pair):
+            raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
     if theta is None and not relaxed:
         raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give --hypernet or --steps")
@@ -168,10 +183,14 @@ def fit(method, photo, args, stage):
 def lora(text):
     """"style.safetensors:0.8" -> its path and strength."""
     path, _, strength = text.rpartition(":")
-    try:
-        return (path, float(strength)) if path and not Path(text).exists() else (text, 1.)
-    except ValueError:
+    if Path(text).exists() or not Path(path).is_file():
         return text, 1.
+    try:
+        if abs(number := float(strength)) <= 100:
+            return path, number
+    except ValueError:
+        pass
+    raise PersonError(f"--lora {text}: {strength!r} is no strength")
 
 
 class Stages:
@@ -188,7 +207,4 @@ class Stages:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    try:
-        main(arguments())
-    except (images.ImageError, hdb.LoadError, PersonError) as error:
-        sys.exit(print(f"personalize.py: {error}", file=sys.stderr) or 2)
+    console.run(main, arguments)

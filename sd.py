@@ -67,6 +67,11 @@ class StableDiffusion:
         return self.text(self.tokenizer(texts).to(self.device))
 
 
+def model_name(source):
+    """`source`, for load(), or "nano" if it is another way to write the miniature's folder."""
+    return "nano" if Path(source).resolve() == HERE / "nano" else source
+
+
 def load(source=HUB, device=None, dtype=None):
     """The StableDiffusion at `source`, one of
 
@@ -97,8 +102,10 @@ def place(device, dtype):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # no such name, or nothing there
-        raise LoadError(f"device {device}: not available here ({str(error).splitlines()[0]})") from None
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, or nothing there
+        raise LoadError(f"device {device}: not available here ({str(error).splitlines()[0][:150]})") from None
     if dtype is None:
         has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
                     "mps": lambda: torch.backends.mps.is_macos_or_newer(14, 0)}
@@ -233,8 +240,8 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
     folder = encoder_folder(source, "vocab.json", "merges.txt")
     found = read_json(folder / "config.json")
     # files leave out what is as in ViT-B/32; the width of the space that both towers share stands outside
-    text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {})
-    vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | {"projection_dim": found.get("projection_dim", 512)})
+    text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
+    vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | {"projection_dim": found.get("projection_dim", 512)}, folder)
 
     def towers(configs):
         return clip.CLIP(*configs)
@@ -328,6 +335,8 @@ def read_tokenizer(vocabulary, text, name):
             bpe = json.loads(vocabulary[0].read_text(encoding="utf-8"))["model"]
             merges = [tuple(m.split() if isinstance(m, str) else m) for m in bpe["merges"]]
             tokenizer = clip.Tokenizer(bpe["vocab"], merges, text.max_position_embeddings)
+        if not all(type(token) is int and token >= 0 for token in tokenizer.vocab.values()):
+            raise ValueError("a token's number is none")
         tokens = max(tokenizer.vocab.values()) + 1
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise LoadError(f"{vocabulary[0]}: not a CLIP tokenizer ({error!r})") from None

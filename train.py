@@ -8,13 +8,13 @@ The same command resumes what was stopped.
 """
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+import console
 import hdb
 import images
 from checkpoints import write
@@ -128,9 +128,9 @@ def show(method, held_out, trainer):
     images.sheet(torch.stack(columns, 1).flatten(0, 1), 16).save(trainer.out / f"step_{trainer.step:06d}.png")
 
 
-if __name__ == "__main__":
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="nano", help="nano, a hub id, a folder or a .safetensors file")
+    parser.add_argument("--model", type=hdb.model_name, default="nano", help="nano, a hub id, a folder or a .safetensors file")
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default="google/vit-huge-patch14-224-in21k", help="ViT to encode photos with (not for nano)")
     parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from; nano's encoder goes on as well")
@@ -151,10 +151,20 @@ if __name__ == "__main__":
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
-    try:
-        args = parser.parse_args()
-        if args.model != "nano" and not args.faces:
-            parser.error("--faces is needed for a model other than nano")
-        train(args)
-    except (images.ImageError, hdb.LoadError) as error:
-        sys.exit(print(f"train.py: {error}", file=sys.stderr) or 2)
+    args = parser.parse_args()
+    if (args.model == "nano") == bool(args.faces):
+        parser.error("--faces is for a model other than nano, and needed there")
+    console.check_ranges(parser, args, steps=(1, 1e9), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1), iterations=(1, 64), alpha=(0, 1e6),
+                         beta=(0, 1e6), targets=(1, 1e6), target_steps=(1, 1e6), target_lr=(0, 1), every=(1, 1e9), seed=(0, 2 ** 40))
+    if not args.alpha and not args.beta:
+        parser.error("--alpha and --beta cannot both be 0")
+    console.check_folder(parser, "--out", args.out)
+    if args.save:
+        console.check_folder(parser, "--save", Path(args.save).parent)
+        if Path(args.save).is_dir():
+            parser.error(f"--save {args.save} is a folder, not a file")
+    return args
+
+
+if __name__ == "__main__":
+    console.run(train, arguments)

@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from checkpoints import write
+from console import UserError
 
 SCALE = 2 ** 10
 
@@ -25,7 +27,8 @@ class Trainer:
 
     modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of log.jsonl and state.safetensors.
     muon: matrices and convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon).
-    Iterate over it for the step numbers that remain; call `update(loss)` once in each.
+    Iterate over it for the step numbers that remain; call `update(loss)` once in each. UserError if the state is another run's or the loss
+    is no number any more.
     """
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf, muon=False):
@@ -56,6 +59,9 @@ class Trainer:
 
     def update(self, loss, **numbers):
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} is too high, or the data or the start "
+                            "hold such numbers")
         progress = self.step / self.steps
         lr = self.lr * min(1, (self.step + 1) / self.warmup) * (.5 + .5 * math.cos(math.pi * progress))
         backward(loss, self.parameters.values())
@@ -89,8 +95,13 @@ class Trainer:
 
     def _resume(self):
         file = self.out / "state.safetensors"
-        with safe_open(file, "pt") as f:
-            self.step = int(f.metadata()["step"])
+        try:
+            with safe_open(file, "pt") as f:
+                self.step, shapes = int(f.metadata()["step"]), {key: f.get_slice(key).get_shape() for key in f.keys()}
+        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
+        if {k: shapes[f"now.{k}"] for k in self.parameters if f"now.{k}" in shapes} != {k: list(p.shape) for k, p in self.parameters.items()}:
+            raise UserError(f"{file}: of a run with other modules; remove it, or train in another folder")
         tensors = load_file(file)
         with torch.no_grad():
             for k, p in self.parameters.items():

@@ -45,6 +45,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, context_width, heads):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{width} channels cannot be shared among {heads} heads")
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)

@@ -95,7 +95,8 @@ class People:
     def draw(self, count, generator):
         """Indices (count,) of people and of their views; some new people join first."""
         if self.fresh:
-            self.add(self.fresh if len(self.pool) else 512, generator)
+            for few in [self.fresh] if len(self.pool) else [64] * 8:
+                self.add(few, generator)
         return torch.randint(len(self.pool), (count,), generator=generator), torch.randint(self.views, (count,), generator=generator)
 
 

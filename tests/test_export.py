@@ -138,6 +138,15 @@ def test_peft_without_its_settings_is_refused(tmp_path):
     refused(lambda: load_lora(path, method().model), "adapter_config.json")
 
 
+@pytest.mark.parametrize("wrong", [{"lora_alpha": "much"}, {"lora_alpha": [8]}, {"alpha_pattern": {"(": 1}}, {"alpha_pattern": 3}])
+def test_pefts_settings_that_make_no_sense(tmp_path, wrong):
+    path, file = foreign("peft", tmp_path), tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    refused(lambda: load_lora(path, method().model), "settings make no sense")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": float("nan"), "alpha_pattern": {}}))
+    refused(lambda: load_lora(path, method().model), "NaN")
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The merged folder
 
@@ -193,6 +202,8 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
     refused(lambda: merge_to_folder(method(), {}, None, tmp_path / "out/mine.txt"), "exists already")
     two = stack([someone(1).relaxed, someone(2).relaxed])
     refused(lambda: merge_to_folder(method(), two, None, tmp_path / "new"), "one person")
+    infinite = {LAYER: (torch.ones(1, 16, 1), torch.full((1, 1, 16), torch.inf))}
+    refused(lambda: merge_to_folder(method(), infinite, None, tmp_path / "new"), LAYER, "infinite")
     (tmp_path / "source/scheduler").mkdir(parents=True)
     (tmp_path / "source/scheduler/scheduler_config.json").write_text("{")
     with pytest.raises(ValueError):

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,16 @@ def test_grey_of_any_depth(tmp_path, mode):
     photo = images.read(name, 64)
     assert torch.equal(photo[:, 0], photo[:, 1])
     assert photo[..., :8].mean() < -.7 and photo[..., -8:].mean() > .7 and abs(photo.mean()) < .1
+
+
+def test_a_pixel_that_is_no_number(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 80, dtype=np.float32), (80, 1))
+    ramp[3, 3] = np.nan
+    Image.fromarray(ramp).save(tmp_path / "a.tiff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        photo = images.read(tmp_path / "a.tiff", 64)
+    assert photo[..., -8:].mean() > .7 and abs(photo.mean()) < .1
 
 
 def test_transparent_is_white(tmp_path):

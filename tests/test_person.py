@@ -149,6 +149,7 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({}, {"basis_checksum": "5"}, ["seed 0 made another basis", "altered"]),
     ({}, {"scale": "much"}, ["much", "damaged"]),
     ({}, {"scale": "nan"}, ["scale nan"]),
+    ({}, {"scale": "1e300"}, ["scale 1e+300"]),
     ({}, {"identifier": None}, ["damaged"]),
     ({"theta": torch.zeros(1, 3, 5)}, {}, ["theta has shape (1, 3, 5)"]),
     ({"theta": torch.zeros(2, 42, 32)}, {}, ["theta has shape (2, 42, 32)"]),
@@ -161,6 +162,11 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({f"{LAYER}.B": torch.zeros(1, 4, 16, dtype=torch.int32)}, {}, ["torch.int32"])])
 def test_a_file_that_does_not_fit_is_refused(file, tensors, note, words):
     refused(altered(file, tensors, **note), str(file), *words)
+
+
+def test_a_file_of_nobody_is_refused(file):
+    nothing = {key: None for key in load_file(file)}
+    refused(altered(file, nothing), str(file), "empty")
 
 
 def test_another_model_and_another_basis_are_refused(file):

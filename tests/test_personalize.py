@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, script="personalize.py"):
-    arguments = [sys.executable, str(ROOT / script), *map(str, arguments), "--device", "cpu"]  # where results are the same to the last bit
+    arguments = [sys.executable, str(ROOT / script), "--device", "cpu", *map(str, arguments)]  # where results are the same to the last bit
     return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
@@ -46,6 +46,17 @@ def test_one_photo_to_a_person(tmp_path):
     (["nano/example.png", "[V] face", "--lora", "none.safetensors"], "none.safetensors: No such file"),
     (["nano/example.png", "[V] face", "--lr", "-1"], "--lr must be"),
     (["nano/example.png", "[V] face", "--out", "README.md"], "is a file, not a folder"),
+    (["nano/example.png", "[V] face", "--out", "README.md/x"], "is a file, not a folder"),
+    (["nano/example.png", "[V] face", "--lora", "nano/judge.safetensors:nan"], "is no strength"),
+    (["nano/example.png", "[V] face", "--lora", "nano/judge.safetensors:"], "is no strength"),
+    (["nano/example.png", "[V] face", "--guidance", "nan"], "--guidance must be"),
+    (["nano/example.png", "[V] face", "--seed", 10 ** 30], "--seed must be"),
+    (["nano/example.png", "[V] face", "--device", "meta"], "device meta: not available"),
+    (["nano/example.png", "[V] face", "--merge", "nano"], "exists already"),
+    (["nano/example.png", "[V] face", "--merge", "out/never"], "two folders"),
+    (["nano/example.png", "nano/example.png", "[V] face"], "stands where a prompt is expected"),
+    (["nano/judge.safetensors", "[V] face"], "not a personal file"),
+    (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
 ])
 def test_what_a_user_did_wrong_is_one_clear_line(arguments, why):
@@ -75,4 +86,12 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
     assert difference(tmp_path / "again/0.png", tmp_path / "both/0.png") <= 8 and (tmp_path / "both/1.png").exists()
     for mistaken in (a, b), ("nano/example.png", a):
         failed = run(*mistaken)
-        assert failed.returncode == 2 and "personal files" in failed.stderr
+        assert failed.returncode == 2 and "stands where a prompt is expected" in failed.stderr
+    stale = run("nano/example.png", "[V] face", *few, "--steps", 0, "--out", tmp_path / "a", "--model", "nano/")
+    assert stale.returncode == 0 and "likeness" in stale.stdout and not a.exists() and (tmp_path / "a/person.safetensors").exists()
+
+
+def test_a_prompt_that_is_cut_before_its_v_is_warned_of_before_the_work(tmp_path):
+    words = "a photo of a man with a beard and glasses and black hair in the rain at the beach at night in the city of a [V]"
+    done = run("nano/example.png", words, "--steps", 0, "--sample-steps", 1, "--out", tmp_path)
+    assert done.returncode == 0 and done.stderr.count("cut: ") == 1 and "does not say [V] before that" in done.stderr

@@ -46,6 +46,17 @@ def test_training_goes_on_from_a_hypernetwork(runs):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.parametrize("arguments, why", [
+    (["--steps", 0], "--steps must be"), (["--batch", 0], "--batch must be"), (["--lr", "nan"], "--lr must be"), (["--iterations", -3], "--iterations"),
+    (["--seed", 10 ** 30], "--seed must be"), (["--alpha", 0], "cannot both be 0"), (["--faces", "nano"], "--faces is for a model other"),
+    (["--model", "somewhere"], "needed there"), (["--out", "README.md/runs"], "is a file"), (["--save", "nano"], "is a folder"),
+    (["--model", "somewhere", "--faces", "nowhere"], "no such file or folder"), (["--start", "nano/judge.safetensors"], "not a hypernetwork")])
+def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, arguments, why):
+    failed = run("--out", tmp_path / "runs", *arguments, script="train.py")
+    assert failed.returncode == 2 and why in failed.stderr.splitlines()[-1] and "Traceback" not in failed.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_fitted_targets_explain_their_people():
     model = hdb.load("nano", "cpu")
     method = hdb.HyperDreamBooth(model)

@@ -6,6 +6,7 @@ from torch import nn
 
 import checkpoints
 from checkpoints import write
+from console import UserError
 from trainer import Ring, Trainer
 
 
@@ -60,6 +61,9 @@ def test_log_lines_and_schedule(tmp_path):
 def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     write({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
     before = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "y").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode  # not for the owner alone
+    (tmp_path / "y").unlink()
 
     def disk_full(tensors, path, metadata):
         path.write_text("half")
@@ -68,6 +72,23 @@ def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == before
+
+
+def test_a_run_that_cannot_go_on_says_so(tmp_path):
+    train(tmp_path, 5)
+    for other in (nn.Linear(4, 2), nn.Sequential(nn.Linear(4, 1))):
+        with pytest.raises(UserError, match="other modules"):
+            Trainer({"model": other}, tmp_path, 10, lr=.1)
+    state = tmp_path / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        train(tmp_path, 5)
+    model = nn.Linear(4, 1)
+    trainer = Trainer({"model": model}, tmp_path / "new", 10, lr=.1)
+    before = model.weight.clone()
+    with pytest.raises(UserError, match="loss is nan at step 0"):
+        trainer.update(model(torch.full((1, 4), torch.nan)).sum())
+    assert torch.equal(model.weight, before)
 
 
 def test_ring_keeps_the_last_rows_of_all_tensors_together():
