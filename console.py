@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 
@@ -34,7 +35,9 @@ def run(main, arguments):
         main(arguments())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, SafetensorError) as error:
+    except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"the device's memory is full; a smaller --batch needs less, and --dtype float16 than float32 ({str(error).splitlines()[0]})"
         message = f"{Path(sys.argv[0]).name}: {error}"
         print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)  # it may quote a hostile file
         sys.exit(2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import console
 import hdb
 from checkpoints import write
 from lidb import join
@@ -65,6 +66,8 @@ def people(method, args):
             "fine-tuning only": lambda: tune(None),
             "prediction only, s = 1": lambda: method.lidb.factors(method.predict(held_out.photos, 1)),
             "s = 1 + fine-tuning": lambda: tune(method.predict(held_out.photos, 1))}
+    if unknown := set(args.rows or ()) - set(rows):
+        raise console.UserError(f"--rows {', '.join(unknown)}: only {', '.join(rows)}")
     print(f"{args.people} people, likeness / style accuracy\n{'':26s}" + "".join(f"{s:>14s}" for s in STYLES) + "   styled mean")
     # a file of likenesses for every row, as rows may be measured by several calls; other weights or settings are another folder
     weights = [*sorted(Path(__file__).parent.glob("nano/*/*.safetensors")), Path(__file__).parent / "nano/judge.safetensors", Path(args.hypernet)]
@@ -95,7 +98,7 @@ def people(method, args):
         print(f"full method − {name}: {', '.join(differences)}")
 
 
-if __name__ == "__main__":
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=["base", "people"], help="both if none is named")
     parser.add_argument("--people", type=int, default=64)
@@ -106,8 +109,17 @@ if __name__ == "__main__":
     parser.add_argument("--runs", default="runs", help="folder that keeps the likenesses of every row measured")
     parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
     args = parser.parse_args()
+    console.check_ranges(parser, args, people=(2, 10 ** 6), steps=(1, 100_000), sample_steps=(1, 999), guidance=(-100, 100))
+    return args
+
+
+def main(args):
     model = hdb.load("nano", "cpu")
     if "base" in args.parts or not args.parts:
         base(hdb.HyperDreamBooth(model), args)
     if "people" in args.parts or not args.parts:
         people(hdb.HyperDreamBooth(model, hdb.load_hypernet(args.hypernet, model)), args)
+
+
+if __name__ == "__main__":
+    console.run(main, arguments)

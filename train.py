@@ -134,10 +134,10 @@ def arguments():
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default="google/vit-huge-patch14-224-in21k", help="ViT to encode photos with (not for nano)")
     parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from; nano's encoder goes on as well")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to be resumed by the same command")
     parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--iterations", type=int, default=4, help="s of Eq. 3")
     parser.add_argument("--alpha", type=float, default=1., help="weight of Eq. 2's denoising term")
     parser.add_argument("--beta", type=float, default=0., help="weight of Eq. 2's distance to fitted targets")
@@ -154,8 +154,8 @@ def arguments():
     args = parser.parse_args()
     if (args.model == "nano") == bool(args.faces):
         parser.error("--faces is for a model other than nano, and needed there")
-    console.check_ranges(parser, args, steps=(1, 1e9), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1), iterations=(1, 64), alpha=(0, 1e6),
-                         beta=(0, 1e6), targets=(1, 1e6), target_steps=(1, 1e6), target_lr=(0, 1), every=(1, 1e9), seed=(0, 2 ** 40))
+    console.check_ranges(parser, args, steps=(1, 10 ** 9), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1), iterations=(1, 64), alpha=(0, 10 ** 6),
+                         beta=(0, 10 ** 6), targets=(1, 10 ** 6), target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, 2 ** 40))
     if not args.alpha and not args.beta:
         parser.error("--alpha and --beta cannot both be 0")
     console.check_folder(parser, "--out", args.out)

@@ -19,7 +19,7 @@ def backward(loss, parameters):
     """The gradients of `loss` in `parameters`, as loss.backward() makes them in float32. In between they are SCALE times as large, since
     float16, which ends at 6e-8, would round most of a picture's mean error away; the scale is a power of two, so nothing else changes."""
     (loss * SCALE).backward()
-    torch._foreach_div_([p.grad for p in parameters], SCALE)
+    torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
 class Trainer:

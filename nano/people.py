@@ -28,7 +28,7 @@ def traits(identity):
     return torch.cat(number + kind, 1)
 
 
-def encoder(runs, device, steps=3000, batch=64, fresh=24, lr=1e-3, seed=0, start=None):
+def encoder(runs, device, steps=3000, batch=64, fresh=24, lr=1.5e-3, seed=0, start=None):
     """A ViT pre-trained to read identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen 14 million pictures.
 
     Made once and kept in `runs`; each step draws `fresh` new photos into a pool and learns from `batch` of it. Two linear heads read: one

@@ -212,7 +212,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, to be resumed")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--decoder", action="store_true", help="vae: train only the decoder of nano/vae further")
     parser.add_argument("--warm", action="store_true", help="vae, unet: start from the weights in nano/ instead of from nothing")

@@ -1,0 +1,33 @@
+import argparse
+
+import pytest
+import torch
+
+import console
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (console.UserError("a\nb\x1b[31m: no"), 2, "a?b?[31m: no"), (OSError(28, "No space left", "x.png"), 2, "No space left: 'x.png'"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "memory is full"), (KeyboardInterrupt(), 130, None)])
+def test_errors_are_one_line(capsys, error, code, line):
+    def main(arguments):
+        raise error
+    with pytest.raises(SystemExit) as end:
+        console.run(main, lambda: None)
+    printed = capsys.readouterr().err
+    assert end.value.code == code and (printed.count("\n") == 1 and line in printed if line else printed == "")
+
+
+def test_our_own_mistakes_are_not_the_users():
+    with pytest.raises(ZeroDivisionError):
+        console.run(lambda _: 1 / 0, lambda: None)
+
+
+def test_folders_that_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    parser = argparse.ArgumentParser()
+    console.check_folder(parser, "--out", tmp_path / "new/newer")
+    assert not (tmp_path / "new").exists()
+    for bad in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(SystemExit):
+            console.check_folder(parser, "--out", bad)
