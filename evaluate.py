@@ -105,7 +105,7 @@ def arguments():
     parser.add_argument("--rows", nargs="*", help="of the people's table; all if not given")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=4.)
+    parser.add_argument("--guidance", type=float, default=3.)
     parser.add_argument("--runs", default="runs", help="folder that keeps the likenesses of every row measured")
     parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
     args = parser.parse_args()

@@ -106,7 +106,7 @@ class HyperDreamBooth:
         return {k: (a.detach(), b.detach()) for k, (a, b) in relaxed.items()}
 
     @torch.no_grad()
-    def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=4., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
+    def sample(self, prompts, factors=None, seeds=None, steps=25, guidance=3., negative="", size=None, sampler=sampling.dpmpp_2m, callback=None):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, with the factors of one person or of B, one seed per picture.
 
         size: (height, width) in pixels, divisible by 8; the model's own if None. sampler: dpmpp_2m, ddim, or for eta > 0

@@ -49,7 +49,7 @@ def arguments():
     parser.add_argument("--lr", type=float, default=3e-3, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4, help="of fine-tuning: noises of the photo a step")
     parser.add_argument("--sample-steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4., help="classifier-free guidance scale")
+    parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale")
     parser.add_argument("--negative", default="", help="what to avoid")
     parser.add_argument("--strength", type=float, default=1., help="of the personal weights at sampling, 0 to 1.5: likeness against editability")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="somebody else's LoRA beside the person; repeatable")

@@ -21,7 +21,7 @@ class VAEConfig:
 
 
 SD15 = VAEConfig()
-NANO = VAEConfig(block_out_channels=(16, 24, 48, 64), layers_per_block=1, norm_num_groups=2, scaling_factor=1.0)
+NANO = VAEConfig(block_out_channels=(16, 24, 48, 64), norm_num_groups=2, scaling_factor=1.0)
 
 
 class ResnetBlock2D(nn.Module):
