@@ -45,7 +45,7 @@ class HyperDreamBooth:
 
     def context(self, prompts):
         """Text features (B, n, d) of B prompts, [V] being the rare identifier, under the factors in force."""
-        return self.model.context([canonical(p).replace("[V]", IDENTIFIER) for p in prompts])
+        return self.model.context([named(p) for p in prompts])
 
     def denoising_loss(self, latent, prompts, generator):
         """‖D(x + ε, c) − x‖² of Eq. 2, per sample (B,), under the factors in force. latent (B, 4, h, w), B prompts, a CPU generator.
@@ -115,8 +115,7 @@ class HyperDreamBooth:
         """
         side = 8 * self.model.unet.config.sample_size
         height, width = size or (side, side)
-        if height % 8 or width % 8:
-            raise ValueError(f"a picture's sides must be divisible by 8, not {height}×{width}")
+        sd.check_sides(height, width)
         start = sampling.noise((len(prompts), 4, height // 8, width // 8), list(seeds if seeds is not None else range(len(prompts))))
         self.personal.factors = factors or {}
         try:
@@ -131,6 +130,11 @@ class HyperDreamBooth:
 def canonical(prompt):
     """The prompt with its [V] in capitals."""
     return prompt.replace("[v]", "[V]")
+
+
+def named(prompt, identifier=IDENTIFIER):
+    """The prompt as the text encoder gets it, with the identifier for [V]."""
+    return canonical(prompt).replace("[V]", identifier)
 
 
 def load_vit(source, device=None):

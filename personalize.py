@@ -107,7 +107,7 @@ def main(args):
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
 
     style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
-    method.context([*args.prompts, args.negative])  # warns of what is too long, which needs no repeating at every picture
+    model.tokenizer([*map(hdb.named, args.prompts), args.negative])  # warns of what is too long, which needs no repeating at every picture
     warnings.filterwarnings("ignore", "prompt is longer")
     for prompt in args.prompts:
         text, room = hdb.canonical(prompt), model.text.config.max_position_embeddings - 2
@@ -129,7 +129,7 @@ def main(args):
 
     settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance,
                 "negative": args.negative, "strength": args.strength, **({"lora": ", ".join(args.lora)} if args.lora else {})}
-    sample = lambda prompt, factors, seeds: method.sample([hdb.canonical(prompt).replace("[V]", p.identifier) for p in people], factors, seeds,
+    sample = lambda prompt, factors, seeds: method.sample([hdb.named(prompt, p.identifier) for p in people], factors, seeds,
                                                           args.sample_steps, args.guidance, args.negative)
     if photo is not None and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), [args.seed])

@@ -51,8 +51,7 @@ class StableDiffusion:
 
         The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError for other sizes.
         """
-        if image.shape[-2] % 8 or image.shape[-1] % 8:
-            raise ValueError(f"a picture's sides must be divisible by 8, not {image.shape[-2]}×{image.shape[-1]}")
+        check_sides(*image.shape[-2:])
         z, logvar = self.vae.encode(image.to(self.device, self.dtype))
         if generator is not None:
             z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator).to(z)
@@ -65,6 +64,12 @@ class StableDiffusion:
     def context(self, texts):
         """A list of B strings to the text features (B, n, d) that the UNet attends to. What is too long is cut, with a warning."""
         return self.text(self.tokenizer(texts).to(self.device))
+
+
+def check_sides(height, width):
+    """ValueError unless a picture of this size, in pixels, has a latent."""
+    if height % 8 or width % 8:
+        raise ValueError(f"a picture's sides must be divisible by 8, not {height}×{width}")
 
 
 def model_name(source):

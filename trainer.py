@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from checkpoints import write
@@ -97,12 +96,11 @@ class Trainer:
         file = self.out / "state.safetensors"
         try:
             with safe_open(file, "pt") as f:
-                self.step, shapes = int(f.metadata()["step"]), {key: f.get_slice(key).get_shape() for key in f.keys()}
+                self.step, tensors = int(f.metadata()["step"]), {key: f.get_tensor(key) for key in f.keys()}
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
-        if {k: shapes[f"now.{k}"] for k in self.parameters if f"now.{k}" in shapes} != {k: list(p.shape) for k, p in self.parameters.items()}:
+        if {k: tensors[f"now.{k}"].shape for k in self.parameters if f"now.{k}" in tensors} != {k: p.shape for k, p in self.parameters.items()}:
             raise UserError(f"{file}: of a run with other modules; remove it, or train in another folder")
-        tensors = load_file(file)
         with torch.no_grad():
             for k, p in self.parameters.items():
                 p.copy_(tensors[f"now.{k}"])
