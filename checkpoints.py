@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from console import UserError
+from console import UserError, printable
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")  # 1×1 convolutions (c, c, 1, 1) in single files
@@ -49,6 +49,13 @@ def fits(value, usual):
     return isinstance(value, type(usual))
 
 
+def refuse(found, implemented, file):
+    """LoadError for a setting in the dict `found` that is not as in `implemented`, name -> the one value that our code stands for."""
+    for key, value in implemented.items():
+        if found.get(key, value) != value:
+            raise LoadError(f"{file}: {key} is {found[key]!r}; only {value!r} is implemented")
+
+
 def read_json(file):
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -58,6 +65,8 @@ def read_json(file):
 
 def read(file):
     """Open a safetensors file with safe_open, or raise a LoadError that says what it is instead."""
+    if Path(file).exists() and not Path(file).is_file():  # reading a pipe might never end
+        raise LoadError(f"{file}: not a file")
     try:
         with open(file, "rb") as f:
             head = f.read(9)  # the header's length in 8 bytes, then the header, a JSON dictionary
@@ -119,9 +128,10 @@ def write(tensors, path, metadata=None):
     """Save tensors as a safetensors file at `path`, with its folder, so that nobody ever sees half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        note = metadata and {k: printable(v) for k, v in metadata.items()}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, note)
         os.umask(mask := os.umask(0))
         temporary.chmod(0o666 & ~mask)  # as any other file; safetensors writes them for the owner alone
         temporary.replace(path)

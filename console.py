@@ -11,6 +11,11 @@ class UserError(ValueError):
     """What a user did wrong and what to do about it, in one line."""
 
 
+def printable(text):
+    """`text`, from a command line, which may pass any bytes, with ? for what no Unicode text can hold."""
+    return text.encode(errors="replace").decode()
+
+
 def check_ranges(parser, args, **ranges):
     """Exit with argparse's error if an option of `args` is not within its (low, high); None, and what isn't an option, is passed over."""
     for name, (low, high) in ranges.items():
@@ -29,14 +34,17 @@ def check_folder(parser, option, folder):
 
 def run(main, arguments):
     """main(arguments()). What a user did wrong, or what the disk refuses, becomes one line and exit code 2, Ctrl-C exit code 130."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the shell
         stream.reconfigure(errors="replace")  # a terminal without the prompt's letters is no reason to stop
     try:
         main(arguments())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # a GPU's, or the machine's
+        if isinstance(error, RuntimeError) and not full:
+            raise
+        if full:
             error = f"the device's memory is full; a smaller --batch needs less, and --dtype float16 than float32 ({str(error).splitlines()[0]})"
         message = f"{Path(sys.argv[0]).name}: {error}"
         print("".join(c if c.isprintable() else "?" for c in message), file=sys.stderr)  # it may quote a hostile file

@@ -70,7 +70,7 @@ def people(method, args):
         raise console.UserError(f"--rows {', '.join(unknown)}: only {', '.join(rows)}")
     print(f"{args.people} people, likeness / style accuracy\n{'':26s}" + "".join(f"{s:>14s}" for s in STYLES) + "   styled mean")
     # a file of likenesses for every row, as rows may be measured by several calls; other weights or settings are another folder
-    weights = [*sorted(Path(__file__).parent.glob("nano/*/*.safetensors")), Path(__file__).parent / "nano/judge.safetensors", Path(args.hypernet)]
+    weights = [*sorted(Path(__file__).parent.glob("nano/*/*.safetensors")), Path(__file__).parent / "nano/judge.safetensors", args.hypernet]
     settings = b"".join(w.read_bytes() for w in weights) + repr((args.steps, args.sample_steps, args.guidance)).encode()
     folder = Path(args.runs) / f"evaluation_{args.people}_{zlib.crc32(settings):08x}"
     for name in args.rows or rows:
@@ -100,15 +100,18 @@ def people(method, args):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["base", "people"], help="both if none is named")
+    parser.add_argument("parts", nargs="*", help="base, people, or both, which is the same as none")
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--rows", nargs="*", help="of the people's table; all if not given")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sample-steps", type=int, default=15)
     parser.add_argument("--guidance", type=float, default=3.)
     parser.add_argument("--runs", default="runs", help="folder that keeps the likenesses of every row measured")
-    parser.add_argument("--hypernet", default="nano/hypernet.safetensors")
+    parser.add_argument("--hypernet", type=Path, default=Path(__file__).with_name("nano") / "hypernet.safetensors")
     args = parser.parse_args()
+    if unknown := set(args.parts) - {"base", "people"}:
+        parser.error(f"{', '.join(unknown)}: only base and people can be measured")
+    console.check_folder(parser, "--runs", args.runs)
     console.check_ranges(parser, args, people=(2, 10 ** 6), steps=(1, 100_000), sample_steps=(1, 999), guidance=(-100, 100))
     return args
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 
@@ -33,21 +34,22 @@ def export_lora(factors, path, metadata=None, dtype=torch.float32):
 
     The factors are written as they are, so a person fine-tuned at rank r becomes a LoRA of rank 1 + r, without loss; float16 would
     halve the file and change the UNet's output by a few 10⁻⁴ (LiDB's small numbers are exact in it, its products with the basis are not).
+    Where layers differ in rank, zeros fill up, since diffusers 0.35 to 0.42 takes one layer's alpha for all.
     PersonError for several people or numbers that dtype can't hold.
     """
-    tensors = {}
+    tensors, rank = {}, max((a.shape[2] for a, _ in factors.values()), default=0)
     for name, (a, b) in factors.items():
         if len(a) != 1:
             raise PersonError(f"{path}: a LoRA is one person's, not {len(a)} people's")
+        a, b = F.pad(a, (0, rank - a.shape[2])), F.pad(b, (0, 0, 0, rank - b.shape[1]))
         key, end = kohya(name), (1, 1) if name.endswith(CONVOLUTIONS) else ()
         tensors[f"{key}.lora_down.weight"] = a[0].T.to(dtype).unflatten(1, (-1, *end))  # (r, in), of convolutions (r, in, 1, 1)
         tensors[f"{key}.lora_up.weight"] = b[0].T.to(dtype).unflatten(1, (-1, *end))    # (out, r)
-        tensors[f"{key}.alpha"] = torch.tensor(float(a.shape[2]))                       # readers multiply by alpha / r
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))                             # readers multiply by alpha / r
     if not tensors:
         raise PersonError(f"{path}: nothing to write, the person has no personal weights")
     check_numbers(tensors, path)
-    rank = str(max(a.shape[2] for a, _ in factors.values()))
-    note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank, "ss_base_model_version": "sd_v1"}
+    note = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank), "ss_base_model_version": "sd_v1"}
     write(tensors, path, note | {key: str(value) for key, value in (metadata or {}).items()})
 
 
@@ -69,7 +71,8 @@ FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layer
     r"\.hada_|\.lokr_|\.oft_|\.(a1|b1|on_input)\b|\.boft_": "LoHa, LoKr, OFT or (IA)³, not LoRA",
     r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
     r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
-    r"^emb_params$|string_to_param": "a textual inversion, not a LoRA",
+    r"^bundle_emb\.": "a LoRA with an embedding bundled in, which is not implemented",
+    r"^emb_params$|^string_to_param": "a textual inversion, not a LoRA",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a whole model, not a LoRA"}
 
 
@@ -118,7 +121,7 @@ def load_lora(path, model, strength=1.0):
         alpha = tensors[keys["alpha"]].item() if "alpha" in keys else None
         try:
             factor = strength * float(peft_scale(config, name, rank) if alpha is None else alpha / rank)
-        except (TypeError, AttributeError, ValueError, re.error) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError, re.error) as error:
             raise PersonError(f"{path}: PEFT's settings make no sense ({error})") from None
         factors[name] = tuple(t.to(model.device) for t in (down.float().flatten(1).T[None], up.float().flatten(1).T[None] * factor))
     refuse(path, problems)
@@ -159,20 +162,23 @@ def plain(layer):
 
 
 def peft_config(path, note, tensors):
-    """PEFT's LoraConfig, as a dict with "unet." or "text_encoder." before its keys as diffusers keeps it in the metadata, or {}.
+    """PEFT's LoraConfig, as a dict with "unet." or "text_encoder." before its keys as diffusers' pipelines keep it in the metadata, or {}.
 
-    PEFT by itself keeps it in adapter_config.json; a file of its own is not readable without, for alpha is in no tensor.
+    A model's own save_lora_adapter() writes it there without them. PEFT by itself keeps it in adapter_config.json; a file of its own is not readable without, for alpha is in no tensor.
     """
     file = Path(path).with_name("adapter_config.json")
     try:
         if "lora_adapter_metadata" in note:
-            return dict(json.loads(note["lora_adapter_metadata"]))
-        if any(key.startswith("base_model.model.") for key in tensors):
-            settings = json.loads(file.read_text(encoding="utf-8")).items()
-            return {f"{part}.{key}": value for key, value in settings for part in PREFIXES.values()}
-        return {}
-    except (OSError, ValueError, AttributeError) as error:
+            settings = dict(json.loads(note["lora_adapter_metadata"]))
+        elif any(key.startswith("base_model.model.") for key in tensors):
+            settings = dict(json.loads(file.read_text(encoding="utf-8")))
+        else:
+            return {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise PersonError(f"{path}: PEFT's settings, its metadata or {file.name} beside it, are not readable ({error})") from None
+    if any(key.startswith(tuple(f"{part}." for part in PREFIXES.values())) for key in settings):
+        return settings
+    return {f"{part}.{key}": value for key, value in settings.items() for part in PREFIXES.values()}
 
 
 def peft_scale(config, name, rank):
@@ -189,7 +195,7 @@ def peft_scale(config, name, rank):
 
 def free(out):
     """The Path of a folder to write that doesn't exist yet or is empty; PersonError if it is taken."""
-    out = Path(out)
+    out = Path(out).resolve()
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise PersonError(f"{out}: exists already; give a new or an empty folder")

@@ -30,15 +30,21 @@ class HyperDreamBooth:
     """The method around one StableDiffusion `model`, whose weights stay as they are. What is personal is in *factors* (see lidb.py)."""
 
     def __init__(self, model, hypernet=None, basis_seed=0):
-        """basis_seed: of the LiDB basis; a hypernetwork from load_hypernet brings the basis it was trained with."""
+        """basis_seed: of the LiDB basis; a hypernetwork from load_hypernet brings the basis it was trained with. The model's layers get hooks
+        (see lidb.Personal), one set for all methods around it, which do nothing while no factors are in force."""
         self.model, self.hypernet = model, hypernet
         self.layers = personal_layers(model.unet, model.text)
         self.lidb = getattr(hypernet, "lidb", None) or LiDB(self.layers, seed=basis_seed, device=model.device)
-        self.personal = Personal(adaptable_layers(model.unet, model.text))
+        if model.personal is None:
+            model.personal = Personal(adaptable_layers(model.unet, model.text))
+        self.personal = model.personal
 
     @torch.no_grad()
     def predict(self, photo, iterations=None):
-        """A photo (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, r·(a + b)), by the hypernetwork (Eq. 3)."""
+        """A photo (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, r·(a + b)), by the hypernetwork (Eq. 3), without gradients.
+
+        iterations: s, the hypernetwork's own if None. ValueError where there is no hypernetwork.
+        """
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         return self.hypernet.refine(encode_face(self.hypernet.vit, photo).to(self.hypernet.bias.dtype), iterations).float()
@@ -54,9 +60,10 @@ class HyperDreamBooth:
         would otherwise drown everything else. Time steps are spread evenly over the batch, which makes the average less noisy.
         """
         count = len(latent)
-        t = ((torch.arange(count) + torch.rand(count, generator=generator)) * (sampling.STEPS / count)).long().clamp(max=sampling.STEPS - 1)
-        t = t[torch.randperm(count, generator=generator)]
-        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        with torch.device("cpu"):
+            spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count  # one in each of `count` equal parts of [0, 1]
+            t = (spread * sampling.STEPS).long().clamp(max=sampling.STEPS - 1)[torch.randperm(count, generator=generator)]
+            noise = torch.randn(latent.shape, generator=generator).to(latent)
         context = self.context(prompts)
         predicted = self.model.unet(sampling.add_noise(latent, noise, t), t.to(latent.device), context)
         snr = sampling.ALPHAS_CUMPROD[t] / (1 - sampling.ALPHAS_CUMPROD[t])
@@ -74,7 +81,11 @@ class HyperDreamBooth:
             raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
         zero = theta_hat.new_zeros(())
         self.personal.factors = self.lidb.factors(theta_hat)
-        denoising = self.denoising_loss(latent, prompts, generator).mean() if alpha else zero
+        try:
+            denoising = self.denoising_loss(latent, prompts, generator).mean() if alpha else zero
+        except BaseException:
+            self.personal.factors = {}
+            raise
         distance = (theta_hat - theta).pow(2).mean() if beta else zero
         return alpha * denoising + beta * distance, denoising, distance
 
@@ -86,7 +97,7 @@ class HyperDreamBooth:
         Returns the LoRA factors alone; join() them with the prediction's. callback(step, loss) after every step.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        latent = self.model.encode(photo).repeat(batch, 1, 1, 1)
+        latent = self.model.encode(photo).detach().repeat(batch, 1, 1, 1)
         predicted = {} if theta is None else {k: (a.detach(), b.detach()) for k, (a, b) in self.lidb.factors(theta).items()}
         relaxed = lora(self.layers, rank, generator, people=len(photo))
         parameters = [p for pair in relaxed.values() for p in pair]
@@ -133,8 +144,8 @@ def canonical(prompt):
 
 
 def named(prompt, identifier=IDENTIFIER):
-    """The prompt as the text encoder gets it, with the identifier for [V]."""
-    return canonical(prompt).replace("[V]", identifier)
+    """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
+    return canonical(prompt).replace("[V]", f" {identifier} ")
 
 
 def load_vit(source, device=None):
@@ -147,8 +158,10 @@ def load_vit(source, device=None):
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
     config = checkpoints.read_settings(ViTConfig, folder / "config.json")
+    checkpoints.refuse(checkpoints.read_json(folder / "config.json"), {"hidden_act": "gelu"}, folder / "config.json")
     if (folder / "preprocessor_config.json").is_file():
         found = checkpoints.read_json(folder / "preprocessor_config.json")
+        checkpoints.refuse(found, {"do_normalize": True, "do_rescale": True}, folder / "preprocessor_config.json")
         config = checkpoints.configure(config, {k: found[k] for k in ("image_mean", "image_std") if k in found}, folder)
     return checkpoints.module(ViT, config, [folder / "model.safetensors"], rename, *sd.place(device, torch.float32)).eval().requires_grad_(False)
 
@@ -156,7 +169,7 @@ def load_vit(source, device=None):
 @torch.no_grad()
 def encode_face(vit, photo):
     """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size and normalisation that the ViT was trained with."""
-    side, weight = vit.config.image_size, vit.layernorm.weight
+    side, weight, photo = vit.config.image_size, vit.layernorm.weight, photo.float()
     if photo.shape[2:] != (side, side):
         photo = torch.nn.functional.interpolate(photo, (side, side), mode="bicubic", antialias=True)
     mean, std = (2 * photo.new_tensor(t).view(3, 1, 1) for t in (vit.config.image_mean, vit.config.image_std))
@@ -173,7 +186,7 @@ def save_hypernet(hypernet, method, path, encoder=None):
 
 def load_hypernet(path, model):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. LoadError if it is none, or made for other layers
-    than this model's."""
+    than this model's. Its `encoder` says where its ViT came from, None if from the same file; its `lidb` is the basis it was trained with."""
     try:
         with checkpoints.read(Path(path)) as f:
             note = f.metadata() or {}
@@ -192,8 +205,11 @@ def load_hypernet(path, model):
     def hypernet(config):
         return HyperNetwork(config, torch.nn.Identity() if "encoder" in note else None)
     built = checkpoints.module(hypernet, config, [Path(path)], lambda key: key, model.device, torch.float32)
-    if "encoder" in note:
-        built.vit = load_vit(note["encoder"], model.device)
+    built.encoder = note.get("encoder")
+    if built.encoder:
+        built.vit = load_vit(built.encoder, model.device)
+        if built.vit.config != config.vit:
+            raise LoadError(f"{path}: trained with another encoder than the one that is now {built.encoder}")
     if not all(t.isfinite().all() for t in built.state_dict().values()):
         raise LoadError(f"{path}: holds numbers that are infinite or NaN")
     built.lidb = basis

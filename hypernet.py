@@ -82,6 +82,8 @@ class ViT(nn.Module):
 
     def __init__(self, config=VIT_H):
         super().__init__()
+        if len(config.image_mean) != 3 or len(config.image_std) != 3:
+            raise ValueError(f"a mean of {config.image_mean} and a deviation of {config.image_std} are not of three colours")
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))})

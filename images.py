@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from console import UserError
+from console import UserError, printable
 
 SMALLEST, LARGEST = 64, 12_000  # pixels a side
 
@@ -19,8 +19,12 @@ def read(path, side, crop=None):
     """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in RGB, transparency over white, its central square or
     the square `crop` = (x, y, size) in pixels, resized. Raises ImageError for what is no picture, too small, too large, or a crop outside."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as file:
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise ImageError(f"{path}: not a file; save the photo into one")  # a pipe can be read once, and may never end
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit here
+            file = Image.open(path)
+        with file:
             if max(file.size) > LARGEST:
                 raise ImageError(f"{path}: {file.width}×{file.height} pixels is too large; at most {LARGEST} a side")
             image = to_rgb(ImageOps.exif_transpose(file))
@@ -50,9 +54,12 @@ def read(path, side, crop=None):
 def to_rgb(image):
     """8-bit RGB from any mode, transparency laid over white."""
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit grey, which PIL would clip instead of scaling
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        top = 1 if image.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
-        image = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+        values, transparent = np.asarray(image, dtype=np.float64), image.info.get("transparency")
+        greatest = values.max(initial=0, where=np.isfinite(values))
+        whites = (1, 255, 65535, 2 ** 31 - 1) if image.mode == "F" else (255, 65535, 2 ** 31 - 1)
+        white = next((white for white in whites if greatest <= 1.1 * white), greatest)
+        values = np.where(values == transparent, 1, np.nan_to_num(values / white, posinf=1))
+        image = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -68,7 +75,7 @@ def save(image, path, **settings):
     """Write a PIL image as PNG with its settings as text chunks, so that a picture tells how it was made."""
     info = PngImagePlugin.PngInfo()
     for key, value in settings.items():
-        info.add_itxt(key, str(value))
+        info.add_itxt(key, printable(str(value)))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

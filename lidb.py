@@ -1,10 +1,11 @@
 """Lightweight DreamBooth (HyperDreamBooth, arXiv 2307.06949, section 4.1): personal weights in a frozen random subspace.
 
-A personalised linear layer computes y = Wx + x·A·B with A (in, r) and B (r, out). Everything personal here is a set of such *factors*:
+A personalised linear layer computes y = x·Wᵀ + x·A·B with A (in, r) and B (r, out). Everything personal here is a set of such *factors*:
 a dict of layer name -> (A (P, in, r), B (P, r, out)), P people (1 or one per sample). LiDB makes them from a few numbers θ, LoRA trains
 them directly, and `join` puts any two side by side: a sum of products is a product of concatenations.
 """
 import zlib
+from functools import partial
 
 import torch
 from torch import nn
@@ -57,7 +58,10 @@ class LiDB:
         a_train, b_train = theta.split([self.rank * self.a, self.rank * self.b], dim=2)
         a_train = self.a0.to(theta) + a_train.unflatten(2, (self.a, self.rank))  # (P, layers, a, r)
         b_train = b_train.unflatten(2, (self.rank, self.b))                      # (P, layers, r, b)
-        return {name: (self.a_aux[i].to(theta) @ a_train[:, i], b_train[:, i] @ self.b_aux[i].to(theta)) for i, name in enumerate(self.names)}
+        factors = {}
+        for i, name in enumerate(self.names):
+            factors[name] = self.a_aux[i].to(theta) @ a_train[:, i], b_train[:, i] @ self.b_aux[i].to(theta)
+        return factors
 
 
 def orthonormal(rows, columns, generator):
@@ -72,26 +76,26 @@ class Personal:
     Set `.factors` to a dict from LiDB.factors, lora or join, or to {} for the untouched model. They stay in force until they are set
     again, through the backward pass too, where gradient checkpointing runs the layers once more. With one person in the factors the whole
     batch is that person; with P people a batch of k·P samples is k groups of them in order (guidance: negatives first, then prompts).
+    A layer has to be called as a module, with its input as the one argument; in several threads at once each needs a model of its own.
     """
 
     def __init__(self, layers):
         self.factors = {}
-        self.handles = [m.register_forward_hook(self._hook(name)) for name, m in layers.items()]
+        # a bound method and not a closure, so that a deep copy of the model brings a Personal of its own
+        self.handles = [m.register_forward_hook(partial(self._add, name)) for name, m in layers.items()]
 
-    def _hook(self, name):
-        def add(module, inputs, y):
-            if name not in self.factors:
-                return None
-            x, (a, b) = inputs[0], self.factors[name]
-            if len(a) not in (1, len(x)):
-                if len(x) % len(a):
-                    raise ValueError(f"a batch of {len(x)} cannot be shared among {len(a)} people")
-                a, b = (t.repeat(len(x) // len(t), 1, 1) for t in (a, b))
-            pixels = isinstance(module, nn.Conv2d)
-            x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])  # (B, n, in): n pixels or tokens, or one vector
-            residual = x @ a.to(x.dtype) @ b.to(x.dtype)
-            return y + (residual.mT if pixels else residual).reshape(y.shape)
-        return add
+    def _add(self, name, module, inputs, y):
+        if name not in self.factors:
+            return None
+        x, (a, b) = inputs[0], self.factors[name]
+        if len(a) not in (1, len(x)):
+            if len(x) % len(a):
+                raise ValueError(f"a batch of {len(x)} cannot be shared among {len(a)} people")
+            a, b = (t.repeat(len(x) // len(t), 1, 1) for t in (a, b))
+        pixels = isinstance(module, nn.Conv2d)
+        x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])  # (B, n, in): n pixels or tokens, or one vector
+        residual = x @ a.to(x.dtype) @ b.to(x.dtype)
+        return y + (residual.mT if pixels else residual).reshape(y.shape)
 
     def remove(self):
         for handle in self.handles:
@@ -101,7 +105,7 @@ class Personal:
 def lora(layers, rank, generator, people=1):
     """Fresh LoRA factors (Hu et al., 2106.09685): A ~ N(0, 1/in) from a CPU generator, B = 0, so the residual starts at 0. Trainable."""
     def pair(m):
-        a = torch.randn(people, m.in_features, rank, generator=generator) / m.in_features ** .5
+        a = torch.randn(people, m.in_features, rank, generator=generator, device="cpu") / m.in_features ** .5
         return tuple(t.to(m.weight.device).requires_grad_() for t in (a, torch.zeros(people, rank, m.out_features)))
     return {name: pair(m) for name, m in layers.items()}
 

@@ -105,7 +105,7 @@ def load_person(path, method):
 def is_person(path):
     """Whether `path` is a file of save_person, by its header alone. False, not an error, for anything else."""
     try:
-        with safe_open(path, "pt") as f:
+        with safe_open(path if Path(path).is_file() else "", "pt") as f:
             return (f.metadata() or {}).get("format") == FORMAT
     except (OSError, SafetensorError):
         return False

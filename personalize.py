@@ -33,6 +33,7 @@ from lidb import join, scale  # noqa: E402
 from person import Person, PersonError, is_person, load_person, save_person, stack  # noqa: E402
 
 NANO = Path(__file__).parent / "nano"
+PERSONAL = ("person.safetensors", "person_tuned.safetensors")  # LiDB's part alone, and with the LoRA of the fine-tuning
 
 
 def arguments():
@@ -65,7 +66,7 @@ def arguments():
     args.people = [args.photo] if personal(args.photo) else []
     while args.people and len(args.prompts) > 1 and personal(args.prompts[0]):
         args.people.append(args.prompts.pop(0))
-    args.prompts = [prompt.encode(errors="replace").decode() for prompt in args.prompts]  # a shell may pass any bytes
+    args.prompts, args.negative = [console.printable(p) for p in args.prompts], console.printable(args.negative)
     for prompt in args.prompts:
         if personal(prompt) or os.path.isfile(prompt):
             parser.error(f"{prompt} stands where a prompt is expected, after the photo or the personal files")
@@ -75,10 +76,15 @@ def arguments():
     if args.merge is not None:
         free(args.merge)
         console.check_folder(parser, "--merge", args.merge)
-        if Path(args.merge).resolve() == args.out.resolve():
-            parser.error("--merge and --out must be two folders")
+        if Path(args.merge).resolve() in (args.out.resolve(), *args.out.resolve().parents):
+            parser.error("--merge and --out must be two folders, --out not in the other")
     if len(args.people) > 1 and (args.export or args.merge):
         parser.error("--export and --merge take one person")
+    count = len(args.prompts) * max(1, len(args.people))
+    outputs = ["sheet.png", *(f"{i}.png" for i in range(count)), *(["lora.safetensors"] if args.export else []), *([] if args.people else PERSONAL)]
+    for given in (args.photo, *args.people, *(lora(text)[0] for text in args.lora), args.hypernet):
+        if given and Path(given).resolve() in [(args.out / name).resolve() for name in outputs]:
+            parser.error(f"{given} would be overwritten; give another folder with --out")
     return args
 
 
@@ -120,35 +126,45 @@ def main(args):
     else:
         photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
         people = [fit(method, photo, args, stage)]
-        for name, lidb_only in ("person.safetensors", True), ("person_tuned.safetensors", False):
-            (args.out / name).unlink(missing_ok=True)  # it may be somebody else's
-            if people[0].relaxed and not lidb_only or people[0].theta is not None and lidb_only:
+        for name, lidb_only, known in zip(PERSONAL, (True, False), (people[0].theta is not None, people[0].relaxed)):
+            if known:
                 save_person(people[0], method, args.out / name, lidb_only)
                 written.append(args.out / name)
+        for stale in {args.out / name for name in PERSONAL} - set(written):
+            stale.unlink(missing_ok=True)  # it may be somebody else's
     factors = join(scale(stack([p.factors(method.lidb) for p in people]), args.strength), style)
 
     settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance,
-                "negative": args.negative, "strength": args.strength, **({"lora": ", ".join(args.lora)} if args.lora else {})}
+                "negative": args.negative, "strength": args.strength, "dtype": str(model.dtype).removeprefix("torch."),
+                **({"lora": ", ".join(args.lora)} if args.lora else {})}
+    if photo is not None:
+        settings |= {"crop": args.crop or "central square", "hypernet": file, "fine-tuning": f"{args.steps} steps, rank {args.rank}, "
+                     f"learning rate {args.lr:g}, batch {args.batch}" if args.steps else "none"}
     sample = lambda prompt, factors, seeds: method.sample([hdb.named(prompt, p.identifier) for p in people], factors, seeds,
                                                           args.sample_steps, args.guidance, args.negative)
     if photo is not None and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), [args.seed])
     seeds = [[args.seed + i * len(people) + j for j in range(len(people))] for i in range(len(args.prompts))]
     pictures = torch.cat([sample(*job) for job in tqdm([(p, factors, s) for p, s in zip(args.prompts, seeds)], desc="sampling", leave=False)])
+    if not pictures.isfinite().all():
+        raise PersonError("a picture came out as NaN: the personal weights, --strength or --guidance are too large for this model or dtype")
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
 
     for i, picture in enumerate(pictures):
-        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[i // len(people)], seed=args.seed + i, **settings)
+        whose = args.people[i % len(people)] if args.people else args.photo
+        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[i // len(people)], person=whose, seed=args.seed + i, **settings)
     shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
     images.save(images.sheet(shown, len(shown) if photo is not None else len(people)), args.out / "sheet.png",
-                prompt=" | ".join(args.prompts), seed=args.seed, **settings)
+                prompt=" | ".join(args.prompts), person=" | ".join(args.people or [args.photo]), seed=args.seed, **settings)
     written += [args.out / "sheet.png", *(args.out / f"{i}.png" for i in range(len(pictures)))]
     if args.export:
-        export_lora(factors, args.out / "lora.safetensors")
+        export_lora(factors, args.out / "lora.safetensors", {"modelspec.trigger_phrase": people[0].identifier})
         written.append(args.out / "lora.safetensors")
     if args.merge:
         merge_to_folder(method, factors, args.model if Path(args.model).is_dir() and args.model != "nano" else None, args.merge)
         print(f"  {args.merge}/  the model with the person merged in")
+    if args.export or args.merge:
+        print(f'  in other programs the prompt says "{people[0].identifier}" where it says [V] here')
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
     if args.model == "nano" and photo is not None:

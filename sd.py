@@ -7,7 +7,6 @@
 
 What is missing, surplus, misshapen or of another family is refused in one line; checkpoints.py does the reading.
 """
-import json
 import os
 import re
 import warnings
@@ -19,7 +18,7 @@ import torch
 import clip
 import unet
 import vae
-from checkpoints import PICKLES, LoadError, configure, module, read, read_json, read_settings
+from checkpoints import PICKLES, LoadError, configure, module, read, read_json, read_settings, refuse
 
 HERE = Path(__file__).parent
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -35,6 +34,7 @@ class StableDiffusion:
 
     def __init__(self, name, unet, text, tokenizer, vae):
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
+        self.personal = None  # the lidb.Personal around the layers, once there is one
         for part in (unet, text, vae):
             part.eval().requires_grad_(False)
 
@@ -54,7 +54,7 @@ class StableDiffusion:
         check_sides(*image.shape[-2:])
         z, logvar = self.vae.encode(image.to(self.device, self.dtype))
         if generator is not None:
-            z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator).to(z)
+            z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator, device="cpu").to(z)
         return z * self.vae.config.scaling_factor
 
     def decode(self, latent):
@@ -109,7 +109,7 @@ def place(device, dtype):
         device = torch.empty(0, device=device).device
         if device.type == "meta":
             raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such name, or nothing there
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:  # no such name, or nothing there
         raise LoadError(f"device {device}: not available here ({str(error).splitlines()[0][:150]})") from None
     if dtype is None:
         has_bf16 = {"cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
@@ -129,8 +129,9 @@ FOLDER_NAMES = {  # from the key in a folder's file to ours; None: not needed
     "unet": lambda key: key,
     "text_encoder": clip.from_compvis,  # text_model. may be absent; position_ids count 0, 1, 2, ...
     "vae": lambda key: re.sub(r"(mid_block\.attentions\.0)\.(\w+)", lambda m: f"{m[1]}.{vae.OLD_ATTENTION.get(m[2], m[2])}", key)}
-SINGLE_FILE_EXTRAS = re.compile(  # the noise schedule's tables, which follow from two numbers, and the training's moving average
-    r"(betas|alphas_cumprod(_prev)?|(sqrt|log_one_minus|posterior)_\w+)$|model_ema\.")
+SINGLE_FILE_EXTRAS = re.compile(  # the noise schedule's tables, which follow from two numbers, the training's moving average, and
+    r"(betas|alphas_cumprod(_prev)?|(sqrt|log_one_minus|posterior)_\w+)$|model_ema\."
+    r"|cond_stage_model\.(logit_scale|text_projection)$")  # what ComfyUI keeps of CLIP's comparison with pictures
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The hub's layout
@@ -149,7 +150,7 @@ def fetch(name, dtype):
     """Download what is needed of a hub repository, or find it in the hub's cache, and return its folder."""
     # the small files first, so that a wrong model is refused before its gigabytes are downloaded
     folder = download(name, "model_index.json", "scheduler/scheduler_config.json", *(f"{part}/config.json" for part in PARTS),
-                      "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json")
+                      "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer.json", "tokenizer/added_tokens.json")
     refuse_other_folders(folder)
     failure = None
     for variant in variants(dtype):
@@ -206,7 +207,7 @@ IMPLEMENTED = {
         "act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
         "downsample_padding": 1, "resnet_time_scale_shift": "default", "num_attention_heads": None},
     "vae/config.json": {"act_fn": "silu", "shift_factor": None, "latents_mean": None}}
-SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012, "num_train_timesteps": 1000}
+SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012, "num_train_timesteps": 1000, "trained_betas": None}
 
 
 def refuse_other_folders(folder):
@@ -223,9 +224,7 @@ def refuse_other_folders(folder):
     if channels != settings.get("out_channels", 4):
         raise LoadError(f"{folder}: a UNet with {channels} input channels, for inpainting or editing; give the text-to-image model")
     for name, config in configs.items():
-        for key, value in IMPLEMENTED[name].items():
-            if config.get(key, value) != value:
-                raise LoadError(f"{folder / name}: {key} is {config[key]!r}; only {value!r} is implemented")
+        refuse(config, IMPLEMENTED[name], folder / name)
     schedule = configs["scheduler/scheduler_config.json"]
     if other := [f"{key} {schedule[key]!r}" for key, value in SCHEDULE.items() if schedule.get(key, value) != value]:
         warnings.warn(f"{folder}/scheduler: {', '.join(other)} is not Stable Diffusion 1.5's noise schedule, which is used here all the same")
@@ -242,7 +241,7 @@ def encoder_folder(source, *more):
 def load_clip(source="openai/clip-vit-large-patch14", device=None):
     """Both towers of CLIP, a clip.CLIP in float32, and its tokenizer: what CLIP-I and CLIP-T are measured with. source: a hub id or a
     folder with config.json, model.safetensors, vocab.json and merges.txt. Raises LoadError, as load() does."""
-    folder = encoder_folder(source, "vocab.json", "merges.txt")
+    folder = encoder_folder(source, "vocab.json", "merges.txt", "tokenizer.json")
     found = read_json(folder / "config.json")
     # files leave out what is as in ViT-B/32; the width of the space that both towers share stands outside
     text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
@@ -320,6 +319,13 @@ def vocabulary_in(folder):
     return []
 
 
+def added_tokens(folder):
+    """The tokens that a tokenizer's folder names beside the vocabulary's, as textual inversions do: a set of strings."""
+    listed = read_json(folder / "tokenizer.json").get("added_tokens") or [] if (folder / "tokenizer.json").is_file() else []
+    more = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
+    return {token["content"] for token in listed} | more.keys()
+
+
 def assemble(name, modules, vocabulary):
     """The StableDiffusion of three filled modules and the files from vocabulary_in(), if they fit together."""
     text, width = modules["text_encoder"].config, modules["unet"].config.cross_attention_dim
@@ -337,14 +343,19 @@ def read_tokenizer(vocabulary, text, name):
         if len(vocabulary) == 2:
             tokenizer = clip.Tokenizer.load(*vocabulary, max_length=text.max_position_embeddings)
         else:
-            bpe = json.loads(vocabulary[0].read_text(encoding="utf-8"))["model"]
+            bpe = read_json(vocabulary[0])["model"]
             merges = [tuple(m.split() if isinstance(m, str) else m) for m in bpe["merges"]]
             tokenizer = clip.Tokenizer(bpe["vocab"], merges, text.max_position_embeddings)
         if not all(type(token) is int and token >= 0 for token in tokenizer.vocab.values()):
             raise ValueError("a token's number is none")
         tokens = max(tokenizer.vocab.values()) + 1
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        added = [*added_tokens(vocabulary[0].parent) - tokenizer.vocab.keys()]
+    except LoadError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise LoadError(f"{vocabulary[0]}: not a CLIP tokenizer ({error!r})") from None
+    if added:
+        raise LoadError(f"{vocabulary[0].parent}: tokens added to CLIP's ({', '.join(sorted(added))[:100]}) are not implemented")
     if tokens > text.vocab_size:
         raise LoadError(f"{vocabulary[0]}: {tokens} tokens, {name}'s text encoder has {text.vocab_size}")
     return tokenizer

@@ -8,18 +8,21 @@ The same command resumes what was stopped.
 """
 import argparse
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import console
 import hdb
 import images
-from checkpoints import write
+from checkpoints import read, write
 from hypernet import HyperConfig, HyperNetwork
-from trainer import Trainer, backward
+from trainer import Trainer, backward, seeded
+
+ENCODER = "google/vit-huge-patch14-224-in21k"
 
 
 class Photos:
@@ -29,7 +32,7 @@ class Photos:
         side = 8 * model.unet.config.sample_size
         if not Path(folder).is_dir():
             raise images.ImageError(f"{folder}: no such folder")
-        files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
+        files = sorted(p for p in Path(folder).iterdir() if p.name[0] != "." and p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp"))
         if not files:
             raise images.ImageError(f"{folder}: holds no photos (.jpg, .png, .webp, .bmp)")
         features, latents = [], []
@@ -72,36 +75,44 @@ def fit_targets(method, data, steps, lr, batch, generator):
 def train(args):
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     device, out = model.device, Path(args.out)
-    method = hdb.HyperDreamBooth(model)
-    start = args.start and hdb.load_hypernet(args.start, model)
+    start = hdb.load_hypernet(args.start, model) if args.start else None
+    method = hdb.HyperDreamBooth(model, start)
     model.unet.gradient_checkpointing = args.model != "nano"
     if args.model == "nano":
         from nano import people  # the one place where the miniature brings its own data
-        vit = people.encoder(out, device, start=start and start.vit.state_dict())
+        vit, encoder = people.encoder(out, device, start=start and start.vit.state_dict()), None
         data, held_out = people.People(model, vit, device), people.HeldOut(16, device)
     else:
-        vit = start.vit if start else hdb.load_vit(args.encoder, device)
+        encoder = start.encoder if start else os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
+        vit = start.vit if start else hdb.load_vit(encoder, device)
         data, held_out = Photos(args.faces, model, vit, device), None
-    torch.manual_seed(args.seed)
-    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=args.iterations, vit=vit.config), vit).to(device)
+    iterations = args.iterations or (start.config.iterations if start else 4)
     if start:
-        start.vit = vit
-        method.hypernet.load_state_dict(start.state_dict())
-    trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes, muon=True)
+        start.config, start.vit = replace(start.config, iterations=iterations), vit
+        start.requires_grad_()
+    else:
+        with seeded(args.seed):
+            method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=iterations, vit=vit.config), vit).to(device)
+    vit.requires_grad_(False)
+    trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes, muon=True,
+                      of=f"start {args.start and os.path.abspath(args.start)}, basis {method.lidb.checksum}, {args.faces and os.path.abspath(args.faces)}")
     targets = None
     if args.beta:
         data.fix(args.targets, torch.Generator().manual_seed(args.seed + 600_000_000))
         file = out / args.name / "targets.safetensors"
+        whose = {"people": str(len(data.latents)), "of": os.path.abspath(args.faces) if args.faces else f"seed {args.seed}", "basis": str(method.lidb.checksum)}
         if not file.exists():
-            write({"theta": fit_targets(method, data, args.target_steps, args.target_lr, args.batch, torch.Generator().manual_seed(args.seed))}, file)
-        targets = load_file(file, device=str(device))["theta"]
-        if len(targets) != len(data.latents):
-            raise hdb.LoadError(f"{file}: fitted for {len(targets)} people, not {len(data.latents)}; remove it, or go on as before")
+            theta = fit_targets(method, data, args.target_steps, args.target_lr, args.batch, torch.Generator().manual_seed(args.seed))
+            write({"theta": theta}, file, whose)
+        with read(file) as f:
+            found, targets = f.metadata() or {}, f.get_tensor("theta").to(device)
+        if differ := [f"{key} {found.get(key)}, not {value}" for key, value in whose.items() if found.get(key) != value]:
+            raise hdb.LoadError(f"{file}: fitted for {'; '.join(differ)}; remove it, or go on as before")
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step + 400_000_000)
         who, view = data.draw(args.batch, generator)
         # s grows to its full value by half-time; what has learnt to iterate goes on with all of it
-        s = args.iterations if start else max(1, min(args.iterations, 1 + (args.iterations * 2 * step) // args.steps))
+        s = iterations if start else max(1, min(iterations, 1 + (iterations * 2 * step) // args.steps))
         theta = method.hypernet.refine(data.features[who].to(device).float(), s)
         loss, denoising, distance = method.hyper_loss(theta, data.latents[who, view], data.prompts(who, view), generator,
                                                       None if targets is None else targets[who], args.alpha, args.beta)
@@ -109,8 +120,7 @@ def train(args):
         if held_out and (trainer.step % args.every == 0 or trainer.step == args.steps):
             show(method, held_out, trainer)
     trainer.average()
-    hdb.save_hypernet(method.hypernet, method, args.save or out / args.name / "hypernet.safetensors",
-                      None if args.model == "nano" else args.encoder)
+    hdb.save_hypernet(method.hypernet, method, args.save or out / args.name / "hypernet.safetensors", encoder)
 
 
 def show(method, held_out, trainer):
@@ -125,20 +135,20 @@ def show(method, held_out, trainer):
     method.hypernet.train()
     trainer.log(**numbers)
     tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-    images.sheet(torch.stack(columns, 1).flatten(0, 1), 16).save(trainer.out / f"step_{trainer.step:06d}.png")
+    images.save(images.sheet(torch.stack(columns, 1).flatten(0, 1), 16), trainer.out / f"step_{trainer.step:06d}.png", **numbers)
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", type=hdb.model_name, default="nano", help="nano, a hub id, a folder or a .safetensors file")
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
-    parser.add_argument("--encoder", default="google/vit-huge-patch14-224-in21k", help="ViT to encode photos with (not for nano)")
+    parser.add_argument("--encoder", default=ENCODER, help="ViT to encode photos with; nano and --start bring their own")
     parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from; nano's encoder goes on as well")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long, to be resumed by the same command")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--iterations", type=int, default=4, help="s of Eq. 3")
+    parser.add_argument("--iterations", type=int, help="s of Eq. 3; if not given, that of --start, or else 4")
     parser.add_argument("--alpha", type=float, default=1., help="weight of Eq. 2's denoising term")
     parser.add_argument("--beta", type=float, default=0., help="weight of Eq. 2's distance to fitted targets")
     parser.add_argument("--targets", type=int, default=1024, help="nano: people that targets are fitted for, if beta > 0")
@@ -156,6 +166,8 @@ def arguments():
         parser.error("--faces is for a model other than nano, and needed there")
     console.check_ranges(parser, args, steps=(1, 10 ** 9), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1), iterations=(1, 64), alpha=(0, 10 ** 6),
                          beta=(0, 10 ** 6), targets=(1, 10 ** 6), target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, 2 ** 40))
+    if args.encoder != ENCODER and (args.start or args.model == "nano"):
+        parser.error("--encoder cannot be chosen for nano or with --start, which bring their own")
     if not args.alpha and not args.beta:
         parser.error("--alpha and --beta cannot both be 0")
     console.check_folder(parser, "--out", args.out)

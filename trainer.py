@@ -2,6 +2,7 @@
 import json
 import math
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,20 +22,29 @@ def backward(loss, parameters):
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
+@contextmanager
+def seeded(seed):
+    """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which is put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
 class Trainer:
     """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any later call resumes from.
 
     modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of log.jsonl and state.safetensors.
     muon: matrices and convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon).
+    of: what tells this run from others beside its modules' shapes.
     Iterate over it for the step numbers that remain; call `update(loss)` once in each. UserError if the state is another run's or the loss
     is no number any more.
     """
 
-    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf, muon=False):
+    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf, muon=False, of=""):
         self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
-        self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes = Path(out), steps, lr, warmup, ema, minutes
+        self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes, self.of = Path(out), steps, lr, warmup, ema, minutes, of
         self.out.mkdir(parents=True, exist_ok=True)
-        self.matrices = {k: p.detach().flatten(1) for k, p in self.parameters.items() if muon and p.dim() in (2, 4)}  # in the parameters' memory
+        self.matrices = {k: p.detach().view(len(p), -1) for k, p in self.parameters.items() if muon and p.dim() in (2, 4)}  # in the parameters' memory
         others = {k: p for k, p in self.parameters.items() if k not in self.matrices}
         self.optimizers = {torch.optim.AdamW(others.values(), lr, betas, weight_decay=weight_decay, fused=True): others}
         if self.matrices:
@@ -47,7 +57,7 @@ class Trainer:
     def __iter__(self):
         start = saved = time.time()
         with tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5, dynamic_ncols=True) as bar:
-            while self.step < self.steps and time.time() - start < 60 * self.minutes:
+            while not self.done and time.time() - start < 60 * self.minutes:
                 yield self.step
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
@@ -55,6 +65,10 @@ class Trainer:
                     self.save()
                     saved = time.time()
         self.save()
+
+    @property
+    def done(self):
+        return self.step >= self.steps
 
     def update(self, loss, **numbers):
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
@@ -90,17 +104,19 @@ class Trainer:
         tensors = {f"now.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": p for k, p in self.ema.items()}
         for optimizer, trained in self.optimizers.items():
             tensors |= {f"{m}.{k}": t for k, p in trained.items() for m, t in optimizer.state[p].items() if m != "step"}
-        write(tensors, self.out / "state.safetensors", {"step": str(self.step)})
+        write(tensors, self.out / "state.safetensors", {"step": str(self.step), "of": self.of})
 
     def _resume(self):
         file = self.out / "state.safetensors"
         try:
             with safe_open(file, "pt") as f:
-                self.step, tensors = int(f.metadata()["step"]), {key: f.get_tensor(key) for key in f.keys()}
+                note, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+            self.step, of = int(note["step"]), note.get("of", "")
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
-        if {k: tensors[f"now.{k}"].shape for k in self.parameters if f"now.{k}" in tensors} != {k: p.shape for k, p in self.parameters.items()}:
-            raise UserError(f"{file}: of a run with other modules; remove it, or train in another folder")
+        ours = {f"{kind}.{k}": p.shape for k, p in self.parameters.items() for kind in ("now", "ema")}
+        if of != self.of or ours != {k: t.shape for k, t in tensors.items() if k.startswith(("now.", "ema."))}:
+            raise UserError(f"{file}: of another run ({of or 'with other modules'}); remove it, or train in another folder")
         with torch.no_grad():
             for k, p in self.parameters.items():
                 p.copy_(tensors[f"now.{k}"])
@@ -108,7 +124,9 @@ class Trainer:
         for optimizer, trained in self.optimizers.items():
             for k, p in trained.items():
                 moments = {m: tensors[f"{m}.{k}"].to(p.device) for m in ("exp_avg", "exp_avg_sq", "momentum_buffer") if f"{m}.{k}" in tensors}
-                optimizer.state[p] = moments and {"step": torch.tensor(float(self.step)), **moments}
+                if any(m.shape != p.shape for m in moments.values()):
+                    raise UserError(f"{file}: damaged (the moments of {k} have another shape); remove it to begin again")
+                optimizer.state[p] = moments and {"step": torch.tensor(float(self.step), device=p.device), **moments}
 
     def average(self):
         """Put the moving average into the modules in place of the current weights."""

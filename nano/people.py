@@ -1,16 +1,13 @@
 """The miniature's answer to a folder of face photos: rendered people for train.py, and the encoder that has learnt to look at them."""
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoints import write  # noqa: E402
-from hypernet import NANO_VIT, ViT  # noqa: E402
-from nano import faces  # noqa: E402
-from trainer import Ring, Trainer  # noqa: E402
+from checkpoints import module, write
+from hypernet import NANO_VIT, ViT
+from nano import faces
+from trainer import Ring, Trainer, seeded
 
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS), "eye_colour": len(faces.EYES), "beard": 6,
               "glasses": 4, "glasses_colour": len(faces.FRAMES)}
@@ -22,7 +19,7 @@ def photos(identity, generator, device, style=None):
 
 
 def traits(identity):
-    """What the encoder learns to read: the continuous numbers of people (P, 27) and their categories as one-hot vectors -> (P, 50)."""
+    """What the encoder learns to read: the continuous numbers of people (P, 27) and their categories as one-hot vectors -> (P, 53)."""
     number = [identity[:, i:i + 1] * 3.5 - 1.75 for i, k in enumerate(faces.IDENTITY) if k not in CATEGORIES]
     kind = [F.one_hot(faces.choice(identity[:, faces.IDENTITY.index(k)], n), n).float() * 2 for k, n in CATEGORIES.items()]
     return torch.cat(number + kind, 1)
@@ -35,13 +32,13 @@ def encoder(runs, device, steps=3000, batch=64, fresh=24, lr=1.5e-3, seed=0, sta
     sees every patch in its place, which teaches what is small and local (glasses, a beard), one their mean, which makes patches compare
     notes (the face's width). start: a ViT's weights to go on from.
     """
-    torch.manual_seed(seed)
-    vit, file = ViT(NANO_VIT).to(device), Path(runs) / "encoder/vit.safetensors"
+    width, count, file = NANO_VIT.hidden_size, traits(torch.zeros(1, len(faces.IDENTITY))).shape[1], Path(runs) / "encoder/vit.safetensors"
+    with seeded(seed):
+        vit = ViT(NANO_VIT).to(device)
+        heads = torch.nn.ModuleDict({"mean": torch.nn.Linear(width, count), "places": torch.nn.Linear(width * (vit.embeddings.side ** 2 + 1), count)})
     if not file.exists():
         if start:
             vit.load_state_dict(start)
-        width, count = NANO_VIT.hidden_size, traits(torch.rand(1, len(faces.IDENTITY))).shape[1]
-        heads = torch.nn.ModuleDict({"mean": torch.nn.Linear(width, count), "places": torch.nn.Linear(width * (vit.embeddings.side ** 2 + 1), count)})
         trainer = Trainer({"vit": vit, "heads": heads.to(device)}, file.parent, steps, lr, muon=True)
         pool = Ring(32_000)
         for step in trainer:
@@ -50,12 +47,12 @@ def encoder(runs, device, steps=3000, batch=64, fresh=24, lr=1.5e-3, seed=0, sta
             pool.add(((photos(identity, generator, device) + 1) * 127.5).round().byte(), traits(identity).to(device))
             pixels, truth = pool[torch.randint(len(pool), (batch,), generator=generator)]
             features = vit(pixels.float() / 127.5 - 1)
-            mean, places = (error.pow(2).mean() for error in (heads["mean"](features.mean(1)) - truth, heads["places"](features.flatten(1)) - truth))
+            mean = (heads["mean"](features.mean(1)) - truth).pow(2).mean()
+            places = (heads["places"](features.flatten(1)) - truth).pow(2).mean()
             trainer.update(mean + places, mean=mean, places=places)
         trainer.average()
         write(vit.state_dict(), file)
-    vit.load_state_dict(load_file(file))
-    return vit.eval().requires_grad_(False).to(device)
+    return module(ViT, NANO_VIT, [file], lambda key: key, device, torch.float32).eval().requires_grad_(False)
 
 
 class People:

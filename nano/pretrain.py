@@ -12,15 +12,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 import clip  # noqa: E402
+import console  # noqa: E402
 import images  # noqa: E402
 import sampling  # noqa: E402
+import sd  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
 from checkpoints import write  # noqa: E402
 from nano import faces  # noqa: E402
-from trainer import Ring, Trainer  # noqa: E402
+from trainer import Ring, Trainer, seeded  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -45,9 +48,9 @@ def save(module, folder, file):
 
 def train_vae(args):
     """Squared error + a little absolute error and KL. The decoder may go on alone (--decoder) once a UNet lives in the encoder's space."""
-    torch.manual_seed(args.seed)
-    model = vae.VAE(vae.NANO).to(args.device)
-    initialise(model)
+    with seeded(args.seed):
+        model = vae.VAE(vae.NANO).to(args.device)
+        initialise(model)
     modules = {"vae": model}
     if args.decoder or args.warm:
         restore(model, "vae/diffusion_pytorch_model.safetensors")
@@ -70,7 +73,9 @@ def train_vae(args):
             with torch.no_grad():
                 y = torch.cat([model.decode(model.encode(t)[0]) for t in test.split(8)])
             trainer.log(psnr=psnr(y, test))
-            images.sheet(torch.cat([test[:11], y[:11]]), 11).save(trainer.out / "reconstructions.png")
+            images.save(images.sheet(torch.cat([test[:11], y[:11]]), 11), trainer.out / "reconstructions.png", step=trainer.step)
+    if not trainer.done:
+        return
     trainer.average()
     with torch.no_grad():
         z = torch.cat([model.encode(people(16, torch.Generator().manual_seed(s), args.device)[0])[0] for s in range(32)])
@@ -78,7 +83,7 @@ def train_vae(args):
             standardise(model, z.mean((0, 2, 3)), z.std((0, 2, 3)))
         y = torch.cat([model.decode(model.encode(t)[0]) for t in test.split(8)])
     print(f"held-out PSNR {psnr(y, test):.2f} dB")
-    images.sheet(torch.cat([test[:11], y[:11]]), 11).save(trainer.out / "reconstructions.png")
+    images.save(images.sheet(torch.cat([test[:11], y[:11]]), 11), trainer.out / "reconstructions.png", step=trainer.step)
     save(model, "vae", "diffusion_pytorch_model.safetensors")
 
 
@@ -110,11 +115,12 @@ def train_text(args):
 
     (Trained with the UNet alone it finds the styles, which change the whole picture, and forgets the quieter words.)
     """
-    torch.manual_seed(args.seed)
-    text, words = clip.TextTransformer(clip.NANO).to(args.device), tokenizer()
-    initialise(text)
+    words = tokenizer()
     kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
-    heads = torch.nn.Linear(clip.NANO.hidden_size, sum(kinds.values())).to(args.device)
+    with seeded(args.seed):
+        text = clip.TextTransformer(clip.NANO).to(args.device)
+        initialise(text)
+        heads = torch.nn.Linear(clip.NANO.hidden_size, sum(kinds.values())).to(args.device)
     trainer = Trainer({"text": text, "heads": heads}, Path(args.runs) / "text", args.steps, args.lr, minutes=args.minutes)
     for step in trainer:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
@@ -132,6 +138,8 @@ def train_text(args):
             error = torch.nn.functional.cross_entropy(logits.mT, target.to(args.device)[:, None].expand_as(ids), reduction="none")
             loss = loss + (after * error).sum() / after.sum() / len(kinds)
         trainer.update(loss)
+    if not trainer.done:
+        return
     trainer.average()
     save(text, "text_encoder", "model.safetensors")
     (HERE / "tokenizer").mkdir(exist_ok=True)
@@ -140,9 +148,10 @@ def train_text(args):
 
 def train_unet(args):
     """The noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556); autoencoder and text encoder stay as they are."""
-    torch.manual_seed(args.seed)
-    model, text, encoder = unet.UNet(unet.NANO), clip.TextTransformer(clip.NANO), vae.VAE(vae.NANO)
-    initialise(model)
+    text, encoder = clip.TextTransformer(clip.NANO), vae.VAE(vae.NANO)
+    with seeded(args.seed):
+        model = unet.UNet(unet.NANO)
+        initialise(model)
     torch.nn.init.zeros_(model.conv_out.weight)
     restore(text, "text_encoder/model.safetensors")
     restore(encoder, "vae/diffusion_pytorch_model.safetensors")
@@ -175,6 +184,8 @@ def train_unet(args):
         trainer.update((weight[t] * error).mean(), mse=error.mean())
         if trainer.step % 500 == 0:
             preview(model, text, words, encoder, trainer.out / f"samples_{trainer.step:06d}.png")
+    if not trainer.done:
+        return
     trainer.average()
     preview(model, text, words, encoder, trainer.out / "samples.png")
     save(model, "unet", "diffusion_pytorch_model.safetensors")
@@ -203,14 +214,14 @@ def preview(model, text, words, decoder, path):
     prompts = faces.captions(identity[:11], style[:11], generator, 0., 0., 0.) + faces.captions(identity[11:], style[11:], generator, 1., 0., 0.)
     denoise = sampling.guided(model, text(words(prompts).to(device)), text(words([""]).to(device)), 3.)
     z = sampling.dpmpp_2m(denoise, sampling.noise((22, 4, 16, 16), list(range(22))).to(device), 20)
-    images.sheet(decoder.decode(z), 11).save(path)
+    images.save(images.sheet(decoder.decode(z), 11), path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
 
 
-if __name__ == "__main__":
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("part", choices=["vae", "text", "unet"])
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, to be resumed")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long, to be resumed; nano/ is written at the end alone")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -221,6 +232,19 @@ if __name__ == "__main__":
     parser.add_argument("--pool", type=int, default=50_000, help="unet: latents kept")
     parser.add_argument("--fresh", type=int, default=4, help="unet: new pictures a step")
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device")
     args = parser.parse_args()
+    if args.part == "text" and args.warm or args.part != "vae" and (args.decoder or args.bf16):
+        parser.error(f"--warm, --decoder and --bf16 are not for {args.part}, but as --help says")
+    console.check_ranges(parser, args, steps=(1, 10 ** 6), minutes=(0, float("inf")), batch=(1, 4096), lr=(0, 1), ema=(0, 1), pool=(1, 10 ** 8),
+                         fresh=(1, 4096), seed=(0, faces.SEEDS))
+    args.device, _ = sd.place(args.device, torch.float32)
+    return args
+
+
+def main(args):
     {"vae": train_vae, "text": train_text, "unet": train_unet}[args.part](args)
+
+
+if __name__ == "__main__":
+    console.run(main, arguments)

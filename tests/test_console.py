@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import console
+import evaluate
 
 
 @pytest.mark.parametrize("error, code, line", [
     (console.UserError("a\nb\x1b[31m: no"), 2, "a?b?[31m: no"), (OSError(28, "No space left", "x.png"), 2, "No space left: 'x.png'"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "memory is full"), (KeyboardInterrupt(), 130, None)])
+    (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "memory is full"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory is full"), (KeyboardInterrupt(), 130, None)])
 def test_errors_are_one_line(capsys, error, code, line):
     def main(arguments):
         raise error
@@ -19,8 +21,25 @@ def test_errors_are_one_line(capsys, error, code, line):
 
 
 def test_our_own_mistakes_are_not_the_users():
-    with pytest.raises(ZeroDivisionError):
-        console.run(lambda _: 1 / 0, lambda: None)
+    def mistake(_):
+        raise RuntimeError("shapes")
+    for main, kind in ((lambda _: 1 / 0, ZeroDivisionError), (mistake, RuntimeError)):
+        with pytest.raises(kind):
+            console.run(main, lambda: None)
+
+
+def test_a_closed_terminal(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    console.run(lambda _: None, lambda: None)
+
+
+@pytest.mark.parametrize("given, parts", [([], []), (["base"], ["base"]), (["people", "base"], ["people", "base"])])
+def test_what_evaluate_measures(monkeypatch, given, parts):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *given])
+    assert evaluate.arguments().parts == parts
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "everything"])
+    with pytest.raises(SystemExit):
+        evaluate.arguments()
 
 
 def test_folders_that_can_be_written(tmp_path):

@@ -37,6 +37,18 @@ def test_an_export_is_the_person(tmp_path):
         assert f.metadata()["title"] == "me"
 
 
+def test_layers_of_different_rank_are_filled_up(tmp_path):
+    """diffusers 0.42 takes one layer's alpha for all."""
+    model, personal = adapted()
+    factors = lidb.join(someone().factors(method().lidb), {LAYER: (torch.randn(1, 16, 2), torch.randn(1, 2, 16))})
+    export_lora(factors, tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    assert {t.item() for key, t in tensors.items() if key.endswith(".alpha")} == {7.}
+    assert all(t.shape[0] == 7 for key, t in tensors.items() if key.endswith(".lora_down.weight"))
+    back = load_lora(tmp_path / "lora.safetensors", model)
+    assert all(torch.equal(back[k][0] @ back[k][1], a @ b) for k, (a, b) in factors.items())
+
+
 def test_convolutions_are_exported_as_convolutions(tmp_path):
     model = method().model
     layers = lidb.adaptable_layers(model.unet, model.text)
@@ -124,12 +136,32 @@ def z(*shape):
     ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": z(2, 640)}, ["SDXL"]),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": z(2, 9)}, ["diffusion transformer"]),
     ({"cond_stage_model.transformer.text_model.embeddings.position_ids": z(1, 77)}, ["whole model"]),
+    ({"bundle_emb.x.string_to_param.*": z(1, 768)}, ["embedding bundled in"]),
     ({"emb_params": z(1, 768)}, ["textual inversion"])])
 def test_a_lora_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, words):
     path = tmp_path / "style.safetensors"
     good = {f"{KEY}.lora_down.weight": z(2, 16), f"{KEY}.lora_up.weight": z(16, 2)} if tensors else {}
     save_file({k: t for k, t in (good | tensors).items() if t is not None}, path)
     refused(lambda: load_lora(path, method().model), str(path), *words)
+
+
+def test_an_adapter_of_the_unet_alone(tmp_path):
+    """UNet2DConditionModel.save_lora_adapter() of diffusers: no prefix, neither in the keys nor in the settings."""
+    whole = load_lora(foreign("diffusers peft", tmp_path), method().model)
+    with safe_open(tmp_path / "their.safetensors", "pt") as f:
+        settings = json.loads(f.metadata()["lora_adapter_metadata"])
+        tensors = {key.removeprefix("unet."): f.get_tensor(key) for key in f.keys() if key.startswith("unet.")}
+    alone = {key.removeprefix("unet."): value for key, value in settings.items() if key.startswith("unet.")}
+    save_file(tensors, tmp_path / "alone.safetensors", {"lora_adapter_metadata": json.dumps(alone)})
+    assert alone["lora_alpha"] != alone["r"]
+    assert equal(load_lora(tmp_path / "alone.safetensors", method().model), {k: f for k, f in whole.items() if k.startswith("unet.")})
+
+
+@pytest.mark.parametrize("settings", ["null", "5", "[1]", "[" * 100_000, "{"])
+def test_pefts_settings_that_are_none(tmp_path, settings):
+    path = tmp_path / "their.safetensors"
+    save_file({f"{LAYER}.lora_A.weight": torch.zeros(2, 16), f"{LAYER}.lora_B.weight": torch.zeros(16, 2)}, path, {"lora_adapter_metadata": settings})
+    refused(lambda: load_lora(path, method().model), "not readable")
 
 
 def test_peft_without_its_settings_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The method on a randomly filled miniature: losses, fine-tuning, sampling, determinism."""
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import sampling
 import unet
 import vae
 from hypernet import HyperConfig, HyperNetwork, NANO_VIT
-from lidb import join, lora
+from lidb import join, lora, merge
 from trainer import backward
 
 
@@ -157,9 +159,34 @@ def test_an_interrupted_run_leaves_the_model_untouched(method):
         assert method.personal.factors == {}
 
 
+def test_a_loss_that_fails_leaves_the_model_untouched(method):
+    with pytest.raises(RuntimeError):
+        method.hyper_loss(method.predict(photo()), torch.zeros(1, 4, 16, 16), [hdb.PROMPT] * 2, generator())
+    assert method.personal.factors == {}
+
+
+def test_two_methods_around_one_model_do_not_add_up(method):
+    other = hdb.HyperDreamBooth(method.model, basis_seed=1)
+    assert all(len(m._forward_hooks) == 1 for m in method.layers.values())
+    factors = method.lidb.factors(method.predict(photo()))
+    before = method.sample(["a [V] face"], factors, [0], steps=1)
+    other.hyper_loss(torch.ones(1, *other.lidb.shape), torch.zeros(1, 4, 16, 16), [hdb.PROMPT], generator())
+    assert torch.equal(method.sample(["a [V] face"], factors, [0], steps=1), before)
+
+
+def test_a_deep_copy_is_independent_and_a_model_can_be_pickled(method):
+    twin, factors = copy.deepcopy(method), method.lidb.factors(method.predict(photo()))
+    person = method.sample(["a [V] face"], factors, [0], steps=1)
+    assert torch.equal(twin.sample(["a [V] face"], factors, [0], steps=1), person)
+    assert not torch.allclose(method.sample(["a [V] face"], {}, [0], steps=1), person, atol=1e-3)
+    twin.personal.factors = factors
+    assert method.personal.factors == {}
+    assert pickle.loads(pickle.dumps(method.model)).text.config == method.model.text.config
+
+
 def test_v_becomes_the_identifier(method):
-    plain, capital, small = (method.context([p]) for p in (f"a {hdb.IDENTIFIER} face", "a [V] face", "a [v] face"))
-    assert torch.equal(plain, capital) and torch.equal(plain, small)
+    plain, capital, small, joined = (method.context([p]) for p in (f"a {hdb.IDENTIFIER} face", "a [V] face", "a [v] face", "a[V]face"))
+    assert torch.equal(plain, capital) and torch.equal(plain, small) and torch.equal(plain, joined)
 
 
 def test_hypernetwork_files(method, tmp_path):
@@ -188,4 +215,8 @@ def test_joined_prediction_and_lora_are_what_is_sampled(method):
     relaxed = method.fine_tune(photo(), theta, steps=2, batch=2)
     person = join(method.lidb.factors(theta), relaxed)
     assert all(a.shape[2] == 5 for a, _ in person.values())
-    assert method.sample(["a [V] face"], person, [0], steps=1).isfinite().all()
+    picture = method.sample(["a [V] face"], person, [0], steps=1)
+    twin = copy.deepcopy(method)
+    merge(twin.layers, person)
+    assert torch.allclose(twin.sample(["a [V] face"], {}, [0], steps=1), picture, atol=1e-3)
+    assert not torch.allclose(twin.sample(["a [V] face"], {}, [0], steps=1), method.sample(["a [V] face"], {}, [0], steps=1), atol=1e-2)

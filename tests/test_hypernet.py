@@ -105,6 +105,12 @@ def test_official_files_load_strictly(tmp_path, monkeypatch):
     channels = torch.stack([(picture[:, i] / 2 + .5 - mean) / std for i, (mean, std) in enumerate([(.4, .25), (.5, .5), (.6, 1.)])], 1)
     assert torch.allclose(hdb.encode_face(normalised, picture), vit(channels), atol=1e-5)
     torch.testing.assert_close(hdb.encode_face(back, picture), vit(picture))
+    for file, settings in (("preprocessor_config.json", {"do_normalize": False}), ("config.json", asdict(SMALL_VIT) | {"hidden_act": "quick_gelu"})):
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(json.dumps(settings))
+        with pytest.raises(hdb.LoadError, match=f"{file}: (do_normalize|hidden_act) is"):
+            hdb.load_vit(tmp_path, "cpu")
+        (tmp_path / file).write_text(before)
     state = vit.state_dict()
     del state["layernorm.bias"]
     save_file(state, tmp_path / "model.safetensors")

@@ -51,6 +51,26 @@ def test_a_pixel_that_is_no_number(tmp_path):
     assert photo[..., -8:].mean() > .7 and abs(photo.mean()) < .1
 
 
+@pytest.mark.parametrize("white, kind", [(1, np.float32), (1.05, np.float32), (260, np.float32), (2 ** 31 - 1, np.int32), (1e12, np.float32)])
+def test_grey_of_any_white(tmp_path, white, kind):
+    Image.fromarray((np.tile(np.linspace(0, 1, 80), (80, 1)) * white).astype(kind)).save(tmp_path / "a.tiff")
+    photo = images.read(tmp_path / "a.tiff", 64)
+    assert photo[..., :8].mean() < -.7 and photo[..., -8:].mean() > .7 and abs(photo.mean()) < .1
+
+
+def test_transparent_sixteen_bit_grey_is_white(tmp_path):
+    Image.fromarray(np.tile(np.linspace(0, 65535, 80).astype(np.uint16), (80, 1))).save(tmp_path / "a.png", transparency=0)
+    photo = images.read(tmp_path / "a.png", 64)
+    assert photo[..., 0].mean() > .5 and photo[..., 4].mean() < -.7
+
+
+def test_a_large_photo_is_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 80 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images.read(picture(tmp_path / "a.png"), 64)
+
+
 def test_transparent_is_white(tmp_path):
     Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert (images.read(tmp_path / "a.png", 64) == 1).all()

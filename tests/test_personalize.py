@@ -1,4 +1,5 @@
 """The main job itself, as a user runs it, at two steps."""
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -6,12 +7,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*arguments, script="personalize.py"):
-    arguments = [sys.executable, str(ROOT / script), "--device", "cpu", *map(str, arguments)]  # where results are the same to the last bit
+def run(*arguments, script="personalize.py", device="cpu"):  # where results are the same to the last bit
+    arguments = [sys.executable, str(ROOT / script), "--device", device, *map(str, arguments)]
     return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
@@ -54,6 +56,9 @@ def test_one_photo_to_a_person(tmp_path):
     (["nano/example.png", "[V] face", "--device", "meta"], "device meta: not available"),
     (["nano/example.png", "[V] face", "--merge", "nano"], "exists already"),
     (["nano/example.png", "[V] face", "--merge", "out/never"], "two folders"),
+    (["nano/example.png", "[V] face", "--merge", "out"], "--out not in the other"),
+    (["nano/example.png", "[V] face", "--device", "privateuseone"], "device privateuseone: not available"),
+    (["/dev/null", "[V] face"], "not a file"),
     (["nano/example.png", "nano/example.png", "[V] face"], "stands where a prompt is expected"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
     (["README.safetensors", "[V] face"], "No such file"),
@@ -87,8 +92,27 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
     for mistaken in (a, b), ("nano/example.png", a):
         failed = run(*mistaken)
         assert failed.returncode == 2 and "stands where a prompt is expected" in failed.stderr
+    mine = load_file(a)
+    with safe_open(a, "pt") as f:
+        save_file(mine | {"theta": mine["theta"].float() * 1e30}, tmp_path / "huge.safetensors", f.metadata())
+    huge = run(tmp_path / "huge.safetensors", "[V] face", *few, "--out", tmp_path / "huge")
+    assert huge.returncode == 2 and "came out as NaN" in huge.stderr and not (tmp_path / "huge/0.png").exists()
+    picture = Image.open(tmp_path / "both/1.png").text
+    assert picture["person"] == str(b) and Image.open(tmp_path / "a/0.png").text["fine-tuning"].startswith("1 steps, rank 4")
     stale = run("nano/example.png", "[V] face", *few, "--steps", 0, "--out", tmp_path / "a", "--model", "nano/")
     assert stale.returncode == 0 and "likeness" in stale.stdout and not a.exists() and (tmp_path / "a/person.safetensors").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["0.png", "[V] face"], ["face.png", "[V] face", "--hypernet", "person.safetensors"],
+    ["face.png", "[V] face", "--export", "lora", "--lora", "lora.safetensors:0.5"], ["lora.safetensors", "[V] face", "--export", "lora"]])
+def test_what_is_read_is_not_overwritten(tmp_path, arguments):
+    for name in ("0.png", "face.png", "person.safetensors", "lora.safetensors"):
+        shutil.copy(ROOT / "nano" / ("example.png" if name.endswith("png") else "hypernet.safetensors"), tmp_path / name)
+    before = (ROOT / "nano/hypernet.safetensors").read_bytes()
+    failed = run(*(tmp_path / a if "." in a else a for a in arguments), "--out", tmp_path)
+    assert failed.returncode == 2 and "would be overwritten" in failed.stderr
+    assert (tmp_path / "person.safetensors").read_bytes() == (tmp_path / "lora.safetensors").read_bytes() == before
 
 
 def test_a_prompt_that_is_cut_before_its_v_is_warned_of_before_the_work(tmp_path):

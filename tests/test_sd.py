@@ -82,7 +82,8 @@ def single():
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "betas": torch.ones(9),
         "alphas_cumprod": torch.ones(9), "alphas_cumprod_prev": torch.ones(9), "sqrt_recipm1_alphas_cumprod": torch.ones(9),
         "log_one_minus_alphas_cumprod": torch.ones(9), "posterior_mean_coef1": torch.ones(9), "model_ema.decay": torch.ones(()),
-        "model_ema.diffusion_modelinput_blocks00weight": torch.ones(3)}
+        "model_ema.diffusion_modelinput_blocks00weight": torch.ones(3), "cond_stage_model.logit_scale": torch.ones(()),
+        "cond_stage_model.text_projection": torch.ones(9, 9), "cond_stage_model.transformer.text_projection.weight": torch.ones(9, 9)}
 
 
 @pytest.fixture
@@ -337,6 +338,9 @@ def test_another_noise_schedule_is_warned_of(folder):
     change(folder / "scheduler/scheduler_config.json", beta_schedule="linear")
     with pytest.warns(UserWarning, match="beta_schedule 'linear' is not"):
         sd.load(folder, "cpu")
+    change(folder / "scheduler/scheduler_config.json", beta_schedule="scaled_linear", trained_betas=[.1])
+    with pytest.warns(UserWarning, match="trained_betas"):
+        sd.load(folder, "cpu")
 
 
 def test_parts_that_do_not_fit_together(folder):
@@ -354,6 +358,15 @@ def test_tokenizers_that_do_not_fit(folder):
     refused(folder, path, "not a CLIP tokenizer")
     path.write_text("[]")
     refused(folder, path, "not a CLIP tokenizer")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("added_tokens.json", {"<my-cat>": len(VOCAB)}), ("tokenizer.json", {"added_tokens": [{"id": 0, "content": "<my-cat>"}]})])
+def test_added_tokens_are_refused(folder, name, content):
+    (folder / "tokenizer" / name).write_text(json.dumps(content))
+    refused(folder, folder / "tokenizer", "<my-cat>")
+    (folder / "tokenizer" / name).write_text(json.dumps({clip.START: 0} if name == "added_tokens.json" else {"added_tokens": [{"content": clip.END}]}))
+    assert is_ours(sd.load(folder, "cpu"))
 
 
 def test_incomplete_folders(folder):

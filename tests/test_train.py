@@ -1,8 +1,12 @@
 """Training the hypernetwork, a few steps of it, as a user runs it."""
 import json
+import os
+import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_personalize import ROOT, run
 
@@ -29,7 +33,7 @@ def test_train_and_resume_with_targets(runs):
     again = run(*options, "--steps", 3, script="train.py")
     assert again.returncode == 0 and (runs / "hypernet/targets.safetensors").read_bytes() == targets
     others = run(*options, "--steps", 3, "--targets", 8, script="train.py")
-    assert others.returncode == 2 and "fitted for 70 people, not 8" in others.stderr
+    assert others.returncode == 2 and "people 70, not 8" in others.stderr
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
     assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
@@ -46,8 +50,31 @@ def test_training_goes_on_from_a_hypernetwork(runs):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_training_on_photos_names_its_encoder(tmp_path):
+    """A folder model, photos and an encoder of transformers' kind, then going on from the result, from another working directory."""
+    model = hdb.load("nano", "cpu")
+    shutil.copytree(ROOT / "nano", tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "*.png", "*.md", "judge*", "hypernet*"))
+    vit = hdb.load_hypernet(ROOT / "nano/hypernet.safetensors", model).vit
+    write(vit.state_dict(), tmp_path / "vit/model.safetensors")
+    (tmp_path / "vit/config.json").write_text(json.dumps(asdict(vit.config)))
+    for name in "ab":
+        images.save(images.to_pil(torch.rand(3, 150, 140) * 2 - 1), tmp_path / "faces" / f"{name}.png")
+    common = ["--model", tmp_path / "model", "--faces", tmp_path / "faces", "--out", tmp_path / "runs", "--batch", 2, "--steps", 1]
+    done = run(*common, "--encoder", os.path.relpath(tmp_path / "vit", ROOT), script="train.py")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "runs/hypernet/hypernet.safetensors"
+    assert safe_open(file, "pt").metadata()["encoder"] == str(tmp_path / "vit") and not any(k.startswith("vit.") for k in load_file(file))
+    on = run(*common, "--start", file, "--name", "on", "--iterations", 2, script="train.py")
+    assert on.returncode == 0, on.stderr
+    after = hdb.load_hypernet(tmp_path / "runs/on/hypernet.safetensors", model)
+    assert after.encoder == str(tmp_path / "vit") and after.config.iterations == 2 and after(torch.zeros(1, 3, 128, 128)).isfinite().all()
+    (tmp_path / "vit/config.json").write_text(json.dumps(asdict(vit.config) | {"num_attention_heads": 2}))
+    with pytest.raises(hdb.LoadError, match="trained with another encoder"):
+        hdb.load_hypernet(file, model)
+
+
 @pytest.mark.parametrize("arguments, why", [
-    (["--steps", 0], "--steps must be"), (["--batch", 0], "--batch must be"), (["--lr", "nan"], "--lr must be"), (["--iterations", -3], "--iterations"),
+    (["--encoder", "x/y"], "--encoder cannot be chosen"), (["--steps", 0], "--steps must be"), (["--batch", 0], "--batch must be"), (["--lr", "nan"], "--lr must be"), (["--iterations", -3], "--iterations"),
     (["--seed", 10 ** 30], "--seed must be"), (["--alpha", 0], "cannot both be 0"), (["--faces", "nano"], "--faces is for a model other"),
     (["--model", "somewhere"], "needed there"), (["--out", "README.md/runs"], "is a file"), (["--save", "nano"], "is a folder"),
     (["--model", "somewhere", "--faces", "nowhere"], "no such file or folder"), (["--start", "nano/judge.safetensors"], "not a hypernetwork")])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import checkpoints
@@ -32,6 +33,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, muon):
     assert torch.allclose(resumed.weight, torch.ones(1, 4), atol=.05)
     trainer.average()
     assert not torch.equal(resumed.weight, straight.weight)
+
+
+def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
+    train(tmp_path, 3, of="one")
+    with pytest.raises(UserError, match=r"of another run \(one\)"):
+        train(tmp_path, 3, of="two")
+    file = tmp_path / "state.safetensors"
+    tensors = load_file(file)
+    for spoilt in ({"exp_avg.model.weight": torch.zeros(3)}, {"ema.model.weight": torch.zeros(3)}, {"ema.model.weight": None}):
+        kept = {k: t for k, t in (tensors | spoilt).items() if t is not None}
+        write(kept, file, {"step": "3", "of": "one"})
+        with pytest.raises(UserError, match="remove it"):
+            train(tmp_path, 5, of="one")
 
 
 def test_muon_trains_the_kernels_where_they_are(tmp_path):
