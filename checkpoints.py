@@ -99,7 +99,7 @@ def module(kind, config, files, rename, device, dtype):
     except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
         raise LoadError(f"{files[0].parent}: no {kind.__name__} with these settings can be built ({error!r})") from None
     shapes = {name: tuple(p.shape) for name, p in built.state_dict().items()}
-    found = {}
+    keys = {}  # our name -> file and key; all are looked up before gigabytes are read
     for file in files:
         with read(file) as f:
             for key in f.keys():
@@ -110,16 +110,20 @@ def module(kind, config, files, rename, device, dtype):
                 if name is None:
                     continue
                 shape = tuple(f.get_slice(key).get_shape())
-                if name not in shapes or name in found:
+                if name not in shapes or name in keys:
                     raise LoadError(f"{file}: surplus tensor {key} of shape {shape}, expected none")
                 if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
                     shape = shape[:2]
                 if shape != shapes[name]:
                     raise LoadError(f"{file}: tensor {key} has shape {shape}, expected {shapes[name]}")
-                found[name] = f.get_tensor(key).view(shape).to(device, dtype)
-    if missing := [name for name in shapes if name not in found]:
+                keys[name] = file, key
+    if missing := [name for name in shapes if name not in keys]:
         more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
         raise LoadError(f"{files[0]}: no tensor for {missing[0]}, expected shape {shapes[missing[0]]}{more}")
+    found = {}
+    for file in files:
+        with read(file) as f:
+            found |= {name: f.get_tensor(key).view(shapes[name]).to(device, dtype) for name, (where, key) in keys.items() if where == file}
     built.load_state_dict(found, assign=True)
     return built
 

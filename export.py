@@ -164,7 +164,8 @@ def plain(layer):
 def peft_config(path, note, tensors):
     """PEFT's LoraConfig, as a dict with "unet." or "text_encoder." before its keys as diffusers' pipelines keep it in the metadata, or {}.
 
-    A model's own save_lora_adapter() writes it there without them. PEFT by itself keeps it in adapter_config.json; a file of its own is not readable without, for alpha is in no tensor.
+    A model's own save_lora_adapter() writes it there without them. PEFT by itself keeps it in adapter_config.json; a file of its own is
+    not readable without, for alpha is in no tensor.
     """
     file = Path(path).with_name("adapter_config.json")
     try:

@@ -151,8 +151,9 @@ def main(args):
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
 
     for i, picture in enumerate(pictures):
-        whose = args.people[i % len(people)] if args.people else args.photo
-        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[i // len(people)], person=whose, seed=args.seed + i, **settings)
+        which, whose = divmod(i, len(people))
+        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[which], person=(args.people or [args.photo])[whose],
+                    seed=args.seed + i, **settings)
     shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
     images.save(images.sheet(shown, len(shown) if photo is not None else len(people)), args.out / "sheet.png",
                 prompt=" | ".join(args.prompts), person=" | ".join(args.people or [args.photo]), seed=args.seed, **settings)

@@ -74,7 +74,7 @@ def fit_targets(method, data, steps, lr, batch, generator):
 
 def train(args):
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    device, out = model.device, Path(args.out)
+    device, out, faces = model.device, Path(args.out), args.faces and os.path.abspath(args.faces)
     start = hdb.load_hypernet(args.start, model) if args.start else None
     method = hdb.HyperDreamBooth(model, start)
     model.unet.gradient_checkpointing = args.model != "nano"
@@ -95,12 +95,12 @@ def train(args):
             method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, iterations=iterations, vit=vit.config), vit).to(device)
     vit.requires_grad_(False)
     trainer = Trainer({"hypernet": method.hypernet}, out / args.name, args.steps, args.lr, minutes=args.minutes, muon=True,
-                      of=f"start {args.start and os.path.abspath(args.start)}, basis {method.lidb.checksum}, {args.faces and os.path.abspath(args.faces)}")
+                      of=f"start {args.start and os.path.abspath(args.start)}, basis {method.lidb.checksum}, faces {faces}")
     targets = None
     if args.beta:
         data.fix(args.targets, torch.Generator().manual_seed(args.seed + 600_000_000))
         file = out / args.name / "targets.safetensors"
-        whose = {"people": str(len(data.latents)), "of": os.path.abspath(args.faces) if args.faces else f"seed {args.seed}", "basis": str(method.lidb.checksum)}
+        whose = {"people": str(len(data.latents)), "of": faces or f"seed {args.seed}", "basis": str(method.lidb.checksum)}
         if not file.exists():
             theta = fit_targets(method, data, args.target_steps, args.target_lr, args.batch, torch.Generator().manual_seed(args.seed))
             write({"theta": theta}, file, whose)
