@@ -113,51 +113,21 @@ def main(args):
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
 
     style = join(*(load_lora(path, model, strength) for path, strength in map(lora, args.lora)))
-    model.tokenizer([*map(hdb.named, args.prompts), args.negative])  # warns of what is too long, which needs no repeating at every picture
-    warnings.filterwarnings("ignore", "prompt is longer")
-    for prompt in args.prompts:
-        text, room = hdb.canonical(prompt), model.text.config.max_position_embeddings - 2
-        if "[V]" in text and len(model.tokenizer.tokens(text.partition("[V]")[0] + hdb.IDENTIFIER)) > room:
-            print(f'warning: the prompt "{prompt}" is cut and does not say [V] before that, so it will not show the person', file=sys.stderr)
-    photo, predicted, written = None, [], []
+    warn_of_cuts(args, model.tokenizer)
+    photo, written = None, []
     if args.people:
         people = [load_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
     else:
         photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
         people = [fit(method, photo, args, stage)]
-        for name, lidb_only, known in zip(PERSONAL, (True, False), (people[0].theta is not None, people[0].relaxed)):
-            if known:
-                save_person(people[0], method, args.out / name, lidb_only)
-                written.append(args.out / name)
-        for stale in {args.out / name for name in PERSONAL} - set(written):
-            stale.unlink(missing_ok=True)  # it may be somebody else's
+        written = save(people[0], method, args.out)
     factors = join(scale(stack([p.factors(method.lidb) for p in people]), args.strength), style)
 
-    settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance,
-                "negative": args.negative, "strength": args.strength, "dtype": str(model.dtype).removeprefix("torch."),
-                **({"lora": ", ".join(args.lora)} if args.lora else {})}
-    if photo is not None:
-        settings |= {"crop": args.crop or "central square", "hypernet": file, "fine-tuning": f"{args.steps} steps, rank {args.rank}, "
-                     f"learning rate {args.lr:g}, batch {args.batch}" if args.steps else "none"}
-    sample = lambda prompt, factors, seeds: method.sample([hdb.named(prompt, p.identifier) for p in people], factors, seeds,
-                                                          args.sample_steps, args.guidance, args.negative)
-    if photo is not None and people[0].theta is not None:
-        predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), [args.seed])
-    seeds = [[args.seed + i * len(people) + j for j in range(len(people))] for i in range(len(args.prompts))]
-    pictures = torch.cat([sample(*job) for job in tqdm([(p, factors, s) for p, s in zip(args.prompts, seeds)], desc="sampling", leave=False)])
-    if not pictures.isfinite().all():
-        raise PersonError("a picture came out as NaN: the personal weights, --strength or --guidance are too large for this model or dtype")
+    predicted, pictures = draw(method, people, factors, args)
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
-
-    for i, picture in enumerate(pictures):
-        which, whose = divmod(i, len(people))
-        images.save(images.to_pil(picture), args.out / f"{i}.png", prompt=args.prompts[which], person=(args.people or [args.photo])[whose],
-                    seed=args.seed + i, **settings)
     shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
-    images.save(images.sheet(shown, len(shown) if photo is not None else len(people)), args.out / "sheet.png",
-                prompt=" | ".join(args.prompts), person=" | ".join(args.people or [args.photo]), seed=args.seed, **settings)
-    written += [args.out / "sheet.png", *(args.out / f"{i}.png" for i in range(len(pictures)))]
+    written += write_pictures(pictures, shown, len(shown) if photo is not None else len(people), settings(args, model), args)
     if args.export:
         export_lora(factors, args.out / "lora.safetensors", {"modelspec.trigger_phrase": people[0].identifier})
         written.append(args.out / "lora.safetensors")
@@ -174,6 +144,16 @@ def main(args):
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores):
             print(f"  likeness {score:+.2f}  {name}")
     stage(f"done, seed {args.seed}")
+
+
+def warn_of_cuts(args, tokenizer):
+    """Warn of prompts that are too long, once and not again at every picture, and of those that lose their [V] by it."""
+    tokenizer([*map(hdb.named, args.prompts), args.negative])
+    warnings.filterwarnings("ignore", "prompt is longer")
+    for prompt in args.prompts:
+        before, v, _ = hdb.canonical(prompt).partition("[V]")
+        if v and len(tokenizer.tokens(hdb.named(before + v))) > tokenizer.max_length - 2:
+            print(f'warning: the prompt "{prompt}" is cut and does not say [V] before that, so it will not show the person', file=sys.stderr)
 
 
 def fit(method, photo, args, stage):
@@ -195,6 +175,57 @@ def fit(method, photo, args, stage):
     kept = lambda t: t.half().float()  # as the file keeps them, so that the pictures are the same again from there
     return Person(theta if theta is None else kept(theta), {k: (kept(a), kept(b)) for k, (a, b) in relaxed.items()}, base=args.model,
                   basis_seed=method.lidb.seed)
+
+
+def save(person, method, out):
+    """Write what there is of a new person and return the paths. What isn't there now may be somebody else's, from another run, and goes."""
+    written = []
+    for name, lidb_only, known in zip(PERSONAL, (True, False), (person.theta is not None, person.relaxed)):
+        if known:
+            save_person(person, method, out / name, lidb_only)
+            written.append(out / name)
+    for stale in {out / name for name in PERSONAL} - set(written):
+        stale.unlink(missing_ok=True)
+    return written
+
+
+def draw(method, people, factors, args):
+    """The picture of the prediction alone, of a photo that has one, or [], and the pictures of every prompt, of all people each."""
+    def sample(prompt, factors, first):
+        prompts = [hdb.named(prompt, person.identifier) for person in people]
+        seeds = range(first, first + len(people))
+        return method.sample(prompts, factors, seeds, args.sample_steps, args.guidance, args.negative)
+    predicted = []
+    if not args.people and people[0].theta is not None:
+        predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), args.seed)
+    pictures = [sample(prompt, factors, args.seed + i * len(people)) for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))]
+    pictures = torch.cat(pictures)
+    if not pictures.isfinite().all():
+        raise PersonError("a picture came out as NaN: the personal weights, --strength or --guidance are too large for this model or dtype")
+    return predicted, pictures
+
+
+def settings(args, model):
+    """What all pictures of a run have in common, for their PNG files."""
+    common = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps, "guidance": args.guidance, "negative": args.negative,
+              "strength": args.strength, "dtype": str(model.dtype).removeprefix("torch.")}
+    if args.lora:
+        common["lora"] = ", ".join(args.lora)
+    if not args.people:
+        common |= {"crop": args.crop or "central square", "hypernet": args.hypernet or "the model's own, if any", "fine-tuning": "none"}
+    if not args.people and args.steps:
+        common["fine-tuning"] = f"{args.steps} steps, rank {args.rank}, learning rate {args.lr:g}, batch {args.batch}"
+    return common
+
+
+def write_pictures(pictures, shown, columns, common, args):
+    """Write every picture and the sheet of all `shown`, with their settings, and return the paths."""
+    whose, paths = args.people or [args.photo], []
+    for i, picture in enumerate(pictures):
+        paths.append(args.out / f"{i}.png")
+        images.save(images.to_pil(picture), paths[-1], prompt=args.prompts[i // len(whose)], person=whose[i % len(whose)], seed=args.seed + i, **common)
+    images.save(images.sheet(shown, columns), args.out / "sheet.png", prompt=" | ".join(args.prompts), person=" | ".join(whose), seed=args.seed, **common)
+    return [args.out / "sheet.png", *paths]
 
 
 def lora(text):
