@@ -35,17 +35,19 @@ def configure(config, found, file):
     found = {f.name: found[f.name] for f in fields(config) if f.name in found}
     found = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     for name, value in found.items():
-        if not fits(value, getattr(config, name)):
+        layers = "layers" in name or name in ("depth", "iterations")
+        if not fits(value, getattr(config, name), 1000 if layers else 1_000_000):
             raise LoadError(f"{file}: {name} cannot be {value!r}")
     return replace(config, **found)
 
 
-def fits(value, usual):
-    """Whether a setting is of the type of the usual one, a number positive (in a list, not negative) and neither infinite nor a billion."""
+def fits(value, usual, limit):
+    """Whether a setting is of the type of the usual one, a number positive (in a list, not negative) and below the limit, which no model
+    comes near: to build what a hostile file asks for could take hours."""
     if isinstance(usual, tuple):
-        return isinstance(value, tuple) and all(fits(v, usual[0]) or v == 0. for v in value)
+        return isinstance(value, tuple) and all(fits(v, usual[0], limit) or v == 0. for v in value)
     if isinstance(usual, (int, float)):
-        return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < 1e9
+        return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < limit
     return isinstance(value, type(usual))
 
 

@@ -88,10 +88,10 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_main_job(tmp_path, dtype):
-    done = run("nano/example.png", "[V] face as a rock star", "--seed", 7, "--dtype", dtype, "--out", tmp_path, device="cuda")
+    done = run("nano/example.png", "[V] face as a rock star", "--seed", 5, "--dtype", dtype, "--out", tmp_path, device="cuda")
     assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
     likeness = [float(line.split()[1]) for line in done.stdout.splitlines() if line.strip().startswith("likeness")]
-    assert len(likeness) == 2 and min(likeness) > .4
+    assert len(likeness) == 2 and min(likeness) > .5
 
 
 def test_training_and_going_on(runs):

@@ -323,6 +323,7 @@ def test_the_same_tensor_twice(file):
     ("unet/config.json", {"block_out_channels": [16, -24]}, ["block_out_channels cannot be (16, -24)"]),
     ("vae/config.json", {"scaling_factor": float("nan")}, ["scaling_factor cannot be nan"]),
     ("text_encoder/config.json", {"num_attention_heads": 3}, ["shared among 3 heads"]),
+    ("unet/config.json", {"layers_per_block": 10 ** 6}, ["layers_per_block cannot be 1000000"]),
     ("text_encoder/config.json", {"num_attention_heads": True}, ["num_attention_heads cannot be True"]),
     ("unet/config.json", {"cross_attention_dim": 48}, ["to_k.weight has shape (16, 32), expected (16, 48)"]),
     ("vae/config.json", {"shift_factor": .1}, ["vae/config.json", "shift_factor"]),
