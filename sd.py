@@ -273,12 +273,13 @@ def from_file(name, file, device, dtype):
     with read(file) as f:
         shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     refuse_other_files(file, shapes)
+    vocabulary = vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer") or fetch_vocabulary(file)  # before gigabytes are read
     modules = {}
     for part, (ours, kind, *_, prefix) in PARTS.items():
         def rename(key):
             return ours.from_compvis(key.removeprefix(prefix)) if key.startswith(prefix) else None
         modules[part] = module(kind, ours.SD15, [file], rename, device, dtype)
-    return assemble(name, modules, vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer") or fetch_vocabulary(file))
+    return assemble(name, modules, vocabulary)
 
 
 def refuse_other_files(file, shapes):
