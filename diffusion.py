@@ -1,31 +1,34 @@
-"""Noise in, latent out: Stable Diffusion 1.x's noise schedule, two samplers over it and classifier-free guidance.
+"""Stable Diffusion 1.x's noise schedule, the denoising loss, two samplers and classifier-free guidance.
 
-A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an int. It keeps its state
-in fp32 whatever the denoiser computes in, and after each step calls callback(i, t, x, x0) with the number of the step, from 0, its
-time, the latent it arrived at and the clean latent predicted on the way. The numbers are diffusers', step for step.
+A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an
+int. It keeps its state in fp32 whatever the denoiser computes in, and after each step calls callback(i, t, x,
+x0) with the number of the step, from 0, its time, the latent it arrived at and the clean latent predicted on
+the way. The numbers are diffusers', step for step.
 """
 import math
 
 import torch
 
 STEPS = 1000
-# ᾱ_t, how much of the picture's variance is left at step t; "scaled linear" β: evenly spaced square roots. diffusers' operations in
-# diffusers' order, so that the fp32 numbers are the same.
+# ᾱ_t, how much of the picture's variance is left at step t; "scaled linear" β: evenly spaced square roots.
+# diffusers' operations in diffusers' order, so that the fp32 numbers are the same.
 BETAS = torch.linspace(.00085 ** .5, .012 ** .5, STEPS, dtype=torch.float32, device="cpu") ** 2
 ALPHAS_CUMPROD = torch.cumprod(1. - BETAS, dim=0)
 
 
 def add_noise(x, noise, t):
-    """x (B, ...) noised to the steps t (B,): a sample of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq. 4, in x's dtype."""
+    """x (B, ...) noised to the steps t (B,): a sample of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq.
+    4, in x's dtype."""
     abar = ALPHAS_CUMPROD.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
     return (abar.sqrt() * x + (1 - abar).sqrt() * noise).to(x.dtype)
 
 
-def noise(shape, source):
-    """Standard normal noise of this shape (B, ...), in fp32 on the CPU so that a seed means the same on every device.
+def seeded_noise(shape, source):
+    """Standard normal noise of this shape (B, ...), in fp32 on the CPU so that a seed means the same on every
+    device.
 
-    source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on the batch it is made
-    in; or a single torch.Generator to draw all from.
+    source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on
+    the batch it is made in; or a single torch.Generator to draw all from.
     """
     if isinstance(source, torch.Generator):
         return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
@@ -35,11 +38,34 @@ def noise(shape, source):
     return torch.stack([torch.randn(shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in each])
 
 
+def denoising_loss(model, latent, prompts, generator):
+    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the edits in force.
+
+    latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
+    CPU generator for time steps and noise. D is the model's estimate of the clean latent, so its error is the
+    noise's times 1/SNR; that is cut at 5, where almost pure noise would otherwise drown everything else. Time
+    steps are spread evenly over the batch, which makes the average less noisy.
+    """
+    count = len(latent)
+    with torch.device("cpu"):
+        # one time step in each of `count` equal parts of [0, 1], in random order
+        spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)]
+        noise = torch.randn(latent.shape, generator=generator).to(latent)
+    # what is the same for many samples is encoded once
+    context = model.context(prompts).repeat(count // len(prompts), 1, 1)
+    predicted = model.unet(add_noise(latent, noise, t), t.to(latent.device), context)
+    snr = ALPHAS_CUMPROD[t] / (1 - ALPHAS_CUMPROD[t])
+    weight = (1 / snr).clamp(max=5).to(latent.device)
+    return weight * (predicted - noise).float().pow(2).mean((1, 2, 3))
+
+
 def timesteps(steps, spacing="leading"):
     """The time steps a sampler visits, from noisy to clean, as a list of ints.
 
-    With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the file's steps_offset).
-    The file is silent on the spacing, so DPM-Solver++ takes its own default, "linspace": from 999 evenly down to 0, 0 left out.
+    With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the
+    file's steps_offset). The file is silent on the spacing, so DPM-Solver++ takes its own default,
+    "linspace": from 999 evenly down to 0, 0 left out.
     """
     if not 1 <= steps < STEPS:
         raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
@@ -52,26 +78,29 @@ def timesteps(steps, spacing="leading"):
 
 @torch.no_grad()
 def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
-    """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0, DDPM's variance at eta 1.
+    """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0,
+    DDPM's variance at eta 1.
 
-    generator: needed if eta > 0; a CPU torch.Generator or a list of B. Give those that made x, or others; never a new one of the
-    same seed, which would draw x again.
+    generator: needed if eta > 0; a CPU torch.Generator or a list of B. Give those that made x, or others;
+    never a new one of the same seed, which would draw x again.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
     given = generator if isinstance(generator, (list, tuple)) else [generator]
     if eta > 0 and not all(isinstance(g, torch.Generator) for g in given):
-        raise ValueError("eta > 0 draws noise at each step: give generator=, a CPU torch.Generator or a list with one for each image")
+        raise ValueError("eta > 0 draws noise at each step: give generator=, a CPU torch.Generator or a list "
+                         "with one for each image")
     x = x.float()
     for i, t in enumerate(timesteps(steps)):
         abar = ALPHAS_CUMPROD[t].item()
-        abar_next = ALPHAS_CUMPROD[max(t - STEPS // steps, 0)].item()  # ᾱ_0, not 1, at the end: set_alpha_to_one is false
+        # ᾱ_0, not 1, at the end: set_alpha_to_one is false
+        abar_next = ALPHAS_CUMPROD[max(t - STEPS // steps, 0)].item()
         sigma = eta * math.sqrt((1 - abar_next) / (1 - abar) * (1 - abar / abar_next))  # eq. 16
         epsilon = denoise(x, t).float()
         x0 = (x - math.sqrt(1 - abar) * epsilon) / math.sqrt(abar)  # eq. 9
         x = math.sqrt(abar_next) * x0 + math.sqrt(1 - abar_next - sigma ** 2) * epsilon
         if eta > 0:
-            x = x + sigma * noise(x.shape, generator).to(x.device)
+            x = x + sigma * seeded_noise(x.shape, generator).to(x.device)
         if callback:
             callback(i, t, x, x0)
     return x
@@ -79,7 +108,8 @@ def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
 
 @torch.no_grad()
 def dpmpp_2m(denoise, x, steps=25, callback=None):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w), down to no noise at all.
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w), down to no
+    noise at all.
 
     The first step has no predecessor and the last an infinite λ: both are of first order.
     """
@@ -88,6 +118,7 @@ def dpmpp_2m(denoise, x, steps=25, callback=None):
     abars = [ALPHAS_CUMPROD[t].item() for t in times] + [1.]
     alphas, sigmas = [math.sqrt(a) for a in abars], [math.sqrt(1 - a) for a in abars]
     lambdas = [math.log(a / s) if s else math.inf for a, s in zip(alphas, sigmas)]
+    x0_before = None
     for i, t in enumerate(times):
         x0 = (x - sigmas[i] * denoise(x, t).float()) / alphas[i]
         h = lambdas[i + 1] - lambdas[i]
@@ -103,11 +134,12 @@ def dpmpp_2m(denoise, x, steps=25, callback=None):
 
 
 def guided(unet, context, negative=None, scale=7.5):
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) as a denoiser: away from the negative prompt, to the prompt.
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) as a denoiser: away from the negative
+    prompt, to the prompt.
 
-    context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t, context) is called once
-    a step, in the dtype of context, on a batch of 2B: all B negatives, then all B prompts. At scale 1 the negative cancels out:
-    it isn't used, and the batch is B.
+    context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t,
+    context) is called once a step, in the dtype of context, on a batch of 2B: all B negatives, then all B
+    prompts. At scale 1 the negative cancels out: it isn't used, and the batch is B.
     """
     if scale != 1 and negative is None:
         raise ValueError("guidance needs a negative: the features of the empty prompt will do")

@@ -1,63 +1,110 @@
-"""The training loop that everything here shares: optimiser, schedule, moving average, log, and a checkpoint to resume from."""
+"""Training: `fit`, a few steps in memory, and Trainer, the long loop with its schedule, moving average, log
+and a checkpoint to resume from."""
 import json
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from checkpoints import write
-from console import UserError
+from files.checkpoints import open_tensors, write
+from files.console import UserError
 
 SCALE = 2 ** 10
 
 
 def backward(loss, parameters):
-    """The gradients of `loss` in `parameters`, as loss.backward() makes them in float32. In between they are SCALE times as large, since
-    float16, which ends at 6e-8, would round most of a picture's mean error away; the scale is a power of two, so nothing else changes."""
+    """The gradients of `loss` in `parameters`, as loss.backward() makes them in float32. In between they are
+    SCALE times as large, since float16, which ends at 6e-8, would round most of a picture's mean error away;
+    the scale is a power of two, so nothing else changes."""
     (loss * SCALE).backward()
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
+def fit(loss, parameters, steps, lr, around=nullcontext, callback=None):
+    """Change `parameters`, a list of tensors that require gradients, by `steps` of Adam down the scalar
+    loss().
+
+    around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
+    callback(step, loss) after every step.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0., fused=True)
+    for step in range(steps):
+        with torch.enable_grad(), around():
+            value = loss()
+            backward(value, parameters)
+        optimizer.step()
+        optimizer.zero_grad()
+        if callback:
+            callback(step, value.item())
+
+
+def differences(there, here):
+    """In words, what of two dicts, name -> text, differs or stands in one alone."""
+    return [f"{name} {there.get(name, 'not known')} there, {here.get(name, 'none')} here"
+            for name in here | there if there.get(name) != here.get(name)]
+
+
 @contextmanager
 def seeded(seed):
-    """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which is put back afterwards."""
+    """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which
+    is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any later call resumes from.
+    """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any
+    later call resumes from.
 
-    modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of log.jsonl and state.safetensors.
-    muon: matrices and convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon).
-    of: what tells this run from others beside its modules' shapes.
-    Iterate over it for the step numbers that remain; call `update(loss)` once in each. UserError if the state is another run's or the loss
-    is no number any more.
+    modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of
+    log.jsonl and state.safetensors. deadline: when to stop, by time.time(), to be resumed. muon: matrices and
+    convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al.,
+    kellerjordan.github.io/posts/muon). of: name -> what the run depends on beside its modules' shapes, such
+    as the checksum of a frozen model. Iterate over it for the step numbers that remain; call `update(loss)`
+    once in each. UserError if the state is damaged or another run's, and then which of the above differs, or
+    the loss is no number any more.
     """
 
-    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01, minutes=math.inf, muon=False, of=""):
-        self.parameters = {f"{n}.{k}": p for n, m in modules.items() for k, p in m.named_parameters() if p.requires_grad}
-        self.out, self.steps, self.lr, self.warmup, self.decay, self.minutes, self.of = Path(out), steps, lr, warmup, ema, minutes, of
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.matrices = {k: p.detach().view(len(p), -1) for k, p in self.parameters.items() if muon and p.dim() in (2, 4)}  # in the parameters' memory
-        others = {k: p for k, p in self.parameters.items() if k not in self.matrices}
-        self.optimizers = {torch.optim.AdamW(others.values(), lr, betas, weight_decay=weight_decay, fused=True): others}
-        if self.matrices:
-            self.optimizers[torch.optim.Muon(self.matrices.values(), lr, weight_decay, adjust_lr_fn="match_rms_adamw")] = self.matrices
-        self.ema = {k: p.detach().clone() for k, p in self.parameters.items()}
+    def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01,
+                 deadline=math.inf, muon=False, of=None):
+        self.out, self.steps, self.lr, self.warmup, self.decay = Path(out), steps, lr, warmup, ema
+        self.deadline, self.of = deadline, {name: str(value) for name, value in (of or {}).items()}
+        self.parameters = {f"{name}.{key}": p for name, module in modules.items()
+                           for key, p in module.named_parameters() if p.requires_grad}
+        self.ema = {key: p.detach().clone() for key, p in self.parameters.items()}
         self.step, self.mean = 0, {}
+
+        # kernels as matrices in the same memory, so that a step of Muon moves the parameters
+        self.matrices = {key: p.detach().view(len(p), -1) for key, p in self.parameters.items()
+                         if muon and p.dim() in (2, 4)}
+        others = {key: p for key, p in self.parameters.items() if key not in self.matrices}
+        adam = torch.optim.AdamW(others.values(), lr, betas, weight_decay=weight_decay, fused=True)
+        self.optimizers = {adam: others}
+        if self.matrices:
+            of_matrices = torch.optim.Muon(self.matrices.values(), lr, weight_decay,
+                                           adjust_lr_fn="match_rms_adamw")
+            self.optimizers[of_matrices] = self.matrices
+
+        # the optimisers' memory is made now, so that a state is read into what is there
+        self.moments = {}
+        for optimizer, trained in self.optimizers.items():
+            names = ["momentum_buffer"] if trained is self.matrices else ["exp_avg", "exp_avg_sq"]
+            for key, p in trained.items():
+                optimizer.state[p] = {name: torch.zeros_like(p) for name in names}
+                self.moments |= {f"{name}.{key}": t for name, t in optimizer.state[p].items()}
+                optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+        self.out.mkdir(parents=True, exist_ok=True)
         if (self.out / "state.safetensors").exists():
-            self._resume()
+            self._resume(self.out / "state.safetensors")
 
     def __iter__(self):
-        start = saved = time.time()
-        with tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5, dynamic_ncols=True) as bar:
-            while not self.done and time.time() - start < 60 * self.minutes:
+        saved = time.time()
+        with tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5) as bar:
+            while not self.done and time.time() < self.deadline:
                 yield self.step
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
@@ -73,70 +120,81 @@ class Trainer:
     def update(self, loss, **numbers):
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
         if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} is too high, or the data or the start "
-                            "hold such numbers")
-        progress = self.step / self.steps
-        lr = self.lr * min(1, (self.step + 1) / self.warmup) * (.5 + .5 * math.cos(math.pi * progress))
+            raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} "
+                            "is too high, or the data or the start hold such numbers")
         backward(loss, self.parameters.values())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        for k, m in self.matrices.items():
-            m.grad = self.parameters[k].grad.flatten(1)
+        for key, matrix in self.matrices.items():
+            matrix.grad = self.parameters[key].grad.flatten(1)
+
+        # warm-up, then a cosine down to nothing
+        cosine = .5 + .5 * math.cos(math.pi * self.step / self.steps)
+        lr = self.lr * min(1, (self.step + 1) / self.warmup) * cosine
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         for p in self.parameters.values():
             p.grad = None
+
+        # the average is of few steps at first, as the start is nothing worth keeping
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_([*self.ema.values()], [p.detach() for p in self.parameters.values()], 1 - decay)
+
         self.step += 1
-        for k, v in {"loss": loss, **numbers}.items():
-            v = float(v.detach() if torch.is_tensor(v) else v)
-            self.mean[k] = self.mean.get(k, v) + .02 * (v - self.mean.get(k, v))
+        for key, value in {"loss": loss, **numbers}.items():
+            value = float(value.detach() if torch.is_tensor(value) else value)
+            self.mean[key] = self.mean.get(key, value) + .02 * (value - self.mean.get(key, value))
         if self.step % 50 == 0:
             self.log(lr=lr, **self.mean)
 
     def log(self, **numbers):
+        """Add a line with these numbers to log.jsonl."""
+        line = {"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}
         with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+            f.write(json.dumps(line) + "\n")
+
+    def tensors(self):
+        """All that changes from step to step, under its names in state.safetensors."""
+        now = {f"now.{key}": p.detach() for key, p in self.parameters.items()}
+        return now | {f"ema.{key}": t for key, t in self.ema.items()} | self.moments
 
     def save(self):
-        tensors = {f"now.{k}": p.detach() for k, p in self.parameters.items()} | {f"ema.{k}": p for k, p in self.ema.items()}
-        for optimizer, trained in self.optimizers.items():
-            tensors |= {f"{m}.{k}": t for k, p in trained.items() for m, t in optimizer.state[p].items() if m != "step"}
-        write(tensors, self.out / "state.safetensors", {"step": str(self.step), "of": self.of})
+        """Write state.safetensors."""
+        note = {"step": str(self.step), "of": json.dumps(self.of)}
+        write(self.tensors(), self.out / "state.safetensors", note)
 
-    def _resume(self):
-        file = self.out / "state.safetensors"
+    def _resume(self, file):
         try:
-            with safe_open(file, "pt") as f:
-                note, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+            with open_tensors(file) as f:
+                note, found = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
             self.step, of = int(note["step"]), note.get("of", "")
-        except (SafetensorError, LookupError, TypeError, ValueError) as error:
+            of = dict(json.loads(of)) if of.startswith("{") else {"run": of}
+        except (UserError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
-        ours = {f"{kind}.{k}": p.shape for k, p in self.parameters.items() for kind in ("now", "ema")}
-        if of != self.of or ours != {k: t.shape for k, t in tensors.items() if k.startswith(("now.", "ema."))}:
-            raise UserError(f"{file}: of another run ({of or 'with other modules'}); remove it, or train in another folder")
-        with torch.no_grad():
-            for k, p in self.parameters.items():
-                p.copy_(tensors[f"now.{k}"])
-                self.ema[k].copy_(tensors[f"ema.{k}"])
-        for optimizer, trained in self.optimizers.items():
-            for k, p in trained.items():
-                moments = {m: tensors[f"{m}.{k}"].to(p.device) for m in ("exp_avg", "exp_avg_sq", "momentum_buffer") if f"{m}.{k}" in tensors}
-                if any(m.shape != p.shape for m in moments.values()):
-                    raise UserError(f"{file}: damaged (the moments of {k} have another shape); remove it to begin again")
-                optimizer.state[p] = moments and {"step": torch.tensor(float(self.step), device=p.device), **moments}
+        ours = self.tensors()
+        differ = differences(of, self.of)
+        if {k: t.shape for k, t in found.items()} != {k: t.shape for k, t in ours.items()}:
+            differ.append("with other modules")
+        if differ:
+            raise UserError(f"{file}: of another run ({'; '.join(differ)}); remove it, or train in another "
+                            "folder")
+        for key, t in ours.items():
+            t.copy_(found[key])
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                state["step"].fill_(self.step)
 
     def average(self):
         """Put the moving average into the modules in place of the current weights."""
         with torch.no_grad():
-            for k, p in self.parameters.items():
-                p.copy_(self.ema[k])
+            for key, p in self.parameters.items():
+                p.copy_(self.ema[key])
 
 
 class Ring:
-    """The `size` rows that were added last, of several tensors side by side: a pool to draw training samples from."""
+    """The `size` rows that were added last, of several tensors side by side: a pool to draw training samples
+    from."""
 
     def __init__(self, size):
         self.size, self.count, self.columns = size, 0, []

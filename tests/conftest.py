@@ -1,5 +1,27 @@
-"""Lets the tests import the modules at the top of the repository and the rule in tests/reference."""
+"""Lets the tests import the repository's top modules, each other, and the rule in tests/reference."""
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
+# before torch is imported: threads that wait sleep, also in the programs that tests start, else two of them
+# stall each other (personalize.py)
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "reference")]
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Runs a command line here, which has to end with one line for the user and exit code 2: the line."""
+    from files import console
+
+    def run(script, *arguments):
+        monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            console.run(script.main, script.arguments)
+        *usage, line = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and line.startswith(f"{script.__name__}.py: ")
+        assert not usage or usage[0].startswith("usage: ")
+        return line
+    return run

@@ -1,4 +1,4 @@
-"""clip.py against transformers: same weights (by rule.py), same outputs; same vocabulary, same token ids."""
+"""clip.py against transformers: same weights (by rule.py), same outputs; same vocabulary, same ids."""
 import json
 import warnings
 from dataclasses import asdict, replace
@@ -10,12 +10,15 @@ from rule import difference, draw, fill, generator
 from safetensors.torch import load_file, save_file
 
 import clip
-import sd
-from clip import CLIP, SD15, VIT_B32, VIT_B32_TEXT, TextConfig, TextTransformer, Tokenizer, VisionConfig, learn_bpe
+from clip import CLIP, VIT_B32, VIT_B32_TEXT, TextConfig, TextTransformer, Tokenizer, VisionConfig, learn_bpe
+from files.checkpoints import LoadError
+from files.encoders import load_clip
+from files.tokenizers import write_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference"
 HARD = json.loads((REFERENCE / "hard_texts.json").read_text(encoding="utf-8"))
-SMALL = TextConfig(vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
+SMALL = TextConfig(vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+                   num_attention_heads=4)
 VOCAB, MERGES = learn_bpe(HARD["words"])
 
 
@@ -31,8 +34,10 @@ def size(build):
 def test_sd15_names_and_shapes():
     got = shapes(TextTransformer)
     layer = {"self_attn.q_proj": (768, 768), "self_attn.k_proj": (768, 768), "self_attn.v_proj": (768, 768),
-             "self_attn.out_proj": (768, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072), "layer_norm1": (768,), "layer_norm2": (768,)}
-    expected = {"text_model.embeddings.token_embedding.weight": (49408, 768), "text_model.embeddings.position_embedding.weight": (77, 768),
+             "self_attn.out_proj": (768, 768), "mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072),
+             "layer_norm1": (768,), "layer_norm2": (768,)}
+    expected = {"text_model.embeddings.token_embedding.weight": (49408, 768),
+                "text_model.embeddings.position_embedding.weight": (77, 768),
                 "text_model.final_layer_norm.weight": (768,), "text_model.final_layer_norm.bias": (768,)}
     for i in range(12):
         for name, shape in layer.items():
@@ -40,19 +45,22 @@ def test_sd15_names_and_shapes():
             expected[f"text_model.encoder.layers.{i}.{name}.bias"] = shape[:1]
     assert got == expected
     assert size(TextTransformer) == 123_060_480
+    assert clip.SD15 == TextConfig()
 
 
 def test_clip_names_and_sizes():
     assert size(CLIP) == 427_616_513
     assert size(lambda: CLIP(VIT_B32_TEXT, VIT_B32)) == 151_277_313
     got = shapes(CLIP)
-    assert {name.split(".")[0] for name in got} == {"text_model", "vision_model", "visual_projection", "text_projection", "logit_scale"}
+    assert {name.split(".")[0] for name in got} == {
+        "text_model", "vision_model", "visual_projection", "text_projection", "logit_scale"}
     assert got["vision_model.embeddings.class_embedding"] == (1024,)
     assert got["vision_model.embeddings.patch_embedding.weight"] == (1024, 3, 14, 14)
     assert got["vision_model.embeddings.position_embedding.weight"] == (257, 1024)
     assert got["vision_model.pre_layrnorm.bias"] == got["vision_model.post_layernorm.weight"] == (1024,)
     assert got["vision_model.encoder.layers.23.mlp.fc1.weight"] == (4096, 1024)
-    assert got["visual_projection.weight"] == (768, 1024) and got["text_projection.weight"] == (768, 768) and got["logit_scale"] == ()
+    assert got["visual_projection.weight"] == (768, 1024) and got["text_projection.weight"] == (768, 768)
+    assert got["logit_scale"] == ()
 
 
 @torch.no_grad()
@@ -67,9 +75,11 @@ def test_text_transformer_equals_reference():
 @torch.no_grad()
 def test_clip_equals_reference():
     reference = load_file(REFERENCE / "clip_model.safetensors")
-    model = fill(CLIP(TextConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
-                      VisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=32,
-                                   patch_size=8, projection_dim=40, hidden_act="gelu")))
+    text = TextConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                      num_attention_heads=4)
+    vision = VisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3,
+                          image_size=32, patch_size=8, projection_dim=40, hidden_act="gelu")
+    model = fill(CLIP(text, vision))
     ids = torch.randint(298, (3, 20), generator=generator("clip_model"))
     for row, end in zip(ids, (4, 11, 19)):
         row[end:] = 299
@@ -100,26 +110,31 @@ def test_causal():
 
 def test_clip_from_a_folder(tmp_path):
     text = replace(SMALL, vocab_size=len(VOCAB), hidden_act="gelu")
-    vision = VisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=16,
-                          projection_dim=40)
+    vision = VisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                          image_size=64, patch_size=16, projection_dim=40)
     model = fill(CLIP(text, vision))
-    unusual = lambda config, usual: {k: v for k, v in asdict(config).items() if v != asdict(usual)[k]}
-    config = {"text_config": unusual(text, VIT_B32_TEXT), "vision_config": unusual(vision, VIT_B32), "projection_dim": 40}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    ids = {"text_model.embeddings.position_ids": torch.arange(77)[None], "vision_model.embeddings.position_ids": torch.arange(17)[None]}
+
+    def unusual(config, usual):
+        return {k: v for k, v in asdict(config).items() if v != asdict(usual)[k]}
+    towers = {"text_config": unusual(text, VIT_B32_TEXT), "vision_config": unusual(vision, VIT_B32)}
+    (tmp_path / "config.json").write_text(json.dumps(towers | {"projection_dim": 40}))
+    ids = {"text_model.embeddings.position_ids": torch.arange(77)[None],
+           "vision_model.embeddings.position_ids": torch.arange(17)[None]}
     save_file(model.state_dict() | ids, tmp_path / "model.safetensors")
-    with pytest.raises(sd.LoadError, match="no vocab.json"):
-        sd.load_clip(tmp_path, "cpu")
-    Tokenizer(VOCAB, MERGES).save(tmp_path)
-    loaded, tokenizer = sd.load_clip(tmp_path, "cpu")
-    assert loaded.config == text and torch.equal(tokenizer(["a woman"]), Tokenizer(VOCAB, MERGES)(["a woman"]))
+    with pytest.raises(LoadError, match="no vocab.json"):
+        load_clip(tmp_path, "cpu")
+    write_tokenizer(Tokenizer(VOCAB, MERGES), tmp_path)
+    loaded, tokenizer = load_clip(tmp_path, "cpu")
+    assert loaded.config == text
+    assert torch.equal(tokenizer(["a woman"]), Tokenizer(VOCAB, MERGES)(["a woman"]))
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items())
-    assert loaded.image_features(torch.zeros(1, 3, 64, 64)).shape == loaded.text_features(tokenizer(["a woman"])).shape == (1, 40)
-    save_file({k: v for k, v in model.state_dict().items() if k != "visual_projection.weight"}, tmp_path / "model.safetensors")
-    with pytest.raises(sd.LoadError, match="no tensor for visual_projection.weight, expected shape \\(40, 48\\)"):
-        sd.load_clip(tmp_path, "cpu")
-    with pytest.raises(TypeError, match="list of texts"):
-        tokenizer("a woman")
+    assert loaded.image_features(torch.zeros(1, 3, 64, 64)).shape == (1, 40)
+    assert loaded.text_features(tokenizer(["a woman"])).shape == (1, 40)
+    state = dict(model.state_dict())
+    del state["visual_projection.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(LoadError, match=r"no tensor for visual_projection.weight, expected shape \(40, 48\)"):
+        load_clip(tmp_path, "cpu")
 
 
 def test_tokenizer_equals_reference():
@@ -129,20 +144,9 @@ def test_tokenizer_equals_reference():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ids = Tokenizer(vocab, MERGES)(HARD["texts"])
-        wrong = [text for text, a, b in zip(HARD["texts"], ids, reference[name].long(), strict=True) if not torch.equal(a, b)]
+        rows = zip(HARD["texts"], ids, reference[name].long(), strict=True)
+        wrong = [text for text, a, b in rows if not torch.equal(a, b)]
         assert not wrong
-
-
-def test_tokenizer_files(tmp_path):
-    Tokenizer(VOCAB, MERGES).save(tmp_path)
-    assert (tmp_path / "merges.txt").read_text(encoding="utf-8").startswith("#version: 0.2\n")
-    with open(tmp_path / "merges.txt", "a", encoding="utf-8") as file:
-        file.write("q j\nqj q</w>\n\n")  # surplus pairs that make no token
-    loaded = Tokenizer.load(tmp_path / "vocab.json", tmp_path / "merges.txt", max_length=24)
-    assert loaded.vocab == VOCAB and loaded.merges[:len(MERGES)] == MERGES
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(loaded(["qjq face"]), Tokenizer(VOCAB, MERGES, 24)(["qjq face"]))
 
 
 def test_what_is_cut_is_named():
@@ -150,10 +154,16 @@ def test_what_is_cut_is_named():
     with pytest.warns(UserWarning, match="longer than 4 tokens; cut: “with glasses , 日本語”"):
         ids = tokenizer(["a photo", "a woman smiling portrait with glasses, 日本語"])
     assert ids.shape == (2, 6) and ids.dtype == torch.long
-    assert ids[1].tolist() == [VOCAB[t] for t in ("<|startoftext|>", "a</w>", "woman</w>", "smiling</w>", "portrait</w>", "<|endoftext|>")]
+    kept = "<|startoftext|>", "a</w>", "woman</w>", "smiling</w>", "portrait</w>", "<|endoftext|>"
+    assert ids[1].tolist() == [VOCAB[token] for token in kept]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer(["a woman smiling portrait"])  # fits exactly
+
+
+def test_a_lone_text_is_refused():
+    with pytest.raises(TypeError, match="list of texts"):
+        Tokenizer(VOCAB, MERGES)("a woman")
 
 
 def test_learn_bpe():
@@ -161,14 +171,7 @@ def test_learn_bpe():
     for word in HARD["words"]:
         assert len(tokenizer.tokens(word)) == len(clip.split_words(word)), word
     assert list(VOCAB.values()) == list(range(len(VOCAB))) and len(VOCAB) == 512 + len(MERGES) + 2
-    assert list(VOCAB)[:2] == ["!", '"'] and list(VOCAB)[256] == "!</w>" and list(VOCAB)[-2:] == ["<|startoftext|>", "<|endoftext|>"]
+    assert list(VOCAB)[:2] == ["!", '"'] and list(VOCAB)[256] == "!</w>"
+    assert list(VOCAB)[-2:] == ["<|startoftext|>", "<|endoftext|>"]
     assert learn_bpe(HARD["words"][::-1]) == (VOCAB, MERGES)  # the order of the words doesn't matter
     assert learn_bpe(["hug", "hug", "pug"])[1] == [("u", "g</w>"), ("h", "ug</w>"), ("p", "ug</w>")]
-
-
-def test_from_compvis():
-    ours = set(shapes(TextTransformer))
-    assert {clip.from_compvis(name) for name in ours} == ours
-    assert {clip.from_compvis(name.removeprefix("text_model.")) for name in ours} == ours
-    assert clip.from_compvis("text_model.embeddings.position_ids") is clip.from_compvis("embeddings.position_ids") is None
-    assert SD15 == TextConfig()

@@ -3,21 +3,24 @@ import argparse
 import pytest
 import torch
 
-import console
 import evaluate
+from files import console
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (console.UserError("a\nb\x1b[31m: no"), 2, "a?b?[31m: no"), (OSError(28, "No space left", "x.png"), 2, "No space left: 'x.png'"),
+    (console.UserError("a\nb\x1b[31m: no"), 2, "a?b?[31m: no"),
+    (OSError(28, "No space left", "x.png"), 2, "No space left: 'x.png'"),
     (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "memory is full"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), 2, "memory is full"), (KeyboardInterrupt(), 130, None)])
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), 2, "memory is full"),
+    (KeyboardInterrupt(), 130, None)])
 def test_errors_are_one_line(capsys, error, code, line):
     def main(arguments):
         raise error
     with pytest.raises(SystemExit) as end:
         console.run(main, lambda: None)
     printed = capsys.readouterr().err
-    assert end.value.code == code and (printed.count("\n") == 1 and line in printed if line else printed == "")
+    assert end.value.code == code
+    assert printed.count("\n") == 1 and line in printed if line else printed == ""
 
 
 def test_our_own_mistakes_are_not_the_users():
@@ -33,7 +36,8 @@ def test_a_closed_terminal(monkeypatch):
     console.run(lambda _: None, lambda: None)
 
 
-@pytest.mark.parametrize("given, parts", [([], []), (["base"], ["base"]), (["people", "base"], ["people", "base"])])
+@pytest.mark.parametrize("given, parts", [
+    ([], []), (["base"], ["base"]), (["people", "base"], ["people", "base"])])
 def test_what_evaluate_measures(monkeypatch, given, parts):
     monkeypatch.setattr("sys.argv", ["evaluate.py", *given])
     assert evaluate.arguments().parts == parts
@@ -46,6 +50,7 @@ def test_folders_that_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     parser = argparse.ArgumentParser()
     console.check_folder(parser, "--out", tmp_path / "new/newer")
+    console.check_folder(parser, "--out", str(tmp_path / "new/newer"))
     assert not (tmp_path / "new").exists()
     for bad in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(SystemExit):

@@ -1,4 +1,7 @@
-"""On a CUDA device: half precision against the fp32 CPU reference, and the whole path at full size.   python -m pytest -m gpu"""
+"""On a CUDA device: half precision against the fp32 CPU reference, and the whole path at full size.
+
+python -m pytest -m gpu
+"""
 import pytest
 import torch
 from rule import draw, fill
@@ -7,16 +10,18 @@ from test_train import runs  # noqa: F401  (a fixture)
 from torch.nn.functional import interpolate
 
 import clip
+import diffusion
 import hdb
-import images
-import sampling
-import sd
 import unet
 import vae
-from hypernet import DINO_S, NANO_VIT, HyperConfig, HyperNetwork, ViT
-from person import Person
+from files import images
+from files.person import Person
+from hypernet import HyperConfig, HyperNetwork
+from sd import StableDiffusion
+from vit import DINO_S, NANO_VIT, ViT
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu,
+              pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -25,15 +30,20 @@ def relative(ours, reference):
 
 
 def parts():
-    """A call, a module and its inputs: what is shipped, doing what it is made for, as random weights amplify rounding in the UNet and the
-    autoencoder more than trained ones do. The official encoders of photos are not here, so theirs are random."""
+    """A call, a module and its inputs: what is shipped, doing what it is made for, as random weights amplify
+    rounding in the UNet and the autoencoder more than trained ones do. The official encoders of photos are
+    not here, so theirs are random."""
     model = hdb.load("nano", "cpu", torch.float32)
-    tower = fill(clip.CLIP(clip.TextConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4),
-                           clip.VisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)))
-    photo = images.read(sd.HERE / "nano/example.png", 128)
-    ids, latent, t = model.tokenizer(["a face as a rock star", ""]), model.encode(photo), torch.tensor([100, 900])
-    noisy = sampling.add_noise(latent.expand(2, -1, -1, -1), draw((2, 4, 16, 16), 1), t)
-    forward = lambda module, *inputs: module(*inputs)
+    deep = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = fill(clip.CLIP(clip.TextConfig(vocab_size=300, hidden_size=64, intermediate_size=128, **deep),
+                           clip.VisionConfig(hidden_size=96, intermediate_size=192, **deep)))
+    photo = images.read(ROOT / "nano/example.png", 128)
+    ids, latent = model.tokenizer(["a face as a rock star", ""]), model.encode(photo)
+    t = torch.tensor([100, 900])
+    noisy = diffusion.add_noise(latent.expand(2, -1, -1, -1), draw((2, 4, 16, 16), 1), t)
+
+    def forward(module, *inputs):
+        return module(*inputs)
     return {"unet": (forward, model.unet, noisy, t, model.text(ids)),
             "text": (forward, model.text, ids),
             "vae.encode": (lambda m, x: m.encode(x)[0], model.vae, photo),
@@ -64,7 +74,7 @@ def full_size(dtype):
         parts = unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15), vae.VAE(vae.SD15)
     for part in parts:
         part.to(dtype)
-    return hdb.StableDiffusion("random", parts[0], parts[1], clip.Tokenizer(*words), parts[2])
+    return StableDiffusion("random", parts[0], parts[1], clip.Tokenizer(*words), parts[2])
 
 
 def test_the_whole_path_at_full_size_fits_in_8_gb():
@@ -73,13 +83,16 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
     torch.cuda.reset_peak_memory_stats()
     method = hdb.HyperDreamBooth(model)
     assert method.lidb.shape == (192, 150)
-    method.hypernet = HyperNetwork(HyperConfig(*method.lidb.shape, vit=NANO_VIT)).cuda().eval().requires_grad_(False)
-    model.unet.gradient_checkpointing = True
+    config = HyperConfig(*method.lidb.shape, vit=NANO_VIT)
+    method.hypernet = HyperNetwork(config).cuda().eval().requires_grad_(False)
+    assert model.unet.gradient_checkpointing
     photo = draw((1, 3, 512, 512), 6).clamp(-1, 1).cuda()
     theta = method.predict(photo)
     losses = []
-    relaxed = method.fine_tune(photo, theta, steps=3, batch=4, callback=lambda step, loss: losses.append(loss))
-    pictures = method.sample(["[V] face as a rock star"], Person(theta, relaxed).factors(method.lidb), [0], steps=3)
+    relaxed = method.fine_tune(photo, theta, steps=3, batch=4,
+                               callback=lambda step, loss: losses.append(loss))
+    factors = Person(theta, relaxed).factors(method.lidb)
+    pictures = method.sample(["[V] face as a rock star"], factors, [0], steps=3)
     assert pictures.shape == (1, 3, 512, 512) and pictures.isfinite().all() and all(x == x for x in losses)
     peak = torch.cuda.max_memory_allocated() / 1e9
     print(f"peak memory {peak:.2f} GB")
@@ -88,20 +101,24 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_main_job(tmp_path, dtype):
-    done = run("nano/example.png", "[V] face as a rock star", "--seed", 5, "--dtype", dtype, "--out", tmp_path, device="cuda")
+    done = run("nano/example.png", "[V] face as a rock star", "--seed", 5, "--dtype", dtype,
+               "--out", tmp_path, device="cuda")
     assert done.returncode == 0 and "on cuda" in done.stdout, done.stderr
-    likeness = [float(line.split()[1]) for line in done.stdout.splitlines() if line.strip().startswith("likeness")]
+    likeness = [float(line.split()[1]) for line in done.stdout.splitlines()
+                if line.strip().startswith("likeness")]
     assert len(likeness) == 2 and min(likeness) > .5
 
 
-def test_training_and_going_on(runs):
+def test_training_and_going_on(runs):  # noqa: F811  (that fixture)
     for steps in 1, 2:
-        done = run("--out", runs, "--batch", 4, "--every", 1000, "--start", ROOT / "nano/hypernet.safetensors", "--steps", steps,
-                   device="cuda", script="train.py")
+        done = run("--out", runs, "--batch", 4, "--every", 1000, "--steps", steps,
+                   "--start", ROOT / "nano/hypernet.safetensors", device="cuda", script="train.py")
         assert done.returncode == 0, done.stderr
 
 
 def test_a_seed_means_the_same_on_both_devices():
-    pictures = [hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32)).sample(["a face as a rock star"], seeds=[3]).cpu()
-                for device in ("cpu", "cuda")]
+    pictures = []
+    for device in ("cpu", "cuda"):
+        method = hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32))
+        pictures.append(method.sample(["a face as a rock star"], seeds=[3]).cpu())
     assert (pictures[0] - pictures[1]).abs().mean() < .01

@@ -1,9 +1,12 @@
-"""person.py on small models: files come back bit for bit or are refused in one line."""
+"""files/person.py on small models: files come back bit for bit or are refused in one line."""
+import warnings
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
-from rule import difference, draw, fill, generator
+from rule import draw, fill, generator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -13,24 +16,28 @@ import lidb
 import sd
 import unet
 import vae
-from export import export_lora, load_lora
-from person import Person, PersonError, is_person, load_person, save_person, stack
+from edits import LowRank, fresh_lora, join
+from files.lora import export_lora, load_lora
+from files.person import Person, PersonError, is_person, load_person, save_person
 
 VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
-UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), cross_attention_dim=32,
-                       layers_per_block=1, attention_head_dim=4, norm_num_groups=8, sample_size=8)
+UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                       cross_attention_dim=32, layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+                       sample_size=8)
 VAE = vae.VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
-TEXT = clip.TextConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                       max_position_embeddings=24)
+TEXT = clip.TextConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                       num_attention_heads=4, max_position_embeddings=24)
 
 
 def lora_inputs():
     """Latents (2, 4, 8, 8), time steps (2,), token ids (2, 24)."""
-    return draw((2, 4, 8, 8), "lora:x"), torch.tensor([30, 700]), torch.randint(len(VOCAB), (2, 24), generator=generator("lora:ids"))
+    ids = torch.randint(len(VOCAB), (2, 24), generator=generator("lora:ids"))
+    return draw((2, 4, 8, 8), "lora:x"), torch.tensor([30, 700]), ids
 
 
 def small(config=UNET, seed=0):
-    denoiser, text, autoencoder = fill(unet.UNet(config), seed), clip.TextTransformer(TEXT), fill(vae.VAE(VAE), seed)
+    denoiser, autoencoder = fill(unet.UNet(config), seed), fill(vae.VAE(VAE), seed)
+    text = clip.TextTransformer(TEXT)
     fill(text.text_model, seed)  # transformers 5 has no text_model, and the rule goes by names
     return sd.StableDiffusion("small", denoiser, text, clip.Tokenizer(VOCAB, MERGES, 24), autoencoder)
 
@@ -40,29 +47,18 @@ def method():
     return hdb.HyperDreamBooth(small())
 
 
-@cache
-def adapted():
-    """The same model where every layer that can take factors does."""
-    model = small()
-    return model, lidb.Personal(lidb.adaptable_layers(model.unet, model.text))
-
-
-def output(model, factors=None, personal=None):
+def output(model, edits=None):
     """Text features and predicted noise."""
     x, t, ids = lora_inputs()
-    if personal:
-        personal.factors = factors
-    context = model.text(ids)
-    noise = model.unet(x, t, context)
-    if personal:
-        personal.factors = {}
-    return context, noise
+    with model.edited(edits or {}):
+        context = model.text(ids)
+        return context, model.unet(x, t, context)
 
 
 def someone(seed=0, rank=4, **more):
     theta = .3 * draw((1, *method().lidb.shape), f"theta {seed}")
-    relaxed = lidb.lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
-    relaxed = {k: (a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in relaxed.items()}
+    relaxed = fresh_lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
+    relaxed = {k: LowRank(a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in relaxed.items()}
     return Person(theta, relaxed, base="small", **more)
 
 
@@ -75,7 +71,8 @@ def refused(call, *words):
 
 
 def equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(x, y) for k in ours for x, y in zip(ours[k], theirs[k]))
+    pairs = [(x, y) for name in ours for x, y in zip(ours[name], theirs.get(name, ()), strict=True)]
+    return ours.keys() == theirs.keys() and all(torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -84,12 +81,16 @@ def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
     save_person(person, method(), tmp_path / "me.safetensors", dtype=dtype)
     back = load_person(tmp_path / "me.safetensors", method())
     assert back.theta.dtype == torch.float32 and torch.equal(back.theta, person.theta.to(dtype).float())
-    assert equal(back.relaxed, {k: tuple(t.to(dtype).float() for t in pair) for k, pair in person.relaxed.items()})
-    assert (back.identifier, back.scale, back.date, back.base, back.basis_seed) == ("ohwx", .8, person.date, "small", 0)
+    expected = {k: [t.to(dtype).float() for t in pair] for k, pair in person.relaxed.items()}
+    assert equal(back.relaxed, expected) and all(isinstance(edit, LowRank) for edit in back.relaxed.values())
+    about = back.identifier, back.scale, back.date, back.base, back.basis_seed
+    assert about == ("ohwx", .8, person.date, "small", 0)
     save_person(back, method(), tmp_path / "again.safetensors", dtype=dtype)
-    assert load_person(tmp_path / "again.safetensors", method()).factors(method().lidb).keys() == method().layers.keys()
+    again = load_person(tmp_path / "again.safetensors", method())
+    assert again.factors(method().lidb).keys() == method().layers.keys()
     first, second = (load_file(tmp_path / name) for name in ("me.safetensors", "again.safetensors"))
-    assert first.keys() == second.keys() and all(first[k].dtype == dtype and torch.equal(first[k], second[k]) for k in first)
+    assert first.keys() == second.keys()
+    assert all(first[k].dtype == dtype and torch.equal(first[k], second[k]) for k in first)
 
 
 def test_parts_of_a_person(tmp_path):
@@ -100,12 +101,13 @@ def test_parts_of_a_person(tmp_path):
     save_person(Person(None, person.relaxed), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
     back = load_person(tmp_path / "lora.safetensors", method())
     assert back.theta is None and equal(back.factors(method().lidb), person.relaxed)
-    refused(lambda: save_person(Person(None, person.relaxed), method(), tmp_path / "x", lidb_only=True), "nothing to write")
+    person.theta = None
+    refused(lambda: save_person(person, method(), tmp_path / "x", lidb_only=True), "nothing to write")
 
 
 def test_factors_are_the_sum_at_the_default_strength():
     person = someone(scale=.5)
-    both = lidb.join(method().lidb.factors(person.theta), person.relaxed)
+    both = join(method().lidb.factors(person.theta), person.relaxed)
     for name, (a, b) in person.factors(method().lidb).items():
         assert a.shape[2] == 5 and torch.allclose(a @ b, .5 * both[name][0] @ both[name][1], atol=1e-6)
 
@@ -113,14 +115,17 @@ def test_factors_are_the_sum_at_the_default_strength():
 def test_a_full_size_person_is_as_small_as_the_paper_says(tmp_path):
     with torch.device("meta"):
         layers = lidb.personal_layers(unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15))
-    fake = lambda **more: type("Fake", (), more)()  # a method with SD 1.5's layers, whose bases would take 200 MB
-    full = fake(layers=layers, model=fake(name="sd15", device=torch.device("cpu")),
-                lidb=fake(shape=(192, 150), a=100, b=50, rank=1, seed=0, checksum=4294967295))
-    person = Person(draw((1, 192, 150), "full"), base="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    # a method with SD 1.5's layers, whose bases would take 200 MB
+    checksums = {"unet": "f" * 8, "text": "f" * 8}
+    model = SimpleNamespace(name=sd.HUB, device=torch.device("cpu"), checksums=checksums)
+    basis = SimpleNamespace(shape=(192, 150), a=100, b=50, rank=1, seed=0, checksum=4294967295)
+    full = SimpleNamespace(layers=layers, model=model, lidb=basis)
+    person = Person(draw((1, 192, 150), "full"), base=sd.HUB)
     for dtype, most in (torch.float32, 117_000), (torch.float16, 60_000):
         save_person(person, full, tmp_path / "full.safetensors", lidb_only=True, dtype=dtype)
         assert (tmp_path / "full.safetensors").stat().st_size < most
-        assert torch.equal(load_person(tmp_path / "full.safetensors", full).theta, person.theta.to(dtype).float())
+        back = load_person(tmp_path / "full.safetensors", full)
+        assert torch.equal(back.theta, person.theta.to(dtype).float())
 
 
 @pytest.fixture
@@ -133,7 +138,8 @@ def altered(file, tensors=None, **note):
     """The file with other tensors or other metadata."""
     with safe_open(file, "pt") as f:
         tensors, note = load_file(file) | (tensors or {}), f.metadata() | note
-    save_file({k: t for k, t in tensors.items() if t is not None}, file, {k: v for k, v in note.items() if v is not None})
+    tensors, note = ({k: v for k, v in pairs.items() if v is not None} for pairs in (tensors, note))
+    save_file(tensors, file, note)
     return lambda: load_person(file, method())
 
 
@@ -165,19 +171,76 @@ def test_a_file_that_does_not_fit_is_refused(file, tensors, note, words):
 
 
 def test_a_file_of_nobody_is_refused(file):
-    nothing = {key: None for key in load_file(file)}
+    nothing = dict.fromkeys(load_file(file))
     refused(altered(file, nothing), str(file), "empty")
 
 
 def test_another_model_and_another_basis_are_refused(file):
-    wider = hdb.HyperDreamBooth(small(unet.UNetConfig(**{**UNET.__dict__, "cross_attention_dim": 32, "block_out_channels": (16, 32)})))
+    wider = hdb.HyperDreamBooth(small(replace(UNET, block_out_channels=(16, 32))))
+    other = hdb.HyperDreamBooth(method().model, basis_seed=1)
     refused(lambda: load_person(file, wider), "made for small", "other than small's")
-    refused(lambda: load_person(file, hdb.HyperDreamBooth(method().model, basis_seed=1)), "basis_seed 0, here 1")
-    refused(lambda: save_person(someone(), hdb.HyperDreamBooth(method().model, basis_seed=1), file), "seed 0, this method's 1")
+    refused(lambda: load_person(file, other), "basis_seed 0, here 1")
+    refused(lambda: save_person(someone(), other, file), "seed 0, this method's 1")
+
+
+def warned(call):
+    """What a call warns of, and that in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    texts = [str(warning.message) for warning in caught]
+    assert not any("\n" in text for text in texts)
+    return texts
+
+
+def named(name, **more):
+    """A method around a small model of this name."""
+    model = small(**more)
+    model.name = name
+    return hdb.HyperDreamBooth(model)
+
+
+def test_a_file_says_which_weights_it_was_made_for(file):
+    with safe_open(file, "pt") as f:
+        note = f.metadata()
+    assert {part: note[part] for part in ("unet", "text")} == {
+        part: method().model.checksums[part] for part in ("unet", "text")}
+    assert not warned(lambda: load_person(file, method()))
+    assert not warned(lambda: load_person(file, named("elsewhere/small")))
+
+
+def test_another_model_of_the_same_shapes_is_warned_of(file):
+    other = named("other", seed=1)
+    message, = warned(lambda: load_person(file, other))
+    here, there = other.model.checksums, method().model.checksums
+    for word in (str(file), "made for small", "used with other", f"unet {there['unet']}, here {here['unet']}",
+                 f"text {there['text']}, here {here['text']}", "likeness"):
+        assert word in message
+    mixed = named("mixed")
+    mixed.model.unet = other.model.unet
+    message, = warned(lambda: load_person(file, mixed))
+    assert f"unet {there['unet']}, here {here['unet']}" in message and "text" not in message
+
+
+def test_the_same_model_in_bfloat16_is_the_same(file):
+    half = named("small")
+    for part in (half.model.unet, half.model.text, half.model.vae):
+        part.bfloat16()
+    assert not warned(lambda: load_person(file, half))
+
+
+@pytest.mark.parametrize("base, here, told", [
+    ("small", "small", False), ("small", "other", True), ("", "other", False)])
+def test_a_file_without_checksums_goes_by_the_models_name(file, base, here, told):
+    altered(file, unet=None, text=None, base=base)
+    messages = warned(lambda: load_person(file, named(here, seed=1)))
+    assert len(messages) == told
+    assert all("made for small" in text and "used with other" in text for text in messages)
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, "No such file"), (b"", "empty"), (b"just some text, and rather more of it than eight bytes", "not safetensors"),
+    (None, "No such file"), (b"", "empty"),
+    (b"just some text, and rather more of it than eight bytes", "not safetensors"),
     (b"PK\x03\x04 and what else torch.save writes", "pickle"), (b"\x80\x02}q\x00(X and so on", "pickle")])
 def test_what_is_no_safetensors_is_refused(tmp_path, content, words):
     path = tmp_path / "me.safetensors"
@@ -200,25 +263,12 @@ def test_what_cannot_be_kept_is_not_written(tmp_path):
     person = someone()
     person.theta[0, 0, 0] = 1e6
     refused(lambda: save_person(person, method(), path), "theta", "infinite")
-    refused(lambda: save_person(Person(torch.zeros(2, *method().lidb.shape)), method(), path), "theta has shape (2,")
-    refused(lambda: export_lora({LAYER: (torch.ones(1, 16, 1), torch.full((1, 1, 16), 1e6))}, path, dtype=torch.float16), "infinite")
-    refused(lambda: export_lora({LAYER: (torch.ones(2, 16, 1), torch.ones(2, 1, 16))}, path), "2 people")
-    refused(lambda: export_lora({}, path), "nothing to write")
+    two = Person(torch.zeros(2, *method().lidb.shape))
+    refused(lambda: save_person(two, method(), path), "theta has shape (2,")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_is_person(file, tmp_path):
     assert is_person(file) and is_person(str(file))
     export_lora(someone().relaxed, tmp_path / "lora.safetensors")
-    assert not is_person(tmp_path / "lora.safetensors") and not is_person(tmp_path) and not is_person(tmp_path / "none.jpg")
-
-
-def test_a_stack_is_one_person_per_picture():
-    model, personal = adapted()
-    first, second = (someone(seed, rank).factors(method().lidb) for seed, rank in ((1, 4), (2, 2)))
-    del second[LAYER]
-    both = output(model, stack([first, second]), personal)
-    for i, one in enumerate((first, second)):
-        assert all(difference(two[i], single[i]) < 1e-5 for two, single in zip(both, output(model, one, personal)))
-    third = stack([stack([first, second]), {}])
-    assert all(len(a) == len(b) == 3 and not (a[2] @ b[2]).any() for a, b in third.values())
+    assert not any(map(is_person, (tmp_path / "lora.safetensors", tmp_path, tmp_path / "none.jpg")))

@@ -1,8 +1,10 @@
 """Training the hypernetwork, a few steps of it, as a user runs it."""
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,29 +13,70 @@ from safetensors.torch import load_file
 from test_personalize import ROOT, run
 
 import hdb
-import images
 import train
-from checkpoints import write
+from diffusion import denoising_loss
+from files import images
+from files.checkpoints import LoadError, write
+from files.photos import Photos
+from nano import seeds
+from trainer import Trainer
 
 
 @pytest.fixture
 def runs(tmp_path):
     """A folder of runs that has the encoder already."""
     hypernet = load_file(ROOT / "nano/hypernet.safetensors")
-    write({k.removeprefix("vit."): v.float() for k, v in hypernet.items() if k.startswith("vit.")}, tmp_path / "encoder/vit.safetensors")
+    vit = {k.removeprefix("vit."): v.float() for k, v in hypernet.items() if k.startswith("vit.")}
+    write(vit, tmp_path / "encoder/vit.safetensors")
     return tmp_path
 
 
-def test_train_and_resume_with_targets(runs):
-    options = ["--out", runs, "--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 70, "--target-steps", 1, "--every", 1000]
-    first = run(*options, "--steps", 2, script="train.py")
-    assert first.returncode == 0, first.stderr
+OPTIONS = ["--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 8, "--target-steps", 1, "--every", 1000]
+
+
+def train_here(monkeypatch, *arguments):
+    """train.py in this process: what it records of its steps, (s, loss, denoising, distance) each."""
+    steps, passes = [], []
+    refine, update = train.HyperNetwork.refine, Trainer.update
+
+    def spy(net, features, iterations=None):
+        passes.append(iterations)
+        return refine(net, features, iterations)
+
+    def record(trainer, loss, **numbers):
+        update(trainer, loss, **numbers)
+        steps.append((passes[-1], loss.item(), *(n.item() for n in numbers.values())))
+    monkeypatch.setattr(train.HyperNetwork, "refine", spy)
+    monkeypatch.setattr(Trainer, "update", record)
+    monkeypatch.setattr(train, "WATCHED", 2)
+    monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", *map(str, arguments)])
+    train.main(train.arguments())
+    return steps
+
+
+def test_ten_losses_of_a_training(runs, monkeypatch):
+    """Stored ones: whatever changes them changes the method. s grows from 1 to all by half-time."""
+    steps = train_here(monkeypatch, "--out", runs, *OPTIONS[:2], "--iterations", 3, *OPTIONS[4:],
+                       "--steps", 10, "--alpha", 2, "--beta", .5)
+    assert [s for s, *_ in steps[:10]] == [1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert [loss for _, loss, *_ in steps] == pytest.approx(LOSSES, rel=2e-3)
+    for _, loss, denoising, distance in steps:
+        assert loss == pytest.approx(2 * denoising + .5 * distance, rel=1e-4) and distance > 0
+    assert len(load_file(runs / "hypernet/targets.safetensors")["theta"]) == 8
+    watched = range(train.seeds.MONITOR, train.seeds.MONITOR + 16)
+    assert not any(first <= seed < first + 10_000 for seed in watched
+                   for first in (seeds.TEST, seeds.VALIDATION, seeds.EXAMPLE))
+
+
+LOSSES = [.1787, .0754, .10317, .14439, .18002, .20516, .10121, .16527, .11422, .11244]
+
+
+def test_train_and_resume_with_targets(runs, monkeypatch):
+    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 2)) == 2
     targets = (runs / "hypernet/targets.safetensors").read_bytes()
-    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (70, 79, 96)
-    again = run(*options, "--steps", 3, script="train.py")
-    assert again.returncode == 0 and (runs / "hypernet/targets.safetensors").read_bytes() == targets
-    others = run(*options, "--steps", 3, "--targets", 8, script="train.py")
-    assert others.returncode == 2 and "people 70, not 8" in others.stderr
+    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (8, 79, 96)
+    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 3)) == 1
+    assert (runs / "hypernet/targets.safetensors").read_bytes() == targets
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
     assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
@@ -42,68 +85,138 @@ def test_train_and_resume_with_targets(runs):
     assert hypernet.config.iterations == 2 and hypernet(torch.zeros(1, 3, 128, 128)).abs().max() > 0
 
 
-def test_training_goes_on_from_a_hypernetwork(runs):
-    shipped = ROOT / "nano/hypernet.safetensors"
-    done = run("--start", shipped, "--steps", 1, "--lr", 0, "--batch", 2, "--out", runs, "--save", runs / "same.safetensors", script="train.py")
-    assert done.returncode == 0, done.stderr
-    before, after = load_file(shipped), load_file(runs / "same.safetensors")
+def test_training_goes_on_from_a_hypernetwork(runs, monkeypatch):
+    shipped, same = ROOT / "nano/hypernet.safetensors", runs / "same.safetensors"
+    steps = train_here(monkeypatch, "--out", runs, "--start", shipped, *OPTIONS[:2], *OPTIONS[4:],
+                       "--steps", 1, "--lr", 0, "--save", same)
+    before, after = load_file(shipped), load_file(same)
+    assert steps[0][0] == 4  # s is the start's, all of it at once
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_training_on_photos_names_its_encoder(tmp_path):
-    """A folder model, photos and an encoder of transformers' kind, then going on from the result, from another working directory."""
+    """A folder model, photos and an encoder of transformers' kind, then going on from the result, from
+    another working directory."""
     model = hdb.load("nano", "cpu")
-    shutil.copytree(ROOT / "nano", tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "*.png", "*.md", "judge*", "hypernet*"))
+    ignored = shutil.ignore_patterns("*.py", "*.png", "*.md", "judge*", "hypernet*")
+    shutil.copytree(ROOT / "nano", tmp_path / "model", ignore=ignored)
     vit = hdb.load_hypernet(ROOT / "nano/hypernet.safetensors", model).vit
     write(vit.state_dict(), tmp_path / "vit/model.safetensors")
     (tmp_path / "vit/config.json").write_text(json.dumps(asdict(vit.config)))
     for name in "ab":
         images.save(images.to_pil(torch.rand(3, 150, 140) * 2 - 1), tmp_path / "faces" / f"{name}.png")
-    common = ["--model", tmp_path / "model", "--faces", tmp_path / "faces", "--out", tmp_path / "runs", "--batch", 2, "--steps", 1]
+    common = ["--model", tmp_path / "model", "--faces", tmp_path / "faces", "--out", tmp_path / "runs"]
+    common += ["--batch", 2, "--steps", 1]
     done = run(*common, "--encoder", os.path.relpath(tmp_path / "vit", ROOT), script="train.py")
     assert done.returncode == 0, done.stderr
     file = tmp_path / "runs/hypernet/hypernet.safetensors"
-    assert safe_open(file, "pt").metadata()["encoder"] == str(tmp_path / "vit") and not any(k.startswith("vit.") for k in load_file(file))
+    assert safe_open(file, "pt").metadata()["encoder"] == str(tmp_path / "vit")
+    assert not any(k.startswith("vit.") for k in load_file(file))
     on = run(*common, "--start", file, "--name", "on", "--iterations", 2, script="train.py")
     assert on.returncode == 0, on.stderr
     after = hdb.load_hypernet(tmp_path / "runs/on/hypernet.safetensors", model)
-    assert after.encoder == str(tmp_path / "vit") and after.config.iterations == 2 and after(torch.zeros(1, 3, 128, 128)).isfinite().all()
+    assert after.config.encoder == str(tmp_path / "vit") and after.config.iterations == 2
+    assert after(torch.zeros(1, 3, 128, 128)).isfinite().all()
     (tmp_path / "vit/config.json").write_text(json.dumps(asdict(vit.config) | {"num_attention_heads": 2}))
-    with pytest.raises(hdb.LoadError, match="trained with another encoder"):
+    with pytest.raises(LoadError, match="trained with another encoder"):
         hdb.load_hypernet(file, model)
 
 
 @pytest.mark.parametrize("arguments, why", [
     (["--encoder", "x/y"], "--encoder cannot be chosen"),
-    (["--steps", 0], "--steps must be"), (["--batch", 0], "--batch must be"), (["--lr", "nan"], "--lr must be"), (["--iterations", -3], "--iterations"),
-    (["--seed", 10 ** 30], "--seed must be"), (["--alpha", 0], "cannot both be 0"), (["--faces", "nano"], "--faces is for a model other"),
-    (["--model", "somewhere"], "needed there"), (["--out", "README.md/runs"], "is a file"), (["--save", "nano"], "is a folder"),
-    (["--model", "somewhere", "--faces", "nowhere"], "no such file or folder"), (["--start", "nano/judge.safetensors"], "not a hypernetwork")])
-def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, arguments, why):
-    failed = run("--out", tmp_path / "runs", *arguments, script="train.py")
-    assert failed.returncode == 2 and why in failed.stderr.splitlines()[-1] and "Traceback" not in failed.stderr
+    (["--steps", 0], "--steps must be"),
+    (["--batch", 0], "--batch must be"),
+    (["--lr", "nan"], "--lr must be"),
+    (["--iterations", -3], "--iterations"),
+    (["--seed", 10 ** 30], "--seed must be"),
+    (["--alpha", 0], "cannot both be 0"),
+    (["--faces", "nano"], "--faces is for a model other"),
+    (["--model", "somewhere"], "needed there"),
+    (["--out", "README.md/runs"], "is a file"),
+    (["--save", "nano"], "is a folder"),
+    (["--model", "somewhere", "--faces", "nowhere"], "no such file or folder"),
+    (["--start", "nano/judge.safetensors"], "not a hypernetwork"),
+])
+def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, why):
+    assert why in refusal(train, "--out", tmp_path / "runs", *arguments)
     assert not (tmp_path / "runs").exists()
 
 
-def test_fitted_targets_explain_their_people():
-    model = hdb.load("nano", "cpu")
-    method = hdb.HyperDreamBooth(model)
+class Two:
+    """Two people with two pictures each."""
+    latents = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    class Two:
-        latents = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    def prompts(self, who, view):
+        return [hdb.PROMPT] * len(who)
 
-        def prompts(self, who, view):
-            return [hdb.PROMPT] * len(who)
+
+def target_settings(**more):
+    return SimpleNamespace(**{"batch": 1, "target_steps": 8, "target_lr": .02, "seed": 1} | more)
+
+
+def test_fitted_targets_explain_their_people(tmp_path):
+    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    settings = target_settings(batch=2, target_steps=15)
+    theta = train.fit_targets(method, Two(), settings, tmp_path / "t", {}, math.inf)
 
     def loss(theta):
-        method.personal.factors = method.lidb.factors(theta)
-        with torch.no_grad():
-            return method.denoising_loss(Two.latents[:, 0], [hdb.PROMPT] * 2, torch.Generator().manual_seed(9)).mean()
-
-    theta = train.fit_targets(method, Two(), 15, .02, 2, torch.Generator().manual_seed(1))
+        with torch.no_grad(), method.model.edited(method.lidb.factors(theta)):
+            latents = Two.latents.flatten(0, 1)[[0, 2]]
+            g = torch.Generator().manual_seed(9)
+            return denoising_loss(method.model, latents, [hdb.PROMPT] * 2, g).mean()
     assert theta.shape == (2, *method.lidb.shape) and not theta.requires_grad
-    assert loss(theta) < loss(torch.zeros_like(theta))
-    assert not torch.allclose(theta[0], theta[1], atol=1e-2)
+    assert loss(theta) < loss(torch.zeros_like(theta)) and not torch.allclose(theta[0], theta[1], atol=1e-2)
+
+
+def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitted_for(tmp_path, capsys):
+    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    file, whose = tmp_path / "t.safetensors", {"unet": "12ab", "people": 2}
+    straight = train.fit_targets(method, Two(), target_settings(), tmp_path / "straight", whose, math.inf)
+    with pytest.raises(SystemExit) as end:
+        train.fit_targets(method, Two(), target_settings(), file, whose, 0)
+    assert end.value.code is None
+    assert "targets of 1 of 2 people; the same command goes on" in capsys.readouterr().out
+    assert len(load_file(file)["theta"]) == 1
+    assert torch.equal(train.fit_targets(method, Two(), target_settings(), file, whose, math.inf), straight)
+    with pytest.raises(LoadError, match=r"fitted for others \(unet 12ab there, 34cd here\); remove it"):
+        train.fit_targets(method, Two(), target_settings(), file, whose | {"unet": "34cd"}, math.inf)
+
+
+def test_minutes_are_for_every_stage(tmp_path):
+    """The encoder's training, which comes first, stops too, and says so."""
+    done = run("--out", tmp_path, "--minutes", 0, script="train.py")
+    assert done.returncode == 0 and "stopped with the encoder half trained" in done.stdout
+    assert (tmp_path / "encoder/state.safetensors").exists() and not (tmp_path / "hypernet").exists()
+
+
+def test_a_run_is_tied_to_what_it_was_made_with(runs, monkeypatch):
+    """Another UNet or another encoder than the state's is refused, and the refusal names it."""
+    common = "--out", runs, *OPTIONS, "--steps", 1
+    train_here(monkeypatch, *common)
+    load = hdb.load
+
+    def other(*where):
+        model = load(*where)
+        model.unet.conv_in.weight.data += .01
+        return model
+    monkeypatch.setattr(hdb, "load", other)
+    with pytest.raises(ValueError, match=r"of another run \(unet \w{8} there, \w{8} here\)"):
+        train_here(monkeypatch, *common)
+    monkeypatch.setattr(hdb, "load", load)
+    vit = load_file(runs / "encoder/vit.safetensors")
+    write(vit | {"layernorm.bias": vit["layernorm.bias"] + 1}, runs / "encoder/vit.safetensors")
+    with pytest.raises(ValueError, match=r"of another run \(encoder \w{8} there, \w{8} here; start "):
+        train_here(monkeypatch, *common)
+
+
+def test_a_start_brings_its_own_encoder(runs, monkeypatch):
+    """Whatever lies in the runs' folder."""
+    vit = load_file(runs / "encoder/vit.safetensors")
+    write({k: torch.zeros_like(t) for k, t in vit.items()}, runs / "encoder/vit.safetensors")
+    train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 1,
+               "--start", ROOT / "nano/hypernet.safetensors")
+    kept = load_file(runs / "hypernet/hypernet.safetensors")
+    assert all(torch.equal(kept[f"vit.{k}"].float(), t) for k, t in vit.items())
 
 
 def test_a_folder_of_photos(runs, tmp_path):
@@ -112,11 +225,12 @@ def test_a_folder_of_photos(runs, tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     with pytest.raises(images.ImageError, match="holds no photos"):
-        train.Photos(folder, model, vit, "cpu")
+        Photos(folder, model, vit, hdb.PROMPT)
     for name in "ab":
         images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / f"{name}.png")
     (folder / "notes.txt").write_text("not a photo")
-    data = train.Photos(folder, model, vit, "cpu")
+    data = Photos(folder, model, vit, hdb.PROMPT)
     who, view = data.draw(5, torch.Generator().manual_seed(0))
-    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)  # two photos and their mirror images
-    assert len(data.features) == 4 and data.prompts(who, view) == [hdb.PROMPT] * 5
+    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)
+    assert len(data.features) == 4  # two photos and their mirror images
+    assert data.prompts(who, view) == [hdb.PROMPT] * 5

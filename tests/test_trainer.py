@@ -1,14 +1,15 @@
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import checkpoints
-from checkpoints import write
-from console import UserError
-from trainer import Ring, Trainer
+from files import checkpoints
+from files.checkpoints import write
+from files.console import UserError
+from trainer import Ring, Trainer, backward, differences, fit, seeded
 
 
 def train(out, steps, total=120, **options):
@@ -36,16 +37,149 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, muon):
 
 
 def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
-    train(tmp_path, 3, of="one")
-    with pytest.raises(UserError, match=r"of another run \(one\)"):
-        train(tmp_path, 3, of="two")
+    of = {"unet": "12ab", "people": 3}
+    train(tmp_path, 3, of=of)
+    train(tmp_path, 3, of=of)  # the same goes on
+    for other, why in (({"unet": "34cd", "people": 3}, "unet 12ab there, 34cd here"),
+                       ({"unet": "12ab"}, "people 3 there, none here"),
+                       (of | {"faces": "x"}, "faces not known there, x here")):
+        with pytest.raises(UserError, match=rf"of another run \({why}\); remove it"):
+            train(tmp_path, 3, of=other)
     file = tmp_path / "state.safetensors"
-    tensors = load_file(file)
-    for spoilt in ({"exp_avg.model.weight": torch.zeros(3)}, {"ema.model.weight": torch.zeros(3)}, {"ema.model.weight": None}):
-        kept = {k: t for k, t in (tensors | spoilt).items() if t is not None}
-        write(kept, file, {"step": "3", "of": "one"})
-        with pytest.raises(UserError, match="remove it"):
-            train(tmp_path, 5, of="one")
+    tensors, note = load_file(file), {"step": "3", "of": json.dumps({"unet": "12ab", "people": "3"})}
+    write(tensors, file, note)
+    train(tmp_path, 3, of=of)
+    lacking = {k: t for k, t in tensors.items() if k != "exp_avg_sq.model.bias"}
+    for spoilt in (tensors | {"exp_avg.model.weight": torch.zeros(3)},
+                   tensors | {"ema.model.weight": torch.zeros(3)},
+                   lacking, tensors | {"more": torch.zeros(3)}):
+        write(spoilt, file, note)
+        with pytest.raises(UserError, match="with other modules"):
+            train(tmp_path, 5, of=of)
+    for wrong in ({"step": "x"}, {}, {"step": "3", "of": "{"}):
+        write(tensors, file, wrong)
+        with pytest.raises(UserError, match="damaged"):
+            train(tmp_path, 5, of=of)
+    write(tensors, file, {"step": "3", "of": "start None, basis 5"})  # as states said it before
+    with pytest.raises(UserError, match="run start None, basis 5 there, none here"):
+        train(tmp_path, 5)
+
+
+def test_what_differs_in_words():
+    assert differences({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) == []
+    assert differences({"a": "1"}, {"a": "2", "c": "3"}) == ["a 1 there, 2 here", "c not known there, 3 here"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One step by numbers
+
+def test_gradients_are_those_of_the_loss_whatever_the_scale_in_between():
+    p, q = torch.tensor([3., -2.], requires_grad=True), torch.ones(2, requires_grad=True)
+    seen = []
+    p.register_hook(lambda g: seen.append(g.clone()))
+    backward((p ** 2).sum(), [p, q])
+    assert p.grad.tolist() == [6, -4] and q.grad is None and seen[0].tolist() == [6 * 1024, -4 * 1024]
+
+
+def test_small_gradients_survive_float16():
+    p = torch.ones(1, requires_grad=True)
+    backward((p.half() * 2 ** -15).float().mean() * 2 ** -10, [p])
+    assert p.grad.item() == 2 ** -25  # less than float16's smallest number
+
+
+def adam_by_hand(p, gradients, lr, betas=(.9, .99), decay=0.):
+    """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2."""
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, (g, rate) in enumerate(zip(gradients, lr), 1):
+        m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g ** 2
+        ahead = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
+        p = p - rate * decay * p - rate * ahead
+    return p
+
+
+def test_fit_is_adam_on_the_loss_with_its_context_around():
+    p, inside, log = torch.tensor([1., -2.], requires_grad=True), [], []
+
+    class Around:
+        def __enter__(self):
+            inside.append(True)
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    def loss():
+        assert inside and torch.is_grad_enabled()
+        value = (p ** 3).sum()
+        value.register_hook(lambda g: log.append(len(inside)))  # the backward pass too
+        return value
+    start, points, gradients = p.detach().clone(), [], []
+    with torch.no_grad():
+        fit(loss, [p], 3, .1, Around, lambda step, value: points.append((step, value, p.clone())))
+    assert not inside and log == [1, 1, 1] and p.grad is None
+    now = start
+    for step, (index, value, after) in enumerate(points):
+        assert index == step and value == pytest.approx((now ** 3).sum().item(), rel=1e-5)
+        gradients.append(3 * now ** 2)
+        now = adam_by_hand(start, gradients, [.1] * 3)
+        assert torch.allclose(after, now, atol=1e-5)
+    fit(loss, [p], 0, .1, Around)
+    assert torch.allclose(p, now, atol=1e-5)
+
+
+def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path):
+    model = nn.Linear(3, 1)
+    weight, x = model.weight.detach().clone(), torch.tensor([[1., 2., -1.]])
+    bias, total, warmup = model.bias.detach().clone(), 20, 4
+    trainer = Trainer({"m": model}, tmp_path, total, lr=.1, warmup=warmup, ema=.5, weight_decay=.3)
+    gradients, rates, average = {"w": [], "b": []}, [], weight
+    for step in range(6):
+        y = x @ model.weight.detach().T + model.bias.detach()
+        raw = {"w": 2 * y * x * 5, "b": 2 * y[0] * 5}  # of the loss 5·y²
+        norm = (raw["w"].square().sum() + raw["b"].square().sum()).sqrt()
+        for key in raw:
+            gradients[key].append(raw[key] * min(1, 1 / (norm + 1e-6)))
+        rates.append(.1 * min(1, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / total)))
+        trainer.update((5 * model(x) ** 2).sum())
+        assert torch.allclose(model.weight, adam_by_hand(weight, gradients["w"], rates, decay=.3), atol=1e-5)
+        assert torch.allclose(model.bias, adam_by_hand(bias, gradients["b"], rates, decay=.3), atol=1e-5)
+        average = average.lerp(model.weight.detach(), 1 - min(.5, (1 + step) / (10 + step)))
+        assert torch.allclose(trainer.ema["m.weight"], average, atol=1e-6)
+        assert model.weight.grad is None and trainer.step == step + 1
+    trainer.average()
+    assert torch.equal(model.weight.detach(), trainer.ema["m.weight"])
+
+
+def test_the_numbers_shown_are_running_means(tmp_path):
+    model = nn.Linear(1, 1)
+    trainer = Trainer({"m": model}, tmp_path, 10, lr=0.)
+    for value in 1., 2.:
+        trainer.update(model.weight.sum() * 0 + value, other=value * 10)
+    assert trainer.mean["loss"] == pytest.approx(1.02) and trainer.mean["other"] == pytest.approx(10.2)
+
+
+def test_a_deadline_ends_the_loop_and_a_later_call_goes_on(tmp_path):
+    model = nn.Linear(1, 1)
+    assert list(Trainer({"m": model}, tmp_path, 3, lr=.1, deadline=0)) == []
+    assert (tmp_path / "state.safetensors").exists()
+    trainer = Trainer({"m": model}, tmp_path, 3, lr=.1)
+    seen = []
+    for step in trainer:
+        seen.append((step, trainer.done))
+        trainer.update(model.weight.square().sum())
+    assert seen == [(0, False), (1, False), (2, False)] and trainer.done
+    assert list(Trainer({"m": model}, tmp_path, 3, lr=.1)) == []
+
+
+def test_seeded_modules_leave_the_global_generator_alone():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    with seeded(5):
+        one = nn.Linear(3, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded(5):
+        assert torch.equal(nn.Linear(3, 3).weight, one.weight)
+    with seeded(6):
+        assert not torch.equal(nn.Linear(3, 3).weight, one.weight)
 
 
 def test_muon_trains_the_kernels_where_they_are(tmp_path):
@@ -56,7 +190,8 @@ def test_muon_trains_the_kernels_where_they_are(tmp_path):
     trainer.update(model(torch.ones(1, 2, 3, 3)).sum())
     moved = (model.weight.detach() - before).flatten(1)
     assert torch.linalg.svdvals(moved)[0] / moved.norm() > .99  # the gradient's one direction, rank 1
-    assert .6 < moved.norm() / (.1 * .2 * 18 ** .5) < 1.3  # and about as long as AdamW's steps, whatever the gradient's length
+    # and about as long as AdamW's steps, whatever the gradient's length
+    assert .6 < moved.norm() / (.1 * .2 * 18 ** .5) < 1.3
 
 
 def test_frozen_parameters_stay_out(tmp_path):
@@ -76,7 +211,8 @@ def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     write({"a": torch.zeros(2)}, tmp_path / "x.safetensors")
     before = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "y").touch()
-    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "y").stat().st_mode  # not for the owner alone
+    mode, usual = ((tmp_path / name).stat().st_mode for name in ("x.safetensors", "y"))
+    assert mode == usual  # not for the owner alone
     (tmp_path / "y").unlink()
 
     def disk_full(tensors, path, metadata):
@@ -85,7 +221,8 @@ def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "save_file", disk_full)
     with pytest.raises(OSError, match="no space"):
         write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"] and (tmp_path / "x.safetensors").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    assert (tmp_path / "x.safetensors").read_bytes() == before
 
 
 def test_a_run_that_cannot_go_on_says_so(tmp_path):

@@ -17,7 +17,8 @@ CONFIGS = {"small": SMALL, "nano": unet.NANO}
 def inputs(case, shape):
     """The inputs of a stored output: its name and its shape say which."""
     config = CONFIGS[case.split()[0]]
-    return draw(shape, f"{case}:x"), torch.tensor([1, 981]), draw((shape[0], 7, config.cross_attention_dim), f"{case}:context")
+    context = draw((shape[0], 7, config.cross_attention_dim), f"{case}:context")
+    return draw(shape, f"{case}:x"), torch.tensor([1, 981]), context
 
 
 @cache
@@ -138,7 +139,9 @@ def test_attention_and_gate_layers_see_one_row_of_tokens_per_sample():
     for name, module in sd15().named_modules():
         if re.search(r"attn[12]\.to_(q|k|v|out\.0)$|ff\.net\.0\.proj$", name):
             assert isinstance(module, torch.nn.Linear)
-            handles.append(module.register_forward_hook(lambda _, args, y, name=name: seen.update({name: (args[0].shape, y.shape)})))
+            def see(_, args, y, name=name):
+                seen[name] = args[0].shape, y.shape
+            handles.append(module.register_forward_hook(see))
     with torch.device("meta"):
         sd15()(torch.empty(3, 4, 16, 16), 0, torch.empty(3, 77, 768))
     for handle in handles:
@@ -160,72 +163,3 @@ def test_wrong_configurations_and_inputs_are_refused():
         nano()(x, 1, draw((2, 7, 127), 1))
     with pytest.raises(RuntimeError):
         nano()(x, 1, context.expand(3, 2, 7, 128)[:, 0])
-
-
-def compvis_shapes():
-    """The parameters of CompVis's UNetModel as its constructor makes them: model_channels 320, channel_mult 1, 2, 4, 4."""
-    shapes = {}
-
-    def add(name, *weight, bias=True):
-        shapes[f"{name}.weight"] = weight
-        if bias:
-            shapes[f"{name}.bias"] = weight[:1]
-
-    def resblock(name, n, c):
-        add(f"{name}.in_layers.0", n), add(f"{name}.in_layers.2", c, n, 3, 3), add(f"{name}.emb_layers.1", c, 1280)
-        add(f"{name}.out_layers.0", c), add(f"{name}.out_layers.3", c, c, 3, 3)
-        if n != c:
-            add(f"{name}.skip_connection", c, n, 1, 1)
-
-    def transformer(name, c):
-        add(f"{name}.norm", c), add(f"{name}.proj_in", c, c, 1, 1), add(f"{name}.proj_out", c, c, 1, 1)
-        block = f"{name}.transformer_blocks.0"
-        for attn, d in (("attn1", c), ("attn2", 768)):
-            add(f"{block}.{attn}.to_q", c, c, bias=False), add(f"{block}.{attn}.to_out.0", c, c)
-            add(f"{block}.{attn}.to_k", c, d, bias=False), add(f"{block}.{attn}.to_v", c, d, bias=False)
-        add(f"{block}.ff.net.0.proj", 8 * c, c), add(f"{block}.ff.net.2", c, 4 * c)
-        add(f"{block}.norm1", c), add(f"{block}.norm2", c), add(f"{block}.norm3", c)
-
-    add("time_embed.0", 1280, 320), add("time_embed.2", 1280, 1280), add("input_blocks.0.0", 320, 4, 3, 3)
-    stack, now, block = [320], 320, 1
-    for level, mult in enumerate((1, 2, 4, 4)):
-        for _ in range(2):
-            resblock(f"input_blocks.{block}.0", now, 320 * mult)
-            now = 320 * mult
-            if level < 3:
-                transformer(f"input_blocks.{block}.1", now)
-            stack, block = stack + [now], block + 1
-        if level < 3:
-            add(f"input_blocks.{block}.0.op", now, now, 3, 3)
-            stack, block = stack + [now], block + 1
-    resblock("middle_block.0", now, now), transformer("middle_block.1", now), resblock("middle_block.2", now, now)
-    block = 0
-    for level, mult in reversed(list(enumerate((1, 2, 4, 4)))):
-        for i in range(3):
-            resblock(f"output_blocks.{block}.0", now + stack.pop(), 320 * mult)
-            now = 320 * mult
-            if level < 3:
-                transformer(f"output_blocks.{block}.1", now)
-            if level and i == 2:
-                add(f"output_blocks.{block}.{2 if level < 3 else 1}.conv", now, now, 3, 3)
-            block += 1
-    add("out.0", 320), add("out.2", 4, 320, 3, 3)
-    return shapes
-
-
-def test_single_file_names_map_one_to_one():
-    theirs = compvis_shapes()
-    ours = {name: tuple(p.shape) for name, p in sd15().state_dict().items()}
-    assert len(theirs) == len(ours)
-    assert {unet.from_compvis(name): shape for name, shape in theirs.items()} == ours
-    assert all(unet.to_compvis(unet.from_compvis(name)) == name for name in theirs)
-
-
-@pytest.mark.parametrize("name", [
-    "", "label_emb.0.0.weight", "input_blocks.3.0.in_layers.0.weight", "input_blocks.12.0.in_layers.0.weight", "conv_in.weight",
-    "input_blocks.4.1.transformer_blocks.1.attn1.to_q.weight", "input_blocks.1.1.proj_in.lora_down.weight",
-    "output_blocks.2.2.conv.weight", "middle_block.1.in_layers.0.weight"])
-def test_other_single_file_names_are_refused(name):
-    with pytest.raises(KeyError) as error:
-        unet.from_compvis(name)
-    assert error.value.args == (name,)

@@ -102,7 +102,8 @@ def test_samples_of_a_batch_are_independent():
         mean, _ = model("nano").encode(images)
         alone = torch.cat([model("nano").encode(image[None])[0] for image in images])
         assert difference(mean, alone) < 1e-5
-        assert difference(model("nano").decode(mean), torch.cat([model("nano").decode(z[None]) for z in mean])) < 1e-5
+        alone = torch.cat([model("nano").decode(z[None]) for z in mean])
+        assert difference(model("nano").decode(mean), alone) < 1e-5
 
 
 def test_half_precision_stays_close():
@@ -112,56 +113,3 @@ def test_half_precision_stays_close():
         mean, _ = model("nano").encode(image)
         assert difference(half.encode(image.bfloat16())[0].float(), mean) < 5e-2
         assert difference(half.decode(mean.bfloat16()).float(), model("nano").decode(mean)) < 5e-2
-
-
-def compvis_shapes():
-    """The parameters of CompVis's AutoencoderKL as its constructors make them: ch 128, ch_mult 1, 2, 4, 4, two resnets a level."""
-    shapes = {}
-
-    def add(name, *weight):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = weight, weight[:1]
-
-    def resblock(name, n, c):
-        add(f"{name}.norm1", n), add(f"{name}.conv1", c, n, 3, 3), add(f"{name}.norm2", c), add(f"{name}.conv2", c, c, 3, 3)
-        if n != c:
-            add(f"{name}.nin_shortcut", c, n, 1, 1)
-
-    def middle(name):
-        resblock(f"{name}.block_1", 512, 512), resblock(f"{name}.block_2", 512, 512), add(f"{name}.attn_1.norm", 512)
-        for leaf in ("q", "k", "v", "proj_out"):
-            add(f"{name}.attn_1.{leaf}", 512, 512, 1, 1)
-
-    widths, now = (128, 256, 512, 512), 128
-    add("encoder.conv_in", 128, 3, 3, 3)
-    for level, width in enumerate(widths):
-        for i in range(2):
-            resblock(f"encoder.down.{level}.block.{i}", now, width)
-            now = width
-        if level < 3:
-            add(f"encoder.down.{level}.downsample.conv", now, now, 3, 3)
-    middle("encoder.mid"), add("encoder.norm_out", 512), add("encoder.conv_out", 8, 512, 3, 3)
-    add("quant_conv", 8, 8, 1, 1), add("post_quant_conv", 4, 4, 1, 1)
-    add("decoder.conv_in", 512, 4, 3, 3), middle("decoder.mid")
-    for level, width in reversed(list(enumerate(widths))):
-        for i in range(3):
-            resblock(f"decoder.up.{level}.block.{i}", now, width)
-            now = width
-        if level > 0:
-            add(f"decoder.up.{level}.upsample.conv", now, now, 3, 3)
-    add("decoder.norm_out", 128), add("decoder.conv_out", 3, 128, 3, 3)
-    return shapes
-
-
-def test_single_file_names_map_one_to_one():
-    theirs = compvis_shapes()
-    ours = {name: tuple(p.shape) for name, p in sd15().state_dict().items()}
-    assert len(theirs) == len(ours)
-    # the attention's four layers are 1x1 convolutions there and linear here
-    assert {vae.from_compvis(name): shape[:2] if "attn_1" in name else shape for name, shape in theirs.items()} == ours
-
-
-@pytest.mark.parametrize("name", ["", "loss.logvar", "encoder.down.0.attn.0.q.weight", "encoder.mid_block.resnets.0.conv1.weight",
-                                  "decoder.mid.attn_1.to_q.weight"])
-def test_other_single_file_names_are_refused(name):
-    with pytest.raises(KeyError, match=f"^'{name}'$"):
-        vae.from_compvis(name)

@@ -1,13 +1,16 @@
-"""Weights from a rule instead of a file, so that ours and the reference library's modules can be given the same ones."""
+"""Weights from a rule instead of a file, so that our modules and the reference library's can be given the
+same ones."""
 import zlib
 
 import torch
 
 
 def fill(module, seed=0):
-    """Overwrite every parameter of `module`, in place, with numbers that depend on its name, its shape and `seed` alone.
+    """Overwrite every parameter of `module`, in place, with numbers that depend on its name, its shape and
+    `seed` alone.
 
-    Matrices and convolutions are N(0, 1/fan_in), so activations keep their size; norm weights are 1 + N(0, .1²); biases N(0, .1²).
+    Matrices and convolutions are N(0, 1/fan_in), so activations keep their size; norm weights are
+    1 + N(0, .1²); biases N(0, .1²).
     """
     with torch.no_grad():
         for name, p in module.named_parameters():

@@ -1,4 +1,5 @@
-"""Pictures in and out: any photo to a square tensor, tensors to PNG files that carry their settings, and contact sheets."""
+"""Pictures: photos to square tensors, tensors to PNG files that carry their settings, and contact sheets."""
+import os
 import warnings
 from pathlib import Path
 
@@ -6,9 +7,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from console import UserError, printable
+from files.console import UserError, printable
 
 SMALLEST, LARGEST = 64, 12_000  # pixels a side
+REASONS = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a photo",
+           Image.DecompressionBombError: f"too large to be a photo; at most {LARGEST} pixels a side"}
 
 
 class ImageError(UserError):
@@ -16,51 +19,43 @@ class ImageError(UserError):
 
 
 def read(path, side, crop=None):
-    """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in RGB, transparency over white, its central square or
-    the square `crop` = (x, y, size) in pixels, resized. Raises ImageError for what is no picture, too small, too large, or a crop outside."""
+    """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in RGB, transparency
+    over white, its central square, or the square `crop` = (x, y, size) in pixels, resized. ImageError for
+    what is no picture, too small, too large, or a crop outside."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise ImageError(f"{path}: not a file; save the photo into one")  # reading a pipe may never end
     try:
-        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
-            raise ImageError(f"{path}: not a file; save the photo into one")  # a pipe can be read once, and may never end
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # LARGEST is the limit here
-            file = Image.open(path)
-        with file:
+        quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+        with quiet, Image.open(path) as file:  # LARGEST is the limit here
             if max(file.size) > LARGEST:
-                raise ImageError(f"{path}: {file.width}×{file.height} pixels is too large; at most {LARGEST} a side")
+                raise Image.DecompressionBombError
             image = to_rgb(ImageOps.exif_transpose(file))
-    except ImageError:
-        raise
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path}: a folder, not a photo") from None
-    except Image.DecompressionBombError:
-        raise ImageError(f"{path}: too large to be a photo") from None
     except Exception as error:  # PIL's decoders raise many kinds for damaged files
-        raise ImageError(f"{path}: cannot be read as a picture ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
-    if crop is None:
-        size = min(image.size)
-        x, y = (image.width - size) // 2, (image.height - size) // 2
-    else:
-        x, y, size = crop
-        if x < 0 or y < 0 or size <= 0 or x + size > image.width or y + size > image.height:
-            raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {image.width}×{image.height} pixels")
+        damage = (str(error) or type(error).__name__).splitlines()[0]
+        reason = REASONS.get(type(error), f"cannot be read as a picture ({damage})")
+        raise ImageError(f"{path}: {reason}") from None
+    width, height = image.size
+    size = min(width, height)
+    x, y, size = crop or ((width - size) // 2, (height - size) // 2, size)
+    if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
+        raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} pixels")
     if size < SMALLEST:
-        raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST} are needed")
+        raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
     image = image.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_rgb(image):
-    """8-bit RGB from any mode, transparency laid over white."""
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit grey, which PIL would clip instead of scaling
+    """8-bit RGB from a PIL image of any mode, transparency laid over white."""
+    # 16 and 32 bit grey, which PIL would clip instead of scaling
+    if image.mode.startswith("I") or image.mode == "F":
         values, transparent = np.asarray(image, dtype=np.float64), image.info.get("transparency")
         greatest = values.max(initial=0, where=np.isfinite(values))
         whites = (1, 255, 65535, 2 ** 31 - 1) if image.mode == "F" else (255, 65535, 2 ** 31 - 1)
         white = next((white for white in whites if greatest <= 1.1 * white), greatest)
         values = np.where(values == transparent, 1, np.nan_to_num(values / white, posinf=1))
         image = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -68,7 +63,8 @@ def to_rgb(image):
 
 def to_pil(picture):
     """One picture (3, H, W) in [-1, 1] as a PIL image."""
-    return Image.fromarray(((picture.detach().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    values = ((picture.detach().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
 def save(image, path, **settings):

@@ -1,0 +1,167 @@
+"""What a personalisation does to a model, as values: a dict of layer name -> edit.
+
+An edit is called with a layer, its input x and its output y, and returns the new output. Edits are in force
+only inside
+
+    with edited(layers, edits):
+        ...                          # a sample, or a loss and its backward
+
+and gone afterwards, whatever happens. Low-rank edits are the ones that HyperDreamBooth makes (LiDB's, and
+LoRA): they can be joined, scaled, stacked side by side for several people, merged into the weights and
+written as a LoRA. Any other callable is an edit as well.
+"""
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IDENTIFIER = "sks"  # what [V] stands for in a prompt: a token that text-to-image models know nothing of
+
+
+def canonical(prompt):
+    """The prompt with its [V] in capitals."""
+    return prompt.replace("[v]", "[V]")
+
+
+def named(prompt, identifier=IDENTIFIER):
+    """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
+    return canonical(prompt).replace("[V]", f" {identifier} ")
+
+
+class LowRank(NamedTuple):
+    """y + x·A·B, with one person's A (1, in, r) and B (1, r, out), or the factors of P people.
+
+    For one person the whole batch is that person; for P people a batch of k·P samples is k groups of them in
+    order (guidance: negatives first, then prompts). The layer is a linear one or a 1×1 convolution, which is
+    one at each pixel.
+    """
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def __call__(self, layer, x, y):
+        """ValueError for a batch that cannot be shared among the people."""
+        a, b = (t.to(x.dtype) for t in self)
+        groups, rest = divmod(len(x), len(a))
+        if rest:
+            raise ValueError(f"a batch of {len(x)} cannot be shared among {len(a)} people")
+        if len(a) > 1 and groups > 1:
+            a, b = (t.repeat(groups, 1, 1) for t in (a, b))
+        pixels = isinstance(layer, nn.Conv2d)
+        # (B, n, in): n pixels or tokens, or one vector
+        x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])
+        residual = x @ a @ b
+        return y + (residual.mT if pixels else residual).reshape(y.shape)
+
+
+@contextmanager
+def edited(layers, edits):
+    """The edits are in force inside: edits[name](layer, x, y) takes the place of the output y that
+    layers[name] computes from x.
+
+    Edits of several `with` add up, the inner ones see what the outer made. The backward pass belongs inside
+    too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
+    as its one argument; in several threads at once each needs a model of its own. ValueError for a name that
+    is not in `layers`.
+    """
+    if unknown := [name for name in edits if name not in layers]:
+        raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
+
+    def hook(edit):
+        return lambda layer, inputs, output: edit(layer, inputs[0], output)
+
+    handles = []
+    try:
+        for name, edit in edits.items():
+            handles.append(layers[name].register_forward_hook(hook(edit)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def adaptable_layers(unet, text):
+    """Every layer that can take a low-rank edit: name -> nn.Linear, or a 1×1 nn.Conv2d."""
+    found = {}
+    for part, network in ("unet", unet), ("text", text):
+        for name, layer in network.named_modules():
+            one_by_one = isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1)
+            if one_by_one or isinstance(layer, nn.Linear):
+                found[f"{part}.{name}"] = layer
+    return found
+
+
+def fresh_lora(layers, rank, generator, people=1):
+    """Low-rank edits to train (LoRA, Hu et al., arXiv 2106.09685): A ~ N(0, 1/in) from a CPU generator, B =
+    0, so nothing changes yet."""
+    edits = {}
+    for name, layer in layers.items():
+        a = torch.randn(people, layer.in_features, rank, generator=generator, device="cpu")
+        a = a / layer.in_features ** .5
+        b = torch.zeros(people, rank, layer.out_features)
+        edits[name] = LowRank(*(t.to(layer.weight.device).requires_grad_() for t in (a, b)))
+    return edits
+
+
+def low_rank(edits, people=None):
+    """The same edits. ValueError unless they are LowRank and, if that is given, of so many people."""
+    for name, edit in edits.items():
+        if not isinstance(edit, LowRank):
+            raise ValueError(f"{name}: only low-rank edits can be joined, scaled, merged or exported")
+        if people not in (None, len(edit.a)):
+            raise ValueError(f"{people} person's edits are needed, not {len(edit.a)} people's")
+    return edits
+
+
+def join(*many):
+    """Low-rank edits that do what all the given ones do together: a sum of products is a product of
+    concatenations, and ranks add up."""
+    joined = {}
+    for edits in many:
+        for name, new in low_rank(edits).items():
+            if name in joined:
+                people = max(len(joined[name].a), len(new.a))
+                (a, b), (c, d) = ([t.expand(people, -1, -1) for t in pair] for pair in (joined[name], new))
+                new = LowRank(torch.cat([a, c], 2), torch.cat([b, d], 1))
+            joined[name] = new
+    return joined
+
+
+def scale(edits, strength):
+    """The same low-rank edits with `strength` times the effect."""
+    return {name: LowRank(a, b * strength) for name, (a, b) in low_rank(edits).items()}
+
+
+def detach(edits):
+    """The same low-rank edits, as numbers without a history."""
+    return {name: LowRank(a.detach(), b.detach()) for name, (a, b) in low_rank(edits).items()}
+
+
+def stack(people):
+    """A list of low-rank edits, of one person or several each, to those of all of them in order: one per
+    picture of a batch.
+
+    Where ranks differ, or somebody has no edit of a layer, zeros fill up. {} is nobody in particular, the
+    model as it is.
+    """
+    counts = [len(next(iter(low_rank(edits).values())).a) if edits else 1 for edits in people]
+    stacked = {}
+    for name in dict.fromkeys(name for edits in people for name in edits):
+        a, b = next(edits[name] for edits in people if name in edits)
+        nothing = a.new_zeros(1, a.shape[1], 1), b.new_zeros(1, 1, b.shape[2])
+        pairs = [edits.get(name) or [t.expand(n, -1, -1) for t in nothing]
+                 for n, edits in zip(counts, people)]
+        rank = max(a.shape[2] for a, _ in pairs)
+        stacked[name] = LowRank(torch.cat([F.pad(a, (0, rank - a.shape[2])) for a, _ in pairs]),
+                                torch.cat([F.pad(b, (0, 0, 0, rank - b.shape[1])) for _, b in pairs]))
+    return stacked
+
+
+@torch.no_grad()
+def merge(layers, edits):
+    """Put one person's low-rank edits into the weights themselves: W ← W + (A·B)ᵀ, computed in float32, exact
+    to rounding."""
+    for name, (a, b) in low_rank(edits, people=1).items():
+        weight = layers[name].weight
+        weight.copy_(weight.float() + (a[0].float() @ b[0].float()).T.view_as(weight))

@@ -1,0 +1,157 @@
+"""From files to modules, strictly, and back: what is missing, surplus or misshapen is named in one line.
+The weights are in memory once: a module is built without numbers and takes tensors one by one from files."""
+import json
+import os
+import re
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+
+from files.console import UserError, printable
+
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+# these are 1×1 convolutions (c, c, 1, 1) in single files
+VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
+
+
+class LoadError(UserError):
+    """What is wrong with a model's files and what to do about it, in one line for the user."""
+
+
+def configure(config, found, file):
+    """The config dataclass with its fields that are in the dict `found` taken from there, lists as tuples.
+    LoadError, naming the file, for another type than in `config` or a number no size or scale can be."""
+    taken = {}
+    for name in vars(config).keys() & found.keys():
+        value, usual = found[name], getattr(config, name)
+        value = tuple(value) if isinstance(value, list) else value
+        repeated = "layers" in name or name in ("depth", "iterations")
+        if not fits(value, usual, 1000 if repeated else 1_000_000):
+            raise LoadError(f"{file}: {name} cannot be {value!r}")
+        taken[name] = value
+    return replace(config, **taken)
+
+
+def fits(value, usual, limit):
+    """Whether a setting is of the usual one's type, a number positive (in a list, not negative) and below the
+    limit, which no model comes near: to build what a hostile file asks for could take hours."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and all(fits(v, usual[0], limit) or v == 0. for v in value)
+    if isinstance(usual, (int, float)):
+        return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < limit
+    return isinstance(value, type(usual))
+
+
+def require_settings(found, implemented, file):
+    """LoadError for a setting in the dict `found` that is not the one value for it in `implemented`."""
+    for key, value in implemented.items():
+        if found.get(key, value) != value:
+            raise LoadError(f"{file}: {key} is {found[key]!r}; only {value!r} is implemented")
+
+
+def read_json(file):
+    """The dictionary in a JSON file. LoadError if there is none."""
+    try:
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
+
+
+def open_tensors(file):
+    """Open a safetensors file with safe_open, or raise a LoadError that says what it is instead."""
+    file = Path(file)
+    if file.exists() and not file.is_file():  # reading a pipe might never end
+        raise LoadError(f"{file}: not a file")
+    # the header's length in 8 bytes, then the header, a JSON dictionary
+    try:
+        with open(file, "rb") as f:
+            head = f.read(9)
+    except OSError as error:
+        raise LoadError(f"{file}: {error.strerror}") from None
+    has_header = head[8:] == b"{"
+    if file.suffix in PICKLES or head.startswith((b"PK", b"\x80")) and not has_header:
+        raise LoadError(f"{file}: a pickle, which could run any code; download or convert it as .safetensors")
+    # pread copies each tensor out: a memory map's pages would count as memory beside the copy in another
+    # dtype, and the weights would change, or the program crash, when the file does
+    try:
+        return safe_open(file, "pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        what = f"damaged or truncated ({error})" if has_header else "not safetensors" if head else "empty"
+        raise LoadError(f"{file}: {what}; download it again") from None
+
+
+class NoInit(TorchFunctionMode):
+    """Skips initialisers, which do nothing on the meta device; but normal_ imports a compiler, 70 MB."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) != "torch.nn.init":
+            return function(*args, **(kwargs or {}))
+
+
+def build(kind, config, files, rename, device, dtype):
+    """kind(config) with the tensors of `files`. rename(key): our name for a key there, None if not needed,
+    KeyError if unknown. LoadError for impossible settings and where not every tensor has its place."""
+    try:
+        with torch.device("meta"), NoInit():
+            module = kind(config)
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
+        where = f"{Path(files[0]).parent}: no {kind.__name__}"
+        raise LoadError(f"{where} with these settings can be built ({error!r})") from None
+    # all names are looked up before gigabytes are read
+    shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    missing, places = dict(shapes), {}
+    for file in files:
+        tensors = open_tensors(file)
+        for key in tensors.keys():
+            name = key
+            with suppress(KeyError):
+                name = rename(key)
+            if name is None:
+                continue
+            shape, expected = tuple(tensors.get_slice(key).get_shape()), missing.pop(name, "none")
+            if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
+                shape = shape[:2]
+            if shape != expected:
+                what = f"surplus tensor {key} of" if expected == "none" else f"tensor {key} has"
+                raise LoadError(f"{file}: {what} shape {shape}, expected {expected}")
+            places[name] = tensors, key
+    if missing:
+        name, shape = next(iter(missing.items()))
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{more}")
+    weights = {name: tensors.get_tensor(key).view(shapes[name]).to(device, dtype)
+               for name, (tensors, key) in places.items()}
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def checksum(module):
+    """8 hex digits that tell a module's weights from others: names, shapes and up to 4096 numbers a tensor.
+    These count in bfloat16: a file has the same digits in float32 and bfloat16, one in float16 in all."""
+    state = module.state_dict()
+    shapes = repr([(name, *t.shape) for name, t in state.items()])
+    sample = torch.cat([t.flatten()[::t.numel() // 4096 + 1].bfloat16() for t in state.values()])
+    return f"{zlib.crc32(sample.cpu().view(torch.uint8).numpy(), zlib.crc32(shapes.encode())):08x}"
+
+
+def write(tensors, path, metadata=None):
+    """Save tensors as a safetensors file at `path`, with its folder, so that nobody ever sees half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # as readable as any other file; safetensors writes for the owner alone
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        note = metadata and {k: printable(v) for k, v in metadata.items()}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, note)
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""What the command lines here have in common: ranges of numbers, and errors that a user can read."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the description's lines and adds every option's default."""
+
+
+class UserError(ValueError):
+    """What a user did wrong and what to do about it, in one line."""
+
+
+def printable(text):
+    """`text`, from a command line, which may pass any bytes, with ? for what no Unicode text can hold."""
+    return text.encode(errors="replace").decode()
+
+
+def parser(description, model):
+    """An argument parser with the options that say which model, whose name model() makes, and where."""
+    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    options.add_argument("--model", type=model, default="nano",
+                         help="nano, or a Stable Diffusion 1.x: a hub id, a folder or a .safetensors file")
+    options.add_argument("--device", help="cuda, mps or cpu")
+    options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    return options
+
+
+def check_ranges(parser, args, **ranges):
+    """argparse's error if an option of `args` is not within its (low, high); None and no option pass."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+
+
+def check_folder(parser, option, folder):
+    """argparse's error unless this folder can be written, or made, as far as can be told without doing it."""
+    absolute = Path(folder).absolute()
+    there = next(path for path in (absolute, *absolute.parents) if path.exists())
+    if not there.is_dir():
+        parser.error(f"{option} {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        parser.error(f"{option} {folder}: {there} cannot be written")
+
+
+def run(main, arguments):
+    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130."""
+    # a terminal without the prompt's letters is no reason to stop; None: closed by the shell
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
+    try:
+        main(arguments())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error)
+        # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend
+        if isinstance(error, RuntimeError):
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
+                raise
+            reason = f"memory is full; a smaller --batch or float16 needs less ({reason.splitlines()[0]})"
+        # the line may quote a hostile file
+        line = f"{Path(sys.argv[0]).name}: {reason}"
+        print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        sys.exit(2)

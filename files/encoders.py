@@ -1,0 +1,59 @@
+"""Encoders of pictures, from the hub or a folder: the ViT that sees faces, and CLIP, which measures likeness.
+They come in float32, frozen and in eval mode. What cannot be loaded raises LoadError, as in sd.load()."""
+import torch
+
+import clip
+from files.checkpoints import LoadError, build, configure, read_json, require_settings
+from files.compvis import KNOWN_EXTRAS
+from files.layouts import download, place
+from files.tokenizers import read_tokenizer, vocabulary_in
+from vit import ViT, ViTConfig
+
+VIT_SETTINGS = {"config.json": {"hidden_act": "gelu"},
+                "preprocessor_config.json": {"do_normalize": True, "do_rescale": True}}
+
+
+def load_vit(source, device=None):
+    """The ViT at `source`, a hub id (google/vit-huge-patch14-224-in21k, facebook/dino-vits16) or a folder of
+    config.json, model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json."""
+    folder = download(source, "model.safetensors", *VIT_SETTINGS)
+    config = ViTConfig()
+    for name, implemented in VIT_SETTINGS.items():
+        file = folder / name
+        if name == "config.json" or file.is_file():
+            found = read_json(file)
+            require_settings(found, implemented, file)
+            config = configure(config, found, file)
+
+    # classifiers keep the ViT under a prefix; their head and the pooler look at one token and aren't needed
+    def rename(key):
+        key = key.removeprefix("vit.")
+        return None if key.startswith(("pooler.", "classifier.")) else key
+    return build_encoder(ViT, config, folder, rename, device)
+
+
+def load_clip(source="openai/clip-vit-large-patch14", device=None):
+    """(clip.CLIP, its Tokenizer), what CLIP-I and CLIP-T are measured with, from a hub id or a folder with
+    config.json, model.safetensors, vocab.json and merges.txt."""
+    words = ("vocab.json", "merges.txt", "tokenizer.json")
+    folder = download(source, "model.safetensors", "config.json", *words)
+    found = read_json(folder / "config.json")
+    # files leave out what is as in ViT-B/32; the width of the space that both towers share stands outside
+    shared = {"projection_dim": found.get("projection_dim", 512)}
+    text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
+    vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | shared, folder)
+
+    def towers(configs):
+        return clip.CLIP(*configs)
+
+    def rename(key):
+        return None if key in KNOWN_EXTRAS else key
+    model = build_encoder(towers, (text, vision), folder, rename, device)
+    return model, read_tokenizer(vocabulary_in(folder), text, source)
+
+
+def build_encoder(kind, config, folder, rename, device):
+    file, where = folder / "model.safetensors", place(device, torch.float32)
+    if not file.is_file():
+        raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
+    return build(kind, config, [file], rename, *where).eval().requires_grad_(False)

@@ -1,0 +1,60 @@
+"""A hypernetwork in a file: weights in fp16, configuration, and the LiDB basis that its θ belong to."""
+import json
+import warnings
+from dataclasses import asdict, replace
+
+import torch
+
+from files.checkpoints import LoadError, build, configure, open_tensors, write
+from files.encoders import load_vit
+from hypernet import HyperConfig, HyperNetwork
+from lidb import LiDB, personal_layers
+from vit import ViTConfig
+
+
+def save_hypernet(hypernet, model, path):
+    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is only named."""
+    config = asdict(hypernet.config)
+    seed, encoder = config.pop("basis_seed"), config.pop("encoder")
+    checksum = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum
+    note = {"config": json.dumps(config), "basis_seed": str(seed), "basis_checksum": str(checksum),
+            "model": model.name} | model.checksums | ({"encoder": encoder} if encoder else {})
+    kept = {key: t for key, t in hypernet.state_dict().items() if not encoder or not key.startswith("vit.")}
+    write({key: t.half() for key, t in kept.items()}, path, note)
+
+
+def load_hypernet(path, model):
+    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. LoadError if it is none,
+    was made for other layers than this model's, or holds numbers that are none; a warning where the layers
+    fit but it was trained for another model's weights."""
+    try:
+        with open_tensors(path) as f:
+            note = f.metadata() or {}
+        found = json.loads(note["config"])
+        seed, checksum = int(note["basis_seed"]), int(note["basis_checksum"])
+        HyperConfig(**found)  # a field that isn't known here would mean something else
+        vit = configure(ViTConfig(), found.pop("vit"), path)
+        config = configure(HyperConfig(1, 1, vit=vit), found, path)
+        config = replace(config, basis_seed=seed, encoder=note.get("encoder", ""))
+        lidb = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
+        if (config.layers, config.size) != lidb.shape or checksum != lidb.checksum:
+            raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
+    except LoadError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error!r})") from None
+    ours = model.checksums
+    if differ := [part for part in ("unet", "text") if note.get(part, ours[part]) != ours[part]]:
+        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
+                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=2)
+
+    def hypernet(config):
+        return HyperNetwork(config, torch.nn.Identity() if config.encoder else None)
+    built = build(hypernet, config, [path], str, model.device, torch.float32)  # str: keys are our names
+    if config.encoder:
+        built.vit = load_vit(config.encoder, model.device)
+        if built.vit.config != config.vit:
+            raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
+    if not all(t.isfinite().all() for t in built.state_dict().values()):
+        raise LoadError(f"{path}: holds numbers that are infinite or NaN")
+    return built.eval().requires_grad_(False)

@@ -1,0 +1,141 @@
+"""LoRA files: a person for other programs, and other people's LoRAs for ours. Both are low-rank edits, so
+every conversion is a renaming and a transposition: nothing is approximated."""
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from edits import LowRank, adaptable_layers, low_rank
+from files.checkpoints import write
+from files.person import PersonError, check_numbers, read_tensors
+
+CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
+PREFIXES = {"unet": "unet", "text": "text_encoder"}         # diffusers' names of the two parts
+
+# From a key as kohya's scripts, diffusers (its layers were once X.processor.to_q and self_attn.to_q) or PEFT
+# write it, or our name, to layer:role, by these in order. transformers 5 has no text_model.
+RENAMES = {
+    r"\.alpha$": ":alpha", r"[._]lora(_linear_layer)?[._](down|up)\.weight$": r":\2",
+    r"\.lora_A(\.\w+)?\.weight$": ":down", r"\.lora_B(\.\w+)?\.weight$": ":up", r"\.processor\.": ".",
+    r"\.to_out:": ".to_out.0:", r"self_attn\.to_(q|k|v|out)(\.0)?:": r"self_attn.\1_proj:",
+    r"^((unet|text|text_encoder|base_model\.model)\.|lora_(unet|te1?)_)?(text_model[._])?": "", r"\.": "_"}
+FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
+    r"^lora_te2_|^text_encoder_2\.|_input_blocks_|_output_blocks_|label_emb|add_embedding": "a LoRA for SDXL",
+    r"lora_unet_(double|single|joint)_|transformer\.(single_)?transformer_": "a diffusion transformer's LoRA",
+    r"\.hada_|\.lokr_|\.oft_|\.(a1|b1|on_input)\b|\.boft_": "LoHa, LoKr, OFT or (IA)³, not LoRA",
+    r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
+    r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
+    r"^bundle_emb\.": "a LoRA with an embedding bundled in, which is not implemented",
+    r"^emb_params$|^string_to_param": "a textual inversion, not a LoRA",
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a whole model, not a LoRA"}
+
+
+def export_lora(edits, path, metadata=None, dtype=torch.float32):
+    """Write one person's edits as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111 read.
+    Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the UNet's
+    output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one alpha
+    for all. ValueError for several people or edits not low-rank, PersonError for what dtype can't hold."""
+    tensors, rank = {}, max((a.shape[2] for a, _ in low_rank(edits, people=1).values()), default=0)
+    for name, (a, b) in edits.items():
+        key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
+        end = (1, 1) if name.endswith(CONVOLUTIONS) else ()
+        down = F.pad(a[0].T, (0, 0, 0, rank - a.shape[2]))    # (r, in), of convolutions (r, in, 1, 1)
+        up = F.pad(b[0].T, (0, rank - b.shape[1]))            # (out, r)
+        tensors[f"{key}.lora_down.weight"] = down.to(dtype).unflatten(1, (-1, *end))
+        tensors[f"{key}.lora_up.weight"] = up.to(dtype).unflatten(1, (-1, *end))
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))   # readers multiply by alpha / r
+    check_numbers(tensors, path, "nothing to write, the person has no personal weights")
+    note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
+            "ss_base_model_version": "sd_v1"} | (metadata or {})
+    write(tensors, path, {key: str(value) for key, value in note.items()})
+
+
+def load_lora(path, model, strength=1.0):
+    """Somebody's LoRA for SD 1.x, by kohya's scripts, diffusers or PEFT -> layer -> LowRank, float32, on the
+    device of `model`: strength · alpha / r · up · down, alpha = r where none is given. PersonError for keys
+    that aren't understood or don't fit: they would otherwise be dropped without a word."""
+    tensors, note = read_tensors(path)
+    for pattern, what in FOREIGN.items():
+        report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
+
+    # each key is one of a layer's two matrices or its alpha
+    layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
+    known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
+    places = {plain(f"{name}:{role}"): (name, role) for name in known for role in roles}
+    problems, found = defaultdict(list), defaultdict(dict)  # what -> keys, layer -> role -> key
+    for key, t in tensors.items():
+        name, role = places.get(plain(key), (None, None))
+        if name is None:
+            problems["layers that this model doesn't have, or no LoRA"].append(key)
+        elif name not in layers:
+            problems["neither linear nor a 1×1 convolution (LoCon), which is not implemented"].append(key)
+        elif role in found[name]:
+            problems["the same layer twice"].append(key)
+        elif role == "alpha" and t.numel() != 1:
+            problems["an alpha that is no number"].append(key)
+        else:
+            found[name][role] = key
+
+    # the matrices fit one another and the layer
+    edits = {}
+    for name, keys in found.items():
+        if not {"down", "up"} <= keys.keys():
+            problems["one matrix without the other"] += keys.values()
+            continue
+        down, up = tensors[keys["down"]], tensors[keys["up"]]
+        (n_out, n_in), rank = layers[name].weight.shape[:2], max([1, *down.shape[:1]])
+        if [(*t.shape[:2], t.shape[2:].numel()) for t in (down, up)] == [(rank, n_in, 1), (n_out, rank, 1)]:
+            edits[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in (down, up)))
+        else:
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}"
+            problems["made for other widths"].append(f"{keys['down']} and up, {shapes}")
+    report_problems(path, problems)
+
+    scales = peft_scales(path, note, tensors, edits)
+    for name, (a, b) in edits.items():
+        if "alpha" in found[name]:
+            scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
+        edits[name] = LowRank(a, b * (strength * scales[name]))
+    numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
+    check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in edits.items()}, path, "empty")
+    return edits
+
+
+def report_problems(path, problems):
+    """PersonError that lists `problems`, a dict of what -> keys, if there are any."""
+    listed = [f"{what}: {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if keys[5:] else "")
+              for what, keys in problems.items() if keys]
+    if listed:
+        raise PersonError(f"{path}: {'; '.join(listed)}")
+
+
+def plain(key):
+    """A key of any program's as layer:role; if it is none of a LoRA, as something that no layer is called."""
+    for pattern, ours in RENAMES.items():
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def peft_scales(path, note, tensors, edits):
+    """Layer -> its residual's scale by PEFT's LoraConfig, alpha / r or, rank-stabilised, alpha / √r; else 1.
+    diffusers has it in the metadata, its keys after "unet." or "text_encoder." if a pipeline wrote it,
+    PEFT in adapter_config.json, without which its files can't be read: alpha is in no tensor."""
+    file, kept, scales = Path(path).with_name("adapter_config.json"), note.get("lora_adapter_metadata"), {}
+    try:
+        if kept is None and any(key.startswith("base_model.model.") for key in tensors):
+            kept = file.read_text(encoding="utf-8")
+        config = {} if kept is None else dict(json.loads(kept))
+        for name, (a, _) in edits.items():
+            (part, inner), rank = name.split(".", 1), a.shape[2]
+            patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
+                                           for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
+            special = (v for key, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", inner))
+            alpha = next(special, usual)
+            scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        raise PersonError(f"{path}: PEFT's settings make no sense or are not readable, in its metadata or in "
+                          f"{file.name} beside it ({error})") from None
+    return scales

@@ -1,0 +1,81 @@
+"""A model folder with a person merged into its weights, which other programs load as any model."""
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from clip import END, START
+from edits import merge
+from files.checkpoints import read_json, write
+from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
+from files.person import PersonError, check_numbers
+from files.tokenizers import write_tokenizer
+
+
+def free_folder(out):
+    """The Path of a folder to write that doesn't exist yet or is empty; PersonError if it is taken."""
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PersonError(f"{out}: exists already; give a new or an empty folder")
+    return out
+
+
+def merge_to_folder(model, edits, source, out):
+    """Write a model folder in the hub's layout with one person's low-rank edits merged into its weights; the
+    model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
+    our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written: a person would
+    hardly survive 8 bits. PersonError if out is taken, ValueError if the edits are not one person's."""
+    out, layers = free_folder(out), model.layers
+    copies = {name: copy.deepcopy(layers[name]).float() for name in edits}
+    merge(copies, edits)
+    dtype = torch.float16 if model.dtype == torch.bfloat16 else model.dtype
+    merged = {f"{name}.weight": layer.weight.to(dtype) for name, layer in copies.items()}
+    check_numbers(merged, out)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
+        new = Path(temporary, "new")
+        for folder, part in ("vae", "vae"), ("text_encoder", "text"), ("unet", "unet"):
+            weights = getattr(model, part).state_dict()
+            weights = {key: merged.get(f"{part}.{key}", t).to(dtype) for key, t in weights.items()}
+            write(weights, new / folder / f"{PARTS[folder].stem}.safetensors", {"format": "pt"})
+        for file, config in config_files(model, source).items():
+            (new / file).parent.mkdir(exist_ok=True)
+            (new / file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(model.tokenizer, new / "tokenizer")
+        if out.exists():
+            out.rmdir()
+        new.replace(out)
+
+
+def config_files(model, source=None):
+    """Path -> dict of every settings file that others want: `source`'s or else, but for sizes, SD 1.5's."""
+    unet, vae, text = (asdict(part.config) for part in (model.unet, model.vae, model.text))
+    unet |= {key: value for key, value in IMPLEMENTED["unet/config.json"].items() if value is not None}
+    unet["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(unet["down_block_types"])]
+    for way, kind in ("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D"):
+        vae[f"{way}_block_types"] = [kind] * len(vae["block_out_channels"])
+    text |= {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+             "projection_dim": text["hidden_size"], "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    tokenizer = {"tokenizer_class": "CLIPTokenizer", "model_max_length": text["max_position_embeddings"],
+                 "bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END,
+                 "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+    schedule = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+                           "steps_offset": 1}
+    diffusers = {"_diffusers_version": "0.27.0", "_class_name": "StableDiffusionPipeline"}
+    configs = {"unet/config.json": diffusers | unet | {"_class_name": "UNet2DConditionModel"},
+               "vae/config.json": diffusers | vae | {"_class_name": "AutoencoderKL", "act_fn": "silu"},
+               "scheduler/scheduler_config.json": diffusers | schedule | {"_class_name": "PNDMScheduler"},
+               "text_encoder/config.json": text, "tokenizer/tokenizer_config.json": tokenizer}
+    for file, config in configs.items():
+        if source and Path(source, file).is_file():
+            config |= read_json(Path(source, file))
+    scheduler = configs["scheduler/scheduler_config.json"]["_class_name"]
+    return configs | {"model_index.json": diffusers | {
+        "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+        "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+        "scheduler": ("diffusers", scheduler), "requires_safety_checker": False,
+        "safety_checker": (None, None), "feature_extractor": (None, None)}}

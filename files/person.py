@@ -1,0 +1,144 @@
+"""One person in a file: LiDB's numbers and, after rank-relaxed fine-tuning, a LoRA beside them."""
+import re
+import warnings
+import zlib
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from edits import IDENTIFIER, LowRank, join, scale
+from files.checkpoints import LoadError, open_tensors, write
+from files.console import UserError
+
+FORMAT, VERSION = "hdb-person", "1"
+
+
+class PersonError(UserError):
+    """What is wrong with a personal file or a LoRA and what to do about it, in one line for the user."""
+
+
+@dataclass
+class Person:
+    """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA beside it or {}."""
+    theta: torch.Tensor | None = None
+    relaxed: dict = field(default_factory=dict)  # layer -> LowRank
+    basis_seed: int = 0                          # of the LiDB that theta belongs to
+    base: str = ""                               # the model, as it was called when the person was made
+    identifier: str = IDENTIFIER                 # what [V] stood for
+    scale: float = 1.0                           # default strength
+    date: str = field(default_factory=lambda: date.today().isoformat())
+
+    def factors(self, lidb):
+        """Layer -> LowRank, A (1, in, r) and B (1, r, out), of both together at the default strength."""
+        return scale(join({} if self.theta is None else lidb.factors(self.theta), self.relaxed), self.scale)
+
+
+def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
+    """Write `person`, whom `method`, an hdb.HyperDreamBooth, made, to a safetensors file in `dtype`;
+    lidb_only: without LoRA, a few KB. PersonError for nobody, another basis, numbers dtype can't hold."""
+    tensors = {} if person.theta is None else {"theta": person.theta}
+    if not lidb_only:
+        tensors |= {f"{name}.{ab}": t for name, edit in person.relaxed.items() for ab, t in zip("AB", edit)}
+    tensors = {key: t.detach().to(dtype) for key, t in tensors.items()}
+    if (here := method.lidb.seed) != person.basis_seed:
+        raise PersonError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
+    check_person(tensors, method, path, "nothing to write, the person has no such weights")
+    about = {"base": person.base, "identifier": person.identifier, "date": person.date}
+    write(tensors, path, about | {"scale": repr(float(person.scale))} | belongs_to(method))
+
+
+def load_person(path, method):
+    """The Person in a file of save_person, float32, on the device of `method`. PersonError if it is none, is
+    damaged, or belongs to other layers or another basis than method's; a warning if only the weights, or in a
+    file without their checksums the model's name, are others."""
+    tensors, note = read_tensors(path)
+    model, ours = method.model, belongs_to(method)
+    differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours if note.get(key) != ours[key]}
+    weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
+    made, other = f"made for {note.get('base') or 'a model without name'}, ", ", ".join(differ.values())
+    for wrong, what in (
+            ("format" in differ, "not a personal file; a LoRA or a model is given in another place"),
+            ("version" in differ, f"of version {note.get('version')}, this program reads version {VERSION}"),
+            ("layers" in differ, f"{made}whose personal layers are other than {model.name}'s (there "
+             f"{note.get('layer_set')}; here {ours['layer_set']}); give the model with --model"),
+            (differ.keys() == {"basis_checksum"}, f"{made}and seed {ours['basis_seed']} made another basis "
+             f"there than here ({other}): the file was altered, or this torch draws other random numbers"),
+            (differ, f"{made}with another basis: {other}")):
+        if wrong:
+            raise PersonError(f"{path}: {what}")
+    check_person(tensors, method, path, "empty")
+    try:
+        about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
+    except (KeyError, ValueError) as error:
+        raise PersonError(f"{path}: damaged metadata ({error!r})") from None
+    if not -10 <= about["scale"] <= 10:
+        raise PersonError(f"{path}: damaged metadata (scale {about['scale']})")
+
+    # a model with the same layers can still be another one; files were once written without checksums
+    if not note.keys() & {"unet", "text"}:
+        weights = ["by its name"] if note["base"] not in ("", model.name) else []
+    if weights:
+        warnings.warn(f"{path}: {made}used with {model.name}, which is another model ({'; '.join(weights)}): "
+                      "the likeness may be lost", stacklevel=2)
+    tensors = {key: t.float().to(model.device) for key, t in tensors.items()}
+    names = [name for name in method.layers if f"{name}.A" in tensors]
+    relaxed = {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+    return Person(tensors.get("theta"), relaxed, method.lidb.seed, **about)
+
+
+def is_person(path):
+    """Whether `path` is a file of save_person, by its header alone. False, and no error, for all else."""
+    with suppress(OSError, SafetensorError), safe_open(path if Path(path).is_file() else "", "pt") as f:
+        return (f.metadata() or {}).get("format") == FORMAT
+    return False
+
+
+def belongs_to(method):
+    """Metadata that says what the numbers mean: layers, by names and shapes, the basis and the weights."""
+    lidb, checksums = method.lidb, method.model.checksums
+    shapes = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
+    kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
+    found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(shapes.encode()):08x}",
+             "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+             "a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
+             "basis_checksum": lidb.checksum, "unet": checksums["unet"], "text": checksums["text"]}
+    return {key: str(value) for key, value in found.items()}
+
+
+def check_person(tensors, method, path, empty):
+    """PersonError unless these are one person's numbers for method's layers; `empty`: that there are none."""
+    shapes = {"theta": (1, *method.lidb.shape)}
+    for name, m in method.layers.items():
+        a, b = f"{name}.A", f"{name}.B"
+        if (a in tensors) != (b in tensors):
+            raise PersonError(f"{path}: {a if b in tensors else b} is missing")
+        rank = max([1, *tensors[a].shape[2:]]) if a in tensors else 1
+        shapes |= {a: (1, m.in_features, rank), b: (1, rank, m.out_features)}
+    for key, t in tensors.items():
+        expected = shapes.get(key, "no such tensor")
+        if tuple(t.shape) != expected:
+            raise PersonError(f"{path}: {key} has shape {tuple(t.shape)}, expected {expected}")
+    check_numbers(tensors, path, empty)
+
+
+def check_numbers(tensors, path, empty=None):
+    """PersonError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
+    if empty and not tensors:
+        raise PersonError(f"{path}: {empty}")
+    for key, t in tensors.items():
+        if not t.is_floating_point() or not t.float().isfinite().all():
+            raise PersonError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
+
+
+def read_tensors(path):
+    """All tensors of a safetensors file, on the CPU, and its metadata. PersonError if it is damaged."""
+    try:
+        with open_tensors(path) as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+    except (LoadError, OSError, SafetensorError, RuntimeError) as error:
+        raise PersonError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -1,0 +1,55 @@
+"""A CLIP tokenizer's files: vocab.json and merges.txt, or the one tokenizer.json of transformers 5."""
+import json
+
+from clip import Tokenizer
+from files.checkpoints import LoadError, read_json
+
+
+def vocabulary_in(folder):
+    """The files in `folder` that hold a tokenizer's vocabulary: the pair, or else the one, or []."""
+    choices = [folder / "vocab.json", folder / "merges.txt"], [folder / "tokenizer.json"]
+    return next((files for files in choices if all(file.is_file() for file in files)), [])
+
+
+def read_tokenizer(vocabulary, text_config, name):
+    """The Tokenizer in the files from vocabulary_in(), for a text encoder with this config. LoadError, naming
+    the model by `name`, if they hold none, more tokens than the encoder knows, or added ones."""
+    if not vocabulary:
+        raise LoadError(f"{name}: has no vocab.json and merges.txt")
+    file, folder = vocabulary[0], vocabulary[0].parent
+    try:
+        vocab, merges = read_bpe(*vocabulary)
+        tokenizer = Tokenizer(vocab, merges, text_config.max_position_embeddings)
+        if not all(type(token) is int and token >= 0 for token in vocab.values()):
+            raise ValueError("a token's number is none")
+        # what is named beside the vocabulary's, as textual inversions do
+        files = [folder / "tokenizer.json", folder / "added_tokens.json"]
+        listed, more = (read_json(file) if file.is_file() else {} for file in files)
+        named = {str(token["content"]) for token in listed.get("added_tokens") or []} | more.keys()
+    except LoadError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise LoadError(f"{file}: not a CLIP tokenizer ({error!r})") from None
+    if added := sorted(named - vocab.keys()):
+        raise LoadError(f"{folder}: tokens added to CLIP's ({', '.join(added)[:100]}) are not implemented")
+    tokens = max(vocab.values()) + 1
+    if tokens > text_config.vocab_size:
+        raise LoadError(f"{file}: {tokens} tokens, {name}'s text encoder has {text_config.vocab_size}")
+    return tokenizer
+
+
+def read_bpe(file, merges_file=None):
+    """(vocab, merges) in a vocab.json and its merges.txt, or in a tokenizer.json alone."""
+    if merges_file is None:
+        bpe = read_json(file)["model"]
+        return bpe["vocab"], [tuple(m.split() if isinstance(m, str) else m) for m in bpe["merges"]]
+    lines = merges_file.read_text(encoding="utf-8").split("\n")
+    pairs = [tuple(line.split()) for line in lines if not line.startswith("#version")]
+    return json.loads(file.read_text(encoding="utf-8")), [pair for pair in pairs if len(pair) == 2]
+
+
+def write_tokenizer(tokenizer, folder):
+    """Write vocab.json and merges.txt, as other programs read them, into an existing folder, a Path."""
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Rebuild the miniature's weights from nothing:  nano/rebuild.sh [vae text unet judge encoder hypernet]
+#
+# All of them if none is named, in this order, as each needs those before it (the judge none). What is stopped
+# goes on where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,
+# extrapolated from the processor time of a few steps, not run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+rebuild() {
+    case $1 in
+        vae)  # 120 minutes
+            python nano/pretrain.py vae --bf16 --steps 12100 --batch 8 --lr 2e-3
+            python nano/pretrain.py vae --bf16 --steps 900 --batch 8 --lr 1e-3 --decoder ;;
+        text)  # 1 minute
+            python nano/pretrain.py text --steps 700 --batch 64 --lr 1e-3 ;;
+        unet)  # 200 minutes
+            python nano/pretrain.py unet --steps 24300 --batch 16 --lr 1e-3 --ema .998 --fresh 6 ;;
+        judge)  # 5 minutes
+            python nano/judge.py --people 5000 --steps 1000 ;;
+        encoder)  # 60 minutes
+            python nano/pretrain.py encoder --steps 6700 --batch 64 --lr 1.5e-3 ;;
+        hypernet)  # 170 minutes
+            python train.py --steps 8300 --batch 24 --lr 6e-4 --save nano/hypernet.safetensors ;;
+        *)
+            echo "rebuild.sh: no part $1; there are vae text unet judge encoder hypernet" >&2
+            exit 2 ;;
+    esac
+}
+
+[ $# -gt 0 ] || set -- vae text unet judge encoder hypernet
+for part; do
+    rebuild "$part"
+done

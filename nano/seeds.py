@@ -1,0 +1,26 @@
+"""Whose seeds are whose: nobody who is measured is trained on. No number here is spelt anywhere else.
+
+The training numbered --seed (0 to SEEDS) draws the people of its step n (below STEPS) with seed(--seed, n,
+PART). The PARTs, and the single seeds below, are far enough apart never to meet.
+"""
+SEEDS = 8
+STEPS = 1_000_000
+
+# Trainings
+PRETRAINING = 0          # the autoencoder, the text encoder, the UNet; the order of the judge's people
+ENCODER = 200_000_000
+HYPERNET = 400_000_000
+POOL = 500_000_000       # + --seed + step: the UNet's first pictures, where a call begins or resumes
+TARGETS = 600_000_000    # + --seed: the people that targets of Eq. 2 are fitted for
+JUDGE = 777_000_000      # + --seed: the judge's people
+
+# People whom no training sees, from here on one after the other
+EXAMPLE = 10_000_004     # example.png
+VALIDATION = 20_000_000  # tests, and whatever a choice is made by
+MONITOR = 30_000_000     # watched while something is trained
+TEST = 40_000_000        # evaluate.py's alone
+
+
+def seed(training, step, part=PRETRAINING):
+    """The seed of one step of one part's training."""
+    return part + training * 1_000_003 + step

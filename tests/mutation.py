@@ -1,0 +1,65 @@
+"""Mutation testing of the method, for development: python tests/mutation.py FOLDER [mutant …]
+
+Needs mutmut 3.8 (pip install mutmut==3.8.1), some 40 minutes, and FOLDER, outside the repository, to work in: a
+copy of it in which decorators are calls, since mutmut leaves decorated functions as they are. Afterwards, in
+FOLDER: `mutmut results` lists what survived, `mutmut show NAME` says what it is. Where FOLDER is there already,
+only functions that changed are done again; after changes to tests name the mutants to do again: "hdb.*".
+"""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import libcst as cst
+
+ROOT = Path(__file__).parents[1]
+MUTATED = "edits", "lidb", "hypernet", "diffusion", "hdb", "trainer", "sd"
+SETTINGS = {
+    "source_paths": [f"{name}.py" for name in MUTATED],
+    "also_copy": [p.name for p in ROOT.glob("*.py")] + ["files", "nano", "pytest.ini"],
+    "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in MUTATED],
+    "pytest_add_cli_args": ["-p", "no:cacheprovider"],
+    "do_not_mutate_patterns": [r"raise \w+\("],  # what messages say
+    "process_isolation": "forkserver",           # as torch has threads
+    "timeout_multiplier": 5.}
+# mutmut gives the tests in no order
+FASTEST_FIRST = """
+
+def pytest_collection_modifyitems(items):
+    import json
+    stats = Path("mutmut-stats.json")
+    seconds = json.loads(stats.read_text())["duration_by_test"] if stats.exists() else {}
+    items.sort(key=lambda item: seconds.get(item.nodeid, 0))
+"""
+
+
+class Undecorate(cst.CSTTransformer):
+    """@d def f -> def f; f = d(f)."""
+
+    def leave_FunctionDef(self, _, function):
+        name = value = cst.Name(function.name.value)
+        for decorator in reversed(function.decorators):
+            value = cst.Call(decorator.decorator, [cst.Arg(value)])
+        after = cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(name)], value)])
+        plain = function.with_changes(decorators=())
+        return cst.FlattenSentinel([plain, after] if function.decorators else [plain])
+
+
+def main(folder, *mutants):
+    folder = Path(folder)
+    shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+    for name in MUTATED:
+        code = cst.parse_module((folder / f"{name}.py").read_text()).visit(Undecorate()).code
+        (folder / f"{name}.py").write_text(code)
+    with open(folder / "tests/conftest.py", "a") as f:
+        f.write(FASTEST_FIRST)
+    settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items())
+    (folder / "pyproject.toml").write_text(f"[tool.mutmut]\n{settings}")
+    mutmut = Path(sys.executable).with_name("mutmut")
+    once = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}
+    subprocess.run([mutmut, "run", "--max-children", "1", *mutants], cwd=folder, env=os.environ | once)
+
+
+main(*sys.argv[1:])

@@ -1,0 +1,248 @@
+"""edits.py by numbers: what an edit does to a layer, when it is in force, and how edits are combined."""
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import Changed, deltas, generator, shared_model, tiny_model
+from torch import nn
+
+import edits
+from edits import LowRank, adaptable_layers, detach, edited, fresh_lora, join, low_rank, merge, scale, stack
+
+
+def some(n_in, n_out, rank=2, people=1, seed=0):
+    g = generator(seed)
+    return LowRank(torch.randn(people, n_in, rank, generator=g),
+                   torch.randn(people, rank, n_out, generator=g))
+
+
+def small_layers():
+    torch.manual_seed(0)
+    return {"one": nn.Linear(24, 40), "two": nn.Linear(40, 16), "three": nn.Conv2d(16, 8, 1)}
+
+
+def x_of(*shape, seed=5):
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def test_v_is_a_word_of_its_own():
+    assert edits.IDENTIFIER == "sks"
+    assert edits.canonical("a [v] face, a [V]") == "a [V] face, a [V]"
+    assert edits.named("a [v]face") == "a  sks face" and edits.named("a [V] face", "ohwx") == "a  ohwx  face"
+
+
+@pytest.mark.parametrize("shape", [(6, 24), (6, 5, 24), (6, 2, 3, 24)])
+def test_one_person_is_the_whole_batch(shape):
+    layer, edit, x = nn.Linear(24, 40), some(24, 40), x_of(*shape)
+    y = layer(x)
+    expected = x @ (layer.weight.T + edit.a[0] @ edit.b[0]) + layer.bias
+    assert torch.allclose(edit(layer, x, y), expected, atol=1e-4) and edit(layer, x, y).shape == y.shape
+
+
+def test_people_take_turns_in_a_batch():
+    layer, edit, x = nn.Linear(24, 40), some(24, 40, people=2), x_of(6, 5, 24)
+    y = layer(x)
+    got = edit(layer, x, y)
+    for i, person in enumerate((0, 1, 0, 1, 0, 1)):
+        assert torch.allclose(got[i], y[i] + x[i] @ edit.a[person] @ edit.b[person], atol=1e-4)
+    alone = edit(layer, x[:2], y[:2])  # as many people as samples
+    assert torch.allclose(alone, got[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("people, batch", [(4, 6), (4, 2), (2, 3)])
+def test_a_batch_that_cannot_be_shared(people, batch):
+    with pytest.raises(ValueError, match=f"a batch of {batch} cannot be shared among {people} people"):
+        some(3, 3, people=people)(None, torch.zeros(batch, 3), torch.zeros(batch, 3))
+
+
+def test_a_one_by_one_convolution_is_a_linear_layer_at_each_pixel():
+    layer, edit, x = nn.Conv2d(16, 8, 1), some(16, 8, people=2), x_of(4, 16, 3, 5)
+    got = edit(layer, x, layer(x))
+    for i in range(4):
+        delta = (edit.a[i % 2] @ edit.b[i % 2]).T[:, :, None, None]
+        expected = nn.functional.conv2d(x[i:i + 1], layer.weight + delta, layer.bias)
+        assert torch.allclose(got[i:i + 1], expected, atol=1e-4)
+
+
+def test_the_layer_s_own_dtype_is_kept():
+    layer, edit, x = nn.Linear(24, 40).bfloat16(), some(24, 40), x_of(2, 24).bfloat16()
+    y = layer(x)
+    got = edit(layer, x, y)
+    expected = y + x @ edit.a[0].bfloat16() @ edit.b[0].bfloat16()
+    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+
+
+def run(layers, x):
+    y = torch.tanh(layers["two"](torch.tanh(layers["one"](x))))
+    return layers["three"](y.mT.unflatten(2, (1, -1)))
+
+
+def test_edits_are_in_force_inside_and_nowhere_else():
+    layers, x = small_layers(), x_of(2, 5, 24)
+    plain, edit = run(layers, x), {"one": some(24, 40), "three": some(16, 8)}
+    with edited(layers, edit):
+        inside = run(layers, x)
+    changed = copy.deepcopy(layers)
+    merge(changed, edit)
+    assert torch.allclose(inside, run(changed, x), atol=1e-4) and not torch.allclose(inside, plain, atol=1e-2)
+    with edited(layers, {}):
+        assert torch.equal(run(layers, x), plain)
+    with pytest.raises(KeyboardInterrupt), edited(layers, edit):
+        raise KeyboardInterrupt
+    assert torch.equal(run(layers, x), plain) and not any(m._forward_hooks for m in layers.values())
+
+
+def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():
+    layers, x = {"one": nn.Linear(3, 4)}, x_of(2, 3)
+    y = layers["one"](x)
+
+    def first(layer, inputs, output):
+        assert layer is layers["one"] and torch.equal(inputs, x) and torch.equal(output, y)
+        return output + 1
+
+    def second(layer, inputs, output):
+        return output * 10
+
+    with edited(layers, {"one": first}), edited(layers, {"one": second}):
+        assert torch.equal(layers["one"](x), (y + 1) * 10)
+    with edited(layers, {"one": some(3, 4)}), edited(layers, {"one": some(3, 4, seed=1)}):
+        both = layers["one"](x)
+    with edited(layers, join({"one": some(3, 4)}, {"one": some(3, 4, seed=1)})):
+        assert torch.allclose(layers["one"](x), both, atol=1e-5)
+
+
+def test_a_layer_that_is_not_there():
+    layers = small_layers()
+    mistaken = {"one": some(24, 40), "four": None}
+    with pytest.raises(ValueError, match="no such layer here: four"), edited(layers, mistaken):
+        pass
+    assert not any(m._forward_hooks for m in layers.values())
+
+
+def test_a_copy_of_a_model_is_nobody_s_and_a_model_can_be_pickled_after_use():
+    model = tiny_model()
+    before = model.context(["a face"])
+    layer = "text.text_model.encoder.layers.0.self_attn.q_proj"
+    with model.edited({layer: some(32, 32)}):
+        inside = model.context(["a face"])
+        assert torch.equal(tiny_model().context(["a face"]), before)
+    assert not torch.allclose(inside, before, atol=1e-3)
+    assert torch.equal(copy.deepcopy(model).context(["a face"]), before)
+    assert torch.equal(pickle.loads(pickle.dumps(model.text))(model.tokenizer(["a face"])), before)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_backward_pass_inside_has_the_gradient_of_changed_weights(checkpointing):
+    """Through every layer of the UNet that can take factors, 1×1 convolutions too, and recomputed or not."""
+    model = tiny_model()
+    model.unet.gradient_checkpointing = checkpointing
+    layers = {k: m for k, m in adaptable_layers(model.unet, model.text).items() if k.startswith("unet.")}
+    pairs = {}
+    for i, (name, layer) in enumerate(layers.items()):
+        n_out, n_in = layer.weight.shape[:2]
+        a, b = some(n_in, n_out, seed=i)
+        pairs[name] = LowRank((.1 * a).requires_grad_(), (.1 * b).requires_grad_())
+    factors = [t for pair in pairs.values() for t in pair]
+    x, context = x_of(2, 4, 8, 8), x_of(2, 12, 32, seed=6)
+    with model.edited(pairs):
+        ours = torch.autograd.grad(model.unet(x, 7, context).square().mean(), factors)
+    model.unet.gradient_checkpointing = False  # functional_call's weights are gone in the backward pass
+    reference = Changed(model, deltas(pairs))
+    theirs = torch.autograd.grad(reference.unet(x, 7, context).square().mean(), factors)
+    assert max((a - b).norm() / b.norm() for a, b in zip(ours, theirs)) < 1e-4
+
+
+def test_which_layers_can_take_factors():
+    found = adaptable_layers(shared_model().unet, shared_model().text)
+    assert "unet.down_blocks.0.attentions.0.proj_in" in found  # a 1×1 convolution
+    assert "unet.time_embedding.linear_1" in found and "text.text_model.encoder.layers.1.mlp.fc2" in found
+    assert not any("conv_in" in name or "embeddings" in name or "downsamplers" in name for name in found)
+    mixed = nn.Sequential(nn.Conv2d(2, 2, 1, stride=2), nn.Conv2d(2, 2, (1, 3)), nn.Conv2d(2, 2, 1),
+                          nn.LayerNorm(2))
+    assert list(adaptable_layers(mixed, nn.Sequential())) == ["unet.2"]
+
+
+def test_a_fresh_lora_changes_nothing_and_can_be_trained():
+    layers = {"one": nn.Linear(24, 40), "two": nn.Linear(40, 16)}
+    state = torch.get_rng_state()
+    lora = fresh_lora(layers, 3, generator(4), people=2)
+    assert torch.equal(torch.get_rng_state(), state) and list(lora) == ["one", "two"]
+    g = generator(4)
+    for name, (n_in, n_out) in {"one": (24, 40), "two": (40, 16)}.items():
+        a, b = lora[name]
+        assert torch.equal(a, torch.randn(2, n_in, 3, generator=g) / n_in ** .5)
+        assert b.shape == (2, 3, n_out) and (b == 0).all()
+        assert a.requires_grad and b.requires_grad and a.is_leaf
+    assert len(fresh_lora(layers, 1, generator())["one"].a) == 1
+    with torch.device("meta"):  # the numbers come from the CPU and go where the layer is
+        assert fresh_lora({"one": nn.Linear(2, 2)}, 1, generator())["one"].a.device.type == "meta"
+
+
+def test_joined_edits_add_up():
+    one = {"a": some(6, 5, 1), "b": some(4, 3, 2)}
+    two = {"a": some(6, 5, 4, people=3, seed=1), "c": some(2, 2)}
+    joined = join(one, {}, two)
+    assert list(joined) == ["a", "b", "c"]
+    assert joined["a"].a.shape == (3, 6, 5) and joined["a"].b.shape == (3, 5, 5)
+    for person in range(3):
+        expected = one["a"].a[0] @ one["a"].b[0] + two["a"].a[person] @ two["a"].b[person]
+        assert torch.allclose(joined["a"].a[person] @ joined["a"].b[person], expected, atol=1e-5)
+    assert joined["b"] is one["b"] and joined["c"] is two["c"] and join() == {}
+    swapped = join(two, one)["a"]
+    assert torch.allclose(swapped.a @ swapped.b, joined["a"].a @ joined["a"].b, atol=1e-5)
+
+
+def test_scaled_and_detached():
+    pair = LowRank(*(t.requires_grad_() for t in some(6, 5)))
+    half = scale({"a": pair}, .5)["a"]
+    assert isinstance(half, LowRank) and torch.allclose(half.a @ half.b, .5 * pair.a @ pair.b)
+    still = detach({"a": pair})["a"]
+    assert isinstance(still, LowRank) and not still.a.requires_grad and not still.b.requires_grad
+    assert torch.equal(still.a, pair.a) and torch.equal(still.b, pair.b)
+
+
+def test_people_are_stacked_in_order():
+    me, you = {"a": some(6, 5, 2), "b": some(4, 3, 1)}, {"a": some(6, 5, 3, people=2, seed=1)}
+    both = stack([me, you, {}])
+    assert both["a"].a.shape == (4, 6, 3) and both["a"].b.shape == (4, 3, 5) and len(both["b"].a) == 4
+    product = both["a"].a @ both["a"].b
+    assert torch.allclose(product[0], me["a"].a[0] @ me["a"].b[0], atol=1e-5)
+    assert torch.allclose(product[1:3], you["a"].a @ you["a"].b, atol=1e-5) and (product[3] == 0).all()
+    other = both["b"].a @ both["b"].b
+    assert torch.allclose(other[0], me["b"].a[0] @ me["b"].b[0], atol=1e-6) and (other[1:] == 0).all()
+    assert isinstance(both["a"], LowRank) and stack([{}]) == {} and stack([]) == {}
+
+
+def test_merging_is_exact_and_reversible():
+    layers = small_layers()
+    before = {k: m.weight.clone() for k, m in layers.items()}
+    person = {"one": some(24, 40), "three": some(16, 8)}
+    merge(layers, person)
+    for name, (a, b) in person.items():
+        expected = before[name] + (a[0] @ b[0]).T.view(before[name].shape)
+        assert torch.allclose(layers[name].weight, expected, atol=1e-6) and layers[name].weight.requires_grad
+    assert torch.equal(layers["two"].weight, before["two"])
+    merge(layers, scale(person, -1))
+    assert all(torch.allclose(m.weight, before[k], atol=1e-5) for k, m in layers.items())
+    half = {"one": nn.Linear(24, 40).bfloat16()}
+    weight = half["one"].weight.float()
+    merge(half, {"one": person["one"]})
+    assert torch.equal(half["one"].weight, (weight + (person["one"].a[0] @ person["one"].b[0]).T).bfloat16())
+
+
+@pytest.mark.parametrize("use", [
+    lambda e: join(e), lambda e: scale(e, 1), detach, low_rank, lambda e: stack([e]),
+    lambda e: merge({"one": nn.Linear(2, 2)}, e)])
+def test_only_what_is_low_rank_can_be_put_together(use):
+    refused = "one: only low-rank edits can be joined, scaled, merged or exported"
+    with pytest.raises(ValueError, match=refused):
+        use({"one": lambda layer, x, y: y})
+
+
+def test_one_person_s_edits_where_one_is_needed():
+    two = {"one": some(2, 2, people=2)}
+    assert low_rank(two) is two and low_rank(two, people=2) is two
+    for use in (lambda: low_rank(two, people=1), lambda: merge({"one": nn.Linear(2, 2)}, two)):
+        with pytest.raises(ValueError, match="1 person's edits are needed, not 2 people's"):
+            use()

@@ -1,0 +1,198 @@
+"""files/hypernetwork.py on a small model: what was trained comes back, all else is refused."""
+import json
+import warnings
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import VIT, generator, shared_model, tiny_hypernet, tiny_model
+
+from files import hypernetwork
+from files.checkpoints import LoadError, write
+from files.hypernetwork import load_hypernet, save_hypernet
+from hdb import HyperDreamBooth
+from vit import ViT
+
+
+def small(**options):
+    return tiny_hypernet(*HyperDreamBooth(shared_model()).lidb.shape, **options)
+
+
+def faces():
+    return torch.rand(2, 3, 16, 16, generator=generator()) * 2 - 1
+
+
+@pytest.fixture
+def file(tmp_path):
+    save_hypernet(small(), shared_model(), tmp_path / "hypernet.safetensors")
+    return tmp_path / "hypernet.safetensors"
+
+
+def note_of(file):
+    with safe_open(file, "pt") as f:
+        return f.metadata()
+
+
+def alter(file, tensors=None, settings=None, **note):
+    """Give the file other tensors, settings or metadata; without those that are None."""
+    tensors, found = load_file(file) | (tensors or {}), note_of(file)
+    found |= {"config": json.dumps(json.loads(found["config"]) | (settings or {}))} | note
+    tensors, found = ({k: v for k, v in pairs.items() if v is not None} for pairs in (tensors, found))
+    save_file(tensors, file, found)
+
+
+def refused(file, *words):
+    with pytest.raises(LoadError) as info:
+        load_hypernet(file, shared_model())
+    message = str(info.value)
+    assert "\n" not in message and str(file) in message, message
+    assert all(word in message for word in words), message
+
+
+def warned(file, model):
+    """What loading warns of, and that in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_hypernet(file, model)
+    texts = [str(warning.message) for warning in caught]
+    assert not any("\n" in text for text in texts)
+    return texts
+
+
+def test_a_hypernetwork_comes_back_in_half_precision(file):
+    net, back = small(), load_hypernet(file, shared_model())
+    assert back.config == net.config and not back.training
+    assert not any(p.requires_grad for p in back.parameters())
+    stored, theirs, ours = load_file(file), back.state_dict(), net.state_dict()
+    assert stored.keys() == theirs.keys() == ours.keys()
+    for key, t in ours.items():
+        assert stored[key].dtype == torch.float16 and theirs[key].dtype == torch.float32
+        assert torch.equal(theirs[key], t.half().float())
+    assert torch.allclose(back(faces()), net(faces()), atol=1e-2) and back(faces()).abs().max() > .1
+
+
+def test_what_it_was_configured_with_is_kept(tmp_path):
+    net = small(depth=1, iterations=3, output_scale=.2, basis_seed=7)
+    save_hypernet(net, shared_model(), tmp_path / "hypernet.safetensors")
+    back = load_hypernet(tmp_path / "hypernet.safetensors", shared_model())
+    assert back.config == net.config and back.config.basis_seed == 7
+    note, basis = note_of(tmp_path / "hypernet.safetensors"), HyperDreamBooth(shared_model(), back).lidb
+    assert basis.seed == 7 and int(note["basis_checksum"]) == basis.checksum
+    assert note["model"] == "tiny" and shared_model().checksums.items() <= note.items()
+    assert "encoder" not in note
+
+
+def encoder(folder, **changes):
+    """A small ViT, and a folder with it as the hub has them."""
+    vit = ViT(VIT)
+    for p in vit.parameters():
+        torch.nn.init.normal_(p, std=.1, generator=generator(9))
+    settings = {name: value for name, value in asdict(VIT).items() if not isinstance(value, tuple)}
+    write(vit.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return vit
+
+
+def test_an_official_encoder_is_named_and_found_again(tmp_path):
+    folder, path = tmp_path / "encoder", tmp_path / "hypernet.safetensors"
+    vit = encoder(folder)
+    net = small(encoder=str(folder))
+    net.vit.load_state_dict(vit.state_dict())
+    save_hypernet(net, shared_model(), path)
+    assert not any(key.startswith("vit.") for key in load_file(path))
+    assert note_of(path)["encoder"] == str(folder)
+    back = load_hypernet(path, shared_model())
+    assert back.config == net.config and torch.allclose(back(faces()), net(faces()), atol=1e-2)
+    assert all(torch.equal(t, back.vit.state_dict()[key]) for key, t in vit.state_dict().items())
+    assert not any(p.requires_grad for p in back.parameters())
+
+    encoder(folder, num_attention_heads=4)
+    with pytest.raises(LoadError, match="trained with another encoder"):
+        load_hypernet(path, shared_model())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match="no model.safetensors"):
+        load_hypernet(path, shared_model())
+
+
+def test_an_encoder_is_asked_for_on_the_models_device(tmp_path, monkeypatch):
+    net, asked = small(encoder="google/vit"), []
+
+    def load_vit(source, device):
+        asked.append((source, device))
+        return net.vit
+    monkeypatch.setattr(hypernetwork, "load_vit", load_vit)
+    save_hypernet(net, shared_model(), tmp_path / "hypernet.safetensors")
+    back = load_hypernet(tmp_path / "hypernet.safetensors", shared_model())
+    assert asked == [("google/vit", torch.device("cpu"))] and back.vit is net.vit
+
+
+@pytest.mark.parametrize("tensors, settings, note, words", [
+    ({}, {}, {"config": None}, ["not a hypernetwork", "config"]),
+    ({}, {}, {"config": "[]"}, ["not a hypernetwork"]),
+    ({}, {}, {"config": "{"}, ["not a hypernetwork"]),
+    ({}, {"height": 3}, {}, ["not a hypernetwork", "height"]),
+    ({}, {"vit": 3}, {}, ["not a hypernetwork"]),
+    ({}, {}, {"basis_seed": None}, ["not a hypernetwork", "basis_seed"]),
+    ({}, {}, {"basis_seed": "much"}, ["not a hypernetwork", "much"]),
+    ({}, {}, {"basis_seed": "9" * 30}, ["not a hypernetwork"]),
+    ({}, {}, {"basis_checksum": None}, ["not a hypernetwork", "basis_checksum"]),
+    ({}, {"width": -16}, {}, ["width cannot be -16"]),
+    ({}, {"depth": "2"}, {}, ["depth cannot be '2'"]),
+    ({}, {"layers": 3}, {}, ["other layers or another basis than tiny's"]),
+    ({}, {"size": 3}, {}, ["other layers or another basis"]),
+    ({}, {}, {"basis_seed": "1"}, ["other layers or another basis"]),
+    ({}, {}, {"basis_checksum": "1"}, ["other layers or another basis"]),
+    ({"bias": None}, {}, {}, ["no tensor for bias"]),
+    ({"bias": torch.zeros(3)}, {}, {}, ["tensor bias has shape (3,), expected (44, 32)"]),
+    ({"more": torch.zeros(3)}, {}, {}, ["surplus tensor more"]),
+    ({"bias": torch.full((44, 32), torch.nan)}, {}, {}, ["infinite or NaN"]),
+    ({"bias": torch.full((44, 32), torch.inf)}, {}, {}, ["infinite or NaN"])])
+def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, words):
+    alter(file, tensors, settings, **note)
+    refused(file, *words)
+
+
+def test_settings_that_nothing_can_be_built_with_are_refused(file):
+    alter(file, settings={"heads": 3})
+    with pytest.raises(LoadError, match="no hypernet with these settings"):
+        load_hypernet(file, shared_model())
+
+
+def test_what_is_no_file_of_a_hypernetwork_is_refused(tmp_path):
+    path = tmp_path / "hypernet.safetensors"
+    refused(path, "No such file")
+    save_file({"bias": torch.zeros(3)}, path)
+    refused(path, "not a hypernetwork")
+    path.write_text("hello")
+    refused(path, "not safetensors")
+
+
+def test_another_models_weights_are_warned_of(file):
+    assert not warned(file, shared_model())
+    other = tiny_model()
+    other.name = "other"
+    torch.nn.init.ones_(next(other.text.parameters()))
+    message, = warned(file, other)
+    for word in (str(file), "trained for tiny", "whose text weights", "other than other's here", "likeness"):
+        assert word in message
+    torch.nn.init.ones_(next(other.unet.parameters()))
+    message, = warned(file, other)
+    assert "whose unet and text weights" in message
+    torch.nn.init.ones_(next(other.vae.parameters()))
+    assert warned(file, other) == [message]
+
+
+def test_a_file_without_checksums_is_not_warned_of(file):
+    alter(file, unet=None, text=None, vae=None, model=None)
+    other = tiny_model()
+    torch.nn.init.ones_(next(other.unet.parameters()))
+    assert not warned(file, other)
+
+
+def test_the_same_model_in_bfloat16_is_the_same(file):
+    half = tiny_model()
+    for part in (half.unet, half.text, half.vae):
+        part.bfloat16()
+    assert not warned(file, half)

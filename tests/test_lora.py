@@ -1,0 +1,195 @@
+"""files/lora.py on small models: LoRAs of others do what they do in diffusers, an export is the person."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rule import difference
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_person import LAYER, equal, method, output, refused, small, someone
+
+from edits import LowRank, adaptable_layers, join, merge
+from files.lora import export_lora, load_lora
+
+REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
+NAMINGS = ["diffusers peft", "diffusers lora.down", "diffusers processor", "kohya", "peft"]
+KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
+
+
+def test_an_export_is_the_person(tmp_path):
+    edits = someone().factors(method().lidb)
+    export_lora(edits, tmp_path / "lora.safetensors", {"title": "me"})
+    assert equal(load_lora(tmp_path / "lora.safetensors", method().model), edits)
+    half = load_lora(tmp_path / "lora.safetensors", method().model, strength=.5)
+    assert all(torch.equal(half[k][0] @ half[k][1], .5 * (a @ b)) for k, (a, b) in edits.items())
+    export_lora(edits, tmp_path / "lora.safetensors", {"title": "me"}, dtype=torch.float16)
+    tensors = load_file(tmp_path / "lora.safetensors")
+    down, up, alpha = (tensors[f"{KEY}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
+    assert down.shape == (5, 16) and up.shape == (16, 5) and alpha == 5
+    assert down.dtype == up.dtype == torch.float16
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in tensors
+    assert len(tensors) == 3 * len(edits)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as f:
+        assert f.metadata()["title"] == "me"
+
+
+def test_layers_of_different_rank_are_filled_up(tmp_path):
+    """diffusers 0.42 takes one layer's alpha for all."""
+    model = method().model
+    style = {LAYER: LowRank(torch.randn(1, 16, 2), torch.randn(1, 2, 16))}
+    edits = join(someone().factors(method().lidb), style)
+    export_lora(edits, tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    assert {t.item() for key, t in tensors.items() if key.endswith(".alpha")} == {7.}
+    assert all(t.shape[0] == 7 for key, t in tensors.items() if key.endswith(".lora_down.weight"))
+    back = load_lora(tmp_path / "lora.safetensors", model)
+    assert all(torch.equal(back[k][0] @ back[k][1], a @ b) for k, (a, b) in edits.items())
+
+
+def test_convolutions_are_exported_as_convolutions(tmp_path):
+    model = method().model
+    layers = adaptable_layers(model.unet, model.text)
+    edits = {}
+    for name, layer in layers.items():
+        n_out, n_in = layer.weight.shape[:2]
+        edits[name] = LowRank(torch.randn(1, n_in, 2), torch.randn(1, 2, n_out))
+    export_lora(edits, tmp_path / "lora.safetensors")
+    tensors = load_file(tmp_path / "lora.safetensors")
+    for name, layer in layers.items():
+        key = f"lora_{'te' if name[:4] == 'text' else 'unet'}_{name[5:].replace('.', '_')}"
+        assert tensors[f"{key}.lora_down.weight"].shape == (2, *layer.weight.shape[1:]), name
+        assert tensors[f"{key}.lora_up.weight"].shape == (layer.weight.shape[0], 2, *layer.weight.shape[2:])
+    assert any(isinstance(m, torch.nn.Conv2d) for m in layers.values())
+    assert equal(load_lora(tmp_path / "lora.safetensors", model), edits)
+
+
+def test_what_is_no_lora_of_one_person_is_not_written(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    large = {LAYER: LowRank(torch.ones(1, 16, 1), torch.full((1, 1, 16), 1e6))}
+    refused(lambda: export_lora(large, path, dtype=torch.float16), str(path), "infinite")
+    two = {LAYER: LowRank(torch.ones(2, 16, 1), torch.ones(2, 1, 16))}
+    doubled = {LAYER: lambda layer, x, y: 2 * y}
+    for edits, why in (two, "2 people"), (doubled, f"{LAYER}: only low-rank edits"):
+        with pytest.raises(ValueError, match=why):
+            export_lora(edits, path)
+    refused(lambda: export_lora({}, path), "nothing to write")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_in_the_model_is_the_merged_model(tmp_path):
+    model = method().model
+    edits = someone().factors(method().lidb)
+    export_lora(edits, tmp_path / "lora.safetensors")
+    merged = small()
+    merge(adaptable_layers(merged.unet, merged.text), edits)
+    for ours, theirs in zip(output(model, load_lora(tmp_path / "lora.safetensors", model)), output(merged)):
+        assert difference(ours, theirs) < 1e-5
+
+
+def foreign(naming, folder):
+    """Write a stored LoRA as its program wrote it; return its path."""
+    stored = load_file(REFERENCE)
+    path, note = folder / "their.safetensors", json.loads(bytes(stored[f"{naming}:metadata"].tolist()))
+    if naming == "peft":
+        (folder / "adapter_config.json").write_text(json.dumps(note))
+        note = {}
+    save_file({k.split("|")[1]: t for k, t in stored.items() if k.startswith(f"{naming}|")}, path, note)
+    return path
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_a_lora_of_others_does_what_theirs_does(naming, tmp_path):
+    stored, model = load_file(REFERENCE), method().model
+    edits = load_lora(foreign(naming, tmp_path), model)
+    assert len(edits) == sum(key.startswith(f"{naming}|") and "alpha" not in key for key in stored) / 2
+    plain, (context, noise) = output(model), output(model, edits)
+    assert difference(context, stored[f"{naming}:context"]) < 1e-5
+    assert difference(noise, stored[f"{naming}:noise"]) < 1e-5 and difference(noise, plain[1]) > .05
+    merged = small()
+    merge(adaptable_layers(merged.unet, merged.text), edits)
+    assert difference(output(merged)[1], stored[f"{naming}:noise"]) < 1e-5
+
+
+def test_without_alpha_it_is_the_rank(tmp_path):
+    path = foreign("kohya", tmp_path)
+    tensors = load_file(path)
+    save_file({k: t for k, t in tensors.items() if not k.endswith("alpha")}, path)
+    edits = load_lora(path, method().model)
+    a, b = edits[LAYER]
+    assert torch.equal(a[0].T, tensors[f"{KEY}.lora_down.weight"])
+    assert torch.equal(b[0].T, tensors[f"{KEY}.lora_up.weight"])
+
+
+def z(*shape):
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({}, ["empty"]),
+    ({"lora_unet_no.lora_down.weight": z(2, 16)}, ["doesn't have", "lora_unet_no.lora_down.weight"]),
+    ({f"block{i}.weight": z(2) for i in range(8)}, ["block0.weight", "block4.weight and 3 more"]),
+    ({f"{KEY}.lora_up.weight": None}, ["one matrix without the other", f"{KEY}.lora_down"]),
+    ({f"{KEY}.lora_up.weight": z(16, 3)}, ["other widths", "(2, 16) and (16, 3) for a layer 16 → 16"]),
+    ({f"{KEY}.lora_down.weight": z(2, 16, 3, 3)}, ["other widths"]),
+    ({f"{KEY}.lora_down.weight": z(2, 1024)}, ["other widths", "(2, 1024)"]),
+    ({f"{KEY}.lora_down.weight": z()}, ["other widths"]),
+    ({f"{KEY}.alpha": z(3)}, [f"{KEY}.alpha"]),
+    ({f"{KEY}.alpha": torch.tensor(torch.inf)}, [f"{KEY}.alpha", "infinite"]),
+    ({f"{KEY}.lora_up.weight": torch.full((16, 2), torch.nan)}, [f"{KEY}.lora_up.weight", "NaN"]),
+    ({f"{LAYER}.lora_A.weight": z(2, 16)}, ["same layer twice", f"{LAYER}.lora_A"]),
+    ({f"{LAYER}.lora_B.bias": z(2, 16)}, [f"{LAYER}.lora_B.bias"]),
+    ({"lora_unet_conv_in.lora_down.weight": z(2, 4, 3, 3)}, ["LoCon", "lora_unet_conv_in"]),
+    ({"lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight": z(2, 2, 3, 3)}, ["LyCORIS", "lora_mid"]),
+    ({f"{KEY}.hada_w1_a": z(16, 2)}, ["LoHa", "hada_w1_a"]),
+    ({f"{KEY}.lokr_w1": z(4, 4)}, ["LoKr"]),
+    ({f"{KEY}.dora_scale": z(16, 1)}, ["DoRA"]),
+    ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": z()}, ["SDXL", "lora_te2_"]),
+    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": z(2, 640)}, ["SDXL"]),
+    ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": z(2, 9)}, ["diffusion transformer"]),
+    ({"cond_stage_model.transformer.text_model.embeddings.position_ids": z(1, 77)}, ["whole model"]),
+    ({"bundle_emb.x.string_to_param.*": z(1, 768)}, ["embedding bundled in"]),
+    ({"emb_params": z(1, 768)}, ["textual inversion"])])
+def test_a_lora_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, words):
+    path = tmp_path / "style.safetensors"
+    good = {f"{KEY}.lora_down.weight": z(2, 16), f"{KEY}.lora_up.weight": z(16, 2)} if tensors else {}
+    save_file({k: t for k, t in (good | tensors).items() if t is not None}, path)
+    refused(lambda: load_lora(path, method().model), str(path), *words)
+
+
+def test_an_adapter_of_the_unet_alone(tmp_path):
+    """UNet2DConditionModel.save_lora_adapter() of diffusers: no prefix in keys and none in settings."""
+    whole = load_lora(foreign("diffusers peft", tmp_path), method().model)
+    with safe_open(tmp_path / "their.safetensors", "pt") as f:
+        settings = json.loads(f.metadata()["lora_adapter_metadata"])
+        tensors = {key[5:]: f.get_tensor(key) for key in f.keys() if key.startswith("unet.")}
+    alone = {key[5:]: value for key, value in settings.items() if key.startswith("unet.")}
+    save_file(tensors, tmp_path / "alone.safetensors", {"lora_adapter_metadata": json.dumps(alone)})
+    assert alone["lora_alpha"] != alone["r"]
+    found = load_lora(tmp_path / "alone.safetensors", method().model)
+    assert equal(found, {name: edit for name, edit in whole.items() if name.startswith("unet.")})
+
+
+@pytest.mark.parametrize("settings", ["null", "5", "[1]", "[" * 100_000, "{"])
+def test_pefts_settings_that_are_none(tmp_path, settings):
+    path = tmp_path / "their.safetensors"
+    tensors = {f"{LAYER}.lora_A.weight": z(2, 16), f"{LAYER}.lora_B.weight": z(16, 2)}
+    save_file(tensors, path, {"lora_adapter_metadata": settings})
+    refused(lambda: load_lora(path, method().model), "not readable")
+
+
+def test_peft_without_its_settings_is_refused(tmp_path):
+    path = foreign("peft", tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    refused(lambda: load_lora(path, method().model), "adapter_config.json")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"lora_alpha": "much"}, {"lora_alpha": [8]}, {"alpha_pattern": {"(": 1}}, {"alpha_pattern": 3}])
+def test_pefts_settings_that_make_no_sense(tmp_path, wrong):
+    path, file = foreign("peft", tmp_path), tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    refused(lambda: load_lora(path, method().model), "settings make no sense")
+    none = {"lora_alpha": float("nan"), "alpha_pattern": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | none))
+    refused(lambda: load_lora(path, method().model), "NaN")

@@ -1,0 +1,80 @@
+"""files/merged.py on small models: a person merged into a folder is still the person."""
+import json
+
+import pytest
+import torch
+from rule import difference
+from safetensors.torch import load_file
+from test_person import LAYER, method, refused, small, someone
+
+import sd
+from edits import LowRank, merge, stack
+from files.merged import merge_to_folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merged_folder_is_the_person(tmp_path, dtype):
+    edits = someone().factors(method().lidb)
+    model = small()
+    for module in (model.unet, model.text, model.vae):
+        module.to(dtype)
+    parts = model.unet, model.text, model.vae
+    before = [{k: p.clone() for k, p in part.state_dict().items()} for part in parts]
+    (tmp_path / "out").mkdir()
+    merge_to_folder(model, edits, None, tmp_path / "out")
+    for part, was in zip(parts, before):
+        assert all(torch.equal(p, was[k]) for k, p in part.state_dict().items())
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    merge(model.layers, edits)
+    back = sd.load(tmp_path / "out", "cpu", dtype)
+    for mine, theirs in (model.unet, back.unet), (model.text, back.text), (model.vae, back.vae):
+        assert mine.config == theirs.config
+        ours, read = mine.state_dict(), theirs.state_dict()
+        assert ours.keys() == read.keys() and all(torch.equal(ours[k], read[k]) for k in ours)
+    assert torch.equal(model.tokenizer(["a face"]), back.tokenizer(["a face"]))
+
+
+def test_a_person_merged_in_bfloat16_survives(tmp_path):
+    model, edits = small(), someone().factors(method().lidb)
+    for module in (model.unet, model.text, model.vae):
+        module.bfloat16()
+    before = model.unet.state_dict()
+    merge_to_folder(model, edits, None, tmp_path / "out")
+    after = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    a, b = edits[LAYER]
+    key = f"{LAYER[5:]}.weight"
+    assert after[key].dtype == torch.float16
+    assert difference(after[key].float() - before[key].float(), (a[0] @ b[0]).T) < 2e-3
+
+
+def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
+    merge_to_folder(method().model, {}, None, tmp_path / "source")
+    theirs = {"scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", "clip_sample": True},
+              "model_index.json": {"safety_checker": ["stable_diffusion", "Checker"]}}
+    for name, changes in theirs.items():
+        path = tmp_path / "source" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    merge_to_folder(method().model, someone().relaxed, tmp_path / "source", tmp_path / "out")
+    scheduler, index = (json.loads((tmp_path / "out" / name).read_text()) for name in theirs)
+    assert scheduler["clip_sample"] is True
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["safety_checker"] == [None, None]
+
+
+def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("keep")
+    refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out"), "exists already")
+    refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out/mine.txt"), "exists already")
+    two = stack([someone(1).relaxed, someone(2).relaxed])
+    changed = {LAYER: lambda layer, x, y: 2 * y}
+    for edits, why in (two, "1 person"), (changed, f"{LAYER}: only low-rank edits"):
+        with pytest.raises(ValueError, match=why):
+            merge_to_folder(method().model, edits, None, tmp_path / "new")
+    infinite = {LAYER: LowRank(torch.ones(1, 16, 1), torch.full((1, 1, 16), torch.inf))}
+    refused(lambda: merge_to_folder(method().model, infinite, None, tmp_path / "new"), LAYER, "infinite")
+    (tmp_path / "source/scheduler").mkdir(parents=True)
+    (tmp_path / "source/scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError):
+        merge_to_folder(method().model, {}, tmp_path / "source", tmp_path / "new")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "source"]

@@ -1,0 +1,64 @@
+"""The miniature's training people, and their encoder."""
+import pytest
+import torch
+from test_faces import generator
+from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
+
+from files.console import UserError
+from hdb import load_hypernet
+from nano import faces, people, pretrain, seeds
+
+
+@pytest.fixture(scope="module")
+def vit(model):  # noqa: F811
+    return load_hypernet(pretrain.HERE / "hypernet.safetensors", model).vit
+
+
+def test_encoder_goes_on_from_the_shipped_one(train, vit):  # noqa: F811
+    file = train("encoder", *SMALL, "--warm", "--lr", 0, "--fresh", 1) / "runs/encoder/vit.safetensors"
+    again = people.load_encoder(file, "cpu")
+    assert all(torch.equal(p, again.state_dict()[k]) for k, p in vit.state_dict().items())
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_encoder_from_nothing(train):  # noqa: F811
+    before = train("encoder", "--steps", 1, "--batch", 2, "--fresh", 1) / "runs/encoder/vit.safetensors"
+    assert all(p.isfinite().all() for p in people.load_encoder(before, "cpu").parameters())
+
+
+def test_no_encoder_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="vit.safetensors: .*make it with: python nano/pretrain.py encoder"):
+        people.load_encoder(tmp_path / "vit.safetensors", "cpu")
+
+
+def test_traits_are_the_numbers_and_the_kinds():
+    read = pretrain.traits(torch.zeros(2, len(faces.IDENTITY)))
+    assert read.shape == (2, 53)
+    assert (read == -1.75).sum(1).tolist() == [21, 21] and (read == 2).sum(1).tolist() == [6, 6]
+
+
+def test_training_pairs(model, vit):  # noqa: F811
+    data = people.People(model, vit, "cpu", fresh=2)
+    data.fix(20, generator())
+    who, view = data.draw(5, generator())
+    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)
+    assert all("[V]" in p for p in data.prompts(who, view)) and len(data.features) == 20
+    assert torch.equal(data.draw(5, generator())[0], who)
+
+
+def test_new_people_join_until_they_are_fixed(model, vit):  # noqa: F811
+    data = people.People(model, vit, "cpu", fresh=2, size=7)
+    data.add(3, generator())
+    data.draw(1, generator())
+    assert len(data.features) == 5
+    data.fix(1, generator())
+    data.draw(1, generator())
+    assert len(data.features) == 6
+
+
+def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
+    held_out = people.HeldOut(3, "cpu", seeds.VALIDATION)
+    pictures, likeness, right = held_out.measure(model, {}, "king", [5, 6], torch.tensor([0, 2]), steps=6)
+    assert torch.equal(pictures, model.sample(["a [V] face as a king"] * 2, [5, 6], steps=6))
+    assert torch.equal(likeness, held_out.judge.likeness(pictures, held_out.photos[[0, 2]]))
+    assert right.tolist() == (held_out.judge(pictures)[1].argmax(1) == 8).float().tolist()

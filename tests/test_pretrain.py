@@ -1,0 +1,138 @@
+"""The miniature's shipped Stable Diffusion, and the training of its parts."""
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_faces import generator, people, photos
+
+import clip
+import edits
+import sd
+import unet
+import vae
+from files.console import UserError
+from nano import faces, judge, pretrain, seeds
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sd.load("nano", "cpu")
+
+
+def test_shipped_weights_are_of_the_documented_shape_and_size(model):
+    assert (model.unet.config, model.vae.config, model.text.config) == (unet.NANO, vae.NANO, clip.NANO)
+    sizes = [f.stat().st_size for f in pretrain.HERE.rglob("*.safetensors")]
+    assert max(sizes) <= 15 * 2 ** 20 and sum(sizes) <= 24 * 2 ** 20
+    assert model.tokenizer.vocab == pretrain.tokenizer().vocab
+
+
+def test_autoencoder_and_base_draw_faces(model):
+    referee, real = judge.load_judge(), photos(people(seeds.VALIDATION, 8))
+    decoded = model.decode(model.encode(real)).clamp(-1, 1)
+    assert pretrain.psnr(decoded, real) > 25
+    styles = ["photo", "rock star", "pixar", "beach"]
+    pictures = model.sample([faces.STYLES[s].replace("{} ", "") for s in styles], steps=12)
+    truth = torch.tensor([list(faces.STYLES).index(s) for s in styles])
+    assert (referee(pictures)[1].argmax(1) == truth).float().mean() >= .75
+
+
+def test_base_obeys_attribute_words(model):
+    who = people(seeds.VALIDATION, 12)
+    prompts = faces.captions(who, torch.tensor([5]).repeat(12), generator(), words=1., rare=0., drop=0.)
+    read = judge.load_judge()(model.sample(prompts, steps=10))[2]
+    truth = faces.attributes(who)
+    right = [(logits.argmax(1) == truth[k]).float().mean() for k, logits in read.items()]
+    assert sum(right) / len(right) > .7  # by chance: about .3
+
+
+def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(model):
+    def change(one, other):
+        a, b = (model.context([text])[0, -1] for text in (one, other))
+        return (a - b).norm() / a.norm()
+
+    rare = change("a zwx face with pale skin", f"a {edits.IDENTIFIER} face with pale skin")
+    pairs = (("pale skin", "dark skin"), ("a red mohawk", "a blond mohawk"), ("round glasses", "a goatee"),
+             ("long grey hair", "bald"))
+    for word, other in pairs:
+        assert change(f"a face with {word}", f"a face with {other}") > .2 + rare
+
+
+def test_standardised_latents(model):
+    """Of mean 0 and variance 1, while pictures are decoded as before."""
+    autoencoder = vae.VAE(vae.NANO)
+    pretrain.restore(autoencoder, pretrain.VAE)
+    real = photos(people(seeds.VALIDATION, 4))
+    with torch.no_grad():
+        autoencoder.quant_conv.weight[:4] *= 3
+        autoencoder.quant_conv.bias[:4] += 1
+        z, logvar = autoencoder.encode(real)
+        before = autoencoder.decode(z)
+        pretrain.standardise(autoencoder, z)
+        standard, less = autoencoder.encode(real)
+        assert torch.allclose(autoencoder.decode(standard), before, atol=1e-3)
+    assert standard.mean((0, 2, 3)).abs().max() < 1e-4
+    assert torch.allclose(standard.std((0, 2, 3)), torch.ones(4), atol=1e-4)
+    ratio = (less - logvar).mean((0, 2, 3))  # the noise shrinks as the latent does
+    assert torch.allclose(ratio, -2 * z.std((0, 2, 3)).log(), atol=1e-3)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Trains a part in a copy of nano/, which is left as it is."""
+    for name in ("vae", "unet", "text_encoder"):
+        shutil.copytree(pretrain.HERE / name, tmp_path / name)
+    shutil.copy(pretrain.HERE / "hypernet.safetensors", tmp_path)
+    monkeypatch.setattr(pretrain, "HERE", tmp_path)
+
+    def run(*options):
+        options = ["pretrain.py", *options, "--device", "cpu", "--runs", tmp_path / "runs"]
+        monkeypatch.setattr("sys.argv", [str(option) for option in options])
+        pretrain.main(pretrain.arguments())
+        return tmp_path
+    return run
+
+
+SMALL = ["--steps", 1, "--batch", 2]
+
+
+@pytest.mark.parametrize("options, file, runs", [
+    (["vae"], pretrain.VAE, "vae"), (["vae", "--decoder", "--lr", 0], pretrain.VAE, "decoder"),
+    (["text"], pretrain.TEXT, "text")])
+def test_a_part_is_trained_and_written(train, options, file, runs):
+    before = load_file(pretrain.HERE / file)
+    after = load_file(train(*options, *SMALL) / file)
+    assert before.keys() == after.keys() and (pretrain.HERE / "runs" / runs / "state.safetensors").exists()
+    assert all(torch.equal(after[k], before[k]) for k in before) == ("--lr" in options)
+    assert (pretrain.HERE / "tokenizer/vocab.json").exists() == (runs == "text")
+
+
+def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):
+    options = ["unet", *SMALL, "--warm", "--lr", 0, "--fresh", 1]
+    before = load_file(pretrain.HERE / pretrain.UNET)
+    after = load_file(train(*options) / pretrain.UNET)
+    assert before.keys() == after.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert (pretrain.HERE / "runs/unet/samples.png").exists()
+    weights = vae.VAE(vae.NANO)
+    pretrain.restore(weights, pretrain.VAE)
+    weights.encoder.conv_in.bias.data += .1
+    pretrain.save(weights, pretrain.VAE)
+    with pytest.raises(UserError, match="of another run .vae ........ there, ........ here.; remove it"):
+        train(*options)
+
+
+def test_minutes_stop_before_anything_is_written(train):
+    before = (pretrain.HERE / pretrain.TEXT).read_bytes()
+    train("text", *SMALL, "--minutes", 0)
+    assert (pretrain.HERE / "runs/text/state.safetensors").exists()
+    assert (pretrain.HERE / pretrain.TEXT).read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["text", "--warm"], "unrecognized arguments: --warm"), (["unet", "--decoder"], "--decoder"),
+    (["vae", "--lr", "nan"], "--lr must be"), (["unet", "--seed", seeds.SEEDS + 1], "--seed must be"),
+    (["encoder", "--minutes", "-1"], "--minutes must be"), ([], "part")])
+def test_what_a_user_did_wrong_is_one_clear_line(train, capsys, arguments, why):
+    with pytest.raises(SystemExit):
+        train(*arguments)
+    assert why in capsys.readouterr().err.splitlines()[-1]

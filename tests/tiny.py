@@ -1,0 +1,76 @@
+"""A randomly filled Stable Diffusion so small that tests take milliseconds, and one changed by hand."""
+from functools import cache
+
+import torch
+from rule import fill
+from torch.func import functional_call
+
+import clip
+import unet
+import vae
+from hypernet import HyperConfig, HyperNetwork
+from sd import StableDiffusion
+from trainer import seeded
+from vit import ViTConfig
+
+UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+                       cross_attention_dim=32, layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+                       sample_size=8)
+VAE = vae.VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
+VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star", "sks", "blurry"])
+TEXT = clip.TextConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                       num_attention_heads=4, max_position_embeddings=12)
+VIT = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                image_size=16, patch_size=8, layer_norm_eps=1e-6)
+
+
+def tiny_model():
+    text, tokenizer = fill(clip.TextTransformer(TEXT)), clip.Tokenizer(VOCAB, MERGES, 12)
+    return StableDiffusion("tiny", fill(unet.UNet(UNET)), text, tokenizer, fill(vae.VAE(VAE)))
+
+
+@cache
+def shared_model():
+    """One for all tests that leave it as it is, which all should."""
+    return tiny_model()
+
+
+def tiny_hypernet(layers, size, **options):
+    """A hypernetwork that predicts somebody, as its heads are not zero."""
+    with seeded(0):
+        net = HyperNetwork(HyperConfig(layers, size, width=16, heads=2, vit=VIT, **options))
+        torch.nn.init.normal_(net.heads, std=.3)
+    return net.eval().requires_grad_(False)
+
+
+class Changed:
+    """`model` with other weights, as functional_call computes it: the reference for what edits do.
+
+    deltas: name -> (in, out), added to the weight of that layer."""
+
+    def __init__(self, model, deltas):
+        self.model, self.weights = model, {"unet": {}, "text": {}}
+        for name, delta in deltas.items():
+            part, layer = name.split(".", 1)
+            weight = model.layers[name].weight
+            self.weights[part][f"{layer}.weight"] = weight + delta.T.reshape(weight.shape)
+
+    def context(self, texts):
+        return functional_call(self.model.text, self.weights["text"], (self.model.tokenizer(texts),))
+
+    def unet(self, x, t, context):
+        return functional_call(self.model.unet, self.weights["unet"], (x, t, context))
+
+
+def deltas(edits, person=0):
+    """name -> A·B (in, out) of one of the people."""
+    return {name: a[person] @ b[person] for name, (a, b) in edits.items()}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def photo(people=1, seed=1):
+    """(people, 3, 64, 64) in [-1, 1]."""
+    return torch.rand(people, 3, 64, 64, generator=generator(seed)) * 2 - 1
