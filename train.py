@@ -190,9 +190,11 @@ def arguments():
     args = parser.parse_args()
     if (args.model == "nano") == bool(args.faces):
         parser.error("--faces is for a model other than nano, and needed there")
-    console.check_ranges(parser, args, steps=(1, 10 ** 9), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
+    # nano's people come from ranges that must not meet
+    steps, seed = (seeds.STEPS, seeds.SEEDS) if args.model == "nano" else (10 ** 9, 2 ** 40)
+    console.check_ranges(parser, args, steps=(1, steps), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
                          iterations=(1, 64), alpha=(0, 10 ** 6), beta=(0, 10 ** 6), targets=(1, 10 ** 6),
-                         target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, 2 ** 40))
+                         target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, seed))
     if args.encoder != ENCODER and (args.start or args.model == "nano"):
         parser.error("--encoder cannot be chosen for nano or with --start, which bring their own")
     if not args.alpha and not args.beta:

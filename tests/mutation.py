@@ -1,9 +1,9 @@
 """Mutation testing of the method, for development: python tests/mutation.py FOLDER [mutant …]
 
-Needs mutmut 3.8 (pip install mutmut==3.8.1), some 40 minutes, and FOLDER, outside the repository, to work in: a
-copy of it in which decorators are calls, since mutmut leaves decorated functions as they are. Afterwards, in
-FOLDER: `mutmut results` lists what survived, `mutmut show NAME` says what it is. Where FOLDER is there already,
-only functions that changed are done again; after changes to tests name the mutants to do again: "hdb.*".
+Needs mutmut (pip install mutmut==3.8.1), half an hour, and FOLDER, outside the repository, for a copy of it
+in which decorators are calls, as mutmut leaves decorated functions alone. In FOLDER `mutmut results` lists
+what survived, and `mutmut show NAME` says what that is. A second run in FOLDER does only functions that
+changed; after changes to tests, name the mutants, such as "hdb.*".
 """
 import json
 import os
@@ -20,11 +20,9 @@ SETTINGS = {
     "source_paths": [f"{name}.py" for name in MUTATED],
     "also_copy": [p.name for p in ROOT.glob("*.py")] + ["files", "nano", "pytest.ini"],
     "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in MUTATED],
-    "pytest_add_cli_args": ["-p", "no:cacheprovider"],
     "do_not_mutate_patterns": [r"raise \w+\("],  # what messages say
     "process_isolation": "forkserver",           # as torch has threads
     "timeout_multiplier": 5.}
-# mutmut gives the tests in no order
 FASTEST_FIRST = """
 
 def pytest_collection_modifyitems(items):
@@ -47,19 +45,15 @@ class Undecorate(cst.CSTTransformer):
         return cst.FlattenSentinel([plain, after] if function.decorators else [plain])
 
 
-def main(folder, *mutants):
-    folder = Path(folder)
-    shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    for name in MUTATED:
-        code = cst.parse_module((folder / f"{name}.py").read_text()).visit(Undecorate()).code
-        (folder / f"{name}.py").write_text(code)
-    with open(folder / "tests/conftest.py", "a") as f:
-        f.write(FASTEST_FIRST)
-    settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items())
-    (folder / "pyproject.toml").write_text(f"[tool.mutmut]\n{settings}")
-    mutmut = Path(sys.executable).with_name("mutmut")
-    once = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}
-    subprocess.run([mutmut, "run", "--max-children", "1", *mutants], cwd=folder, env=os.environ | once)
-
-
-main(*sys.argv[1:])
+folder, mutants = Path(sys.argv[1]), sys.argv[2:]
+shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+for name in MUTATED:
+    file = folder / f"{name}.py"
+    file.write_text(cst.parse_module(file.read_text()).visit(Undecorate()).code)
+with open(folder / "tests/conftest.py", "a") as f:
+    f.write(FASTEST_FIRST)
+settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in SETTINGS.items())
+(folder / "pyproject.toml").write_text(f"[tool.mutmut]\n{settings}")
+once = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}
+subprocess.run([Path(sys.executable).with_name("mutmut"), "run", "--max-children", "1", *mutants], cwd=folder,
+               env=os.environ | once)

@@ -107,6 +107,11 @@ def test_any_number_of_steps(sampler, steps):
     assert all(type(t) is int and 0 < t < 1000 for _, t, _ in calls)
 
 
+def test_the_usual_number_of_steps():
+    assert len(way(diffusion.ddim, toy, draw(SHAPE, 0))) == 50
+    assert len(way(diffusion.dpmpp_2m, toy, draw(SHAPE, 0))) == 25
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("sampler", [diffusion.ddim, diffusion.dpmpp_2m])
 def test_the_state_is_kept_in_fp32(sampler, dtype):
@@ -181,6 +186,9 @@ def test_guidance_puts_the_negatives_before_the_prompts():
     assert context[:, 0, 0].tolist() == [10, 10, 1, 2]
     expected = torch.stack([10 * x[0] + 3 * (1 - 10) * x[0], 10 * x[1] + 3 * (2 - 10) * x[1]])
     assert torch.allclose(ours, expected)
+    usual = diffusion.guided(spy, prompts, negative)(x, 5)
+    assert torch.equal(usual, diffusion.guided(spy, prompts, negative, 7.5)(x, 5))
+    calls.clear()
 
     for unused in (negative, None):  # at scale 1 there is no use for it
         unguided = diffusion.guided(spy, prompts, unused, 1)(x, 5)
@@ -226,10 +234,18 @@ def test_noise_is_fp32_on_the_cpu_whatever_the_defaults():
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            ours = diffusion.seeded_noise((1, 4, 5, 7), [3])
+            each, whole = (diffusion.seeded_noise((1, 4, 5, 7), source)
+                           for source in ([3], torch.Generator("cpu").manual_seed(3)))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(ours, draw_seed((1, 4, 5, 7), 3))
+    assert torch.equal(each, draw_seed((1, 4, 5, 7), 3)) and torch.equal(whole, each)
+
+
+def test_everything_is_computed_where_the_latent_is():
+    x, model, g = torch.zeros(2, 4, 3, 3, device="meta"), Echo(torch.tanh), torch.Generator()
+    assert diffusion.add_noise(x, x, torch.tensor([1, 2])).device == x.device
+    assert diffusion.ddim(toy, x, steps=2, eta=1., generator=g).device == x.device
+    assert diffusion.denoising_loss(model, x, ["a"], g).device == model.asked[0][1].device == x.device
 
 
 def test_the_global_generator_is_never_touched():

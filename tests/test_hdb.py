@@ -62,8 +62,8 @@ def test_the_prediction_is_eq_3_on_the_features_of_the_photo(method):
     assert torch.allclose(method.predict(photos, 2), net.refine(features, 2), atol=1e-5)
     assert not torch.allclose(method.predict(photos, 2), theta, atol=1e-2) and not theta.requires_grad
     few = tiny_hypernet(*method.lidb.shape, iterations=2)  # s of the configuration, in use as in training
-    predicted = hdb.HyperDreamBooth(method.model, few).predict(photos)
-    assert torch.allclose(predicted, net.refine(features, 2), atol=1e-5)
+    predicted = hdb.HyperDreamBooth(method.model, few.requires_grad_()).predict(photos)
+    assert torch.allclose(predicted, net.refine(features, 2), atol=1e-5) and not predicted.requires_grad
     half = copy.deepcopy(net)
     for name, p in half.named_parameters():
         p.data = p.data if name.startswith("vit.") else p.data.bfloat16()
@@ -225,6 +225,9 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
     theta = some_theta(method, size=1.)
     nothing = method.fine_tune(photo(), theta, steps=0, rank=2)
     assert all((b == 0).all() and a.shape[2] == 2 for a, b in nothing.values())
+    given = photo().requires_grad_(), theta.clone().requires_grad_()
+    method.fine_tune(*given, steps=2, rank=2, batch=2)
+    assert all(t.grad is None for t in given)  # neither is trained, whoever else trains them
     person = join(method.lidb.factors(theta), method.fine_tune(photo(), theta, steps=2, batch=2))
     assert all(a.shape[2] == 1 + 4 for a, _ in person.values())  # rank 4 is the default
     twin = copy.deepcopy(method.model)
@@ -232,6 +235,17 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
     with method.model.edited(person):
         inside = method.model.sample(["a [V] face"], [0], steps=2)
     assert torch.allclose(twin.sample(["a [V] face"], [0], steps=2), inside, atol=1e-3) and untouched(method)
+
+
+def test_what_is_fitted_is_where_the_model_is(monkeypatch):
+    monkeypatch.setattr(hdb, "fit", lambda *_: None)  # as its optimiser knows no meta tensors
+    model = tiny_model()
+    for part in model.unet, model.text, model.vae:
+        part.to("meta")
+    method = hdb.HyperDreamBooth(model)
+    theta = method.fit_theta(None, 2, 1, .1, None)
+    relaxed = method.fine_tune(photo(2), theta)
+    assert all(t.device == model.device for t in (theta, *(t for pair in relaxed.values() for t in pair)))
 
 
 def test_the_defaults_of_fine_tuning(method):
@@ -320,6 +334,8 @@ def test_the_formula_sees_its_arguments(method):
 
 def test_the_defaults_of_sampling(method):
     model = method.model
+    person = method.lidb.factors(some_theta(method).requires_grad_())
+    assert not method.sample(["a face"], person, steps=1).requires_grad
     default = model.sample(["a face", "a face as a rock star"])
     same = model.sample(["a face", "a face as a rock star"], [0, 1], 25, 3., "", (64, 64), diffusion.dpmpp_2m)
     assert torch.equal(default, same) and default.abs().max() <= 1

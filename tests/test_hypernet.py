@@ -67,7 +67,8 @@ def test_the_shape_of_the_network():
     net = untrained(depth=3)
     assert HyperConfig(1, 1) == HyperConfig(1, 1, width=160, heads=4, depth=2, iterations=4, output_scale=.1,
                                             vit=NANO_VIT, basis_seed=0, encoder="")
-    assert net.estimate.bias is None and net.heads.shape == (3, 16, 20) and net.bias.shape == (3, 20)
+    assert net.estimate.bias is None and net.position.shape == (3, 16)
+    assert net.heads.shape == (3, 16, 20) and net.bias.shape == (3, 20)
     assert len(net.decoder.layers) == 3 and net.decoder.layers[0].linear1.out_features == 64
     assert net.decoder.layers[0].self_attn.num_heads == 2 and net.decoder.layers[0].dropout.p == 0
     many = untrained(layers=400)

@@ -3,9 +3,11 @@ import pytest
 import torch
 from rule import draw, generator
 from small import MERGES, VOCAB, parts, write_folder
+from tiny import tiny_model
 
 import clip
 import sd
+from files.checkpoints import checksum
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,38 @@ def test_encode_decode_context(folder):
         assert model.context(["star " * 30]).shape == (1, 24, 32)
 
 
+def test_a_model_knows_what_it_is(folder):
+    model = sd.load(folder, device="cpu")
+    assert model.name == str(folder)
+    assert model.checksums == {part: checksum(getattr(model, part)) for part in ("unet", "text", "vae")}
+
+
+def test_the_parts_are_frozen_and_in_eval_mode():
+    unet, text, vae = (torch.nn.Linear(2, 2) for _ in range(3))
+    sd.StableDiffusion("some", unet, text, None, vae)
+    for part in unet, text, vae:
+        assert not part.training and not part.weight.requires_grad
+
+
+def test_everything_goes_where_the_model_is():
+    model, g = tiny_model(), torch.Generator()
+    for part in model.unet, model.text, model.vae:
+        part.to("meta")
+    image, latent = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8)
+    for found in (model.encode(image), model.encode(image, g), model.decode(latent), model.context(["a"]),
+                  model.sample(["a"], steps=1)):
+        assert found.device == model.device == torch.device("meta")
+
+
+def test_noise_is_drawn_on_the_cpu():
+    image, model = draw((1, 3, 16, 16), "image"), tiny_model()
+    latent = model.encode(image, generator("noise"))
+    with torch.device("meta"):
+        assert torch.equal(model.encode(image, generator("noise")), latent)
+
+
 def test_half(folder):
     model = sd.load(folder, device="cpu", dtype=torch.bfloat16)
     latent = model.encode(draw((1, 3, 16, 16), "image"), generator("noise"))  # inputs are converted
-    image = model.decode(latent)
-    assert image.dtype == model.context(["a"]).dtype == torch.bfloat16
+    image = model.decode(latent.float())
+    assert latent.dtype == image.dtype == model.context(["a"]).dtype == torch.bfloat16

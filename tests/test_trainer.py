@@ -54,7 +54,7 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
                    tensors | {"ema.model.weight": torch.zeros(3)},
                    lacking, tensors | {"more": torch.zeros(3)}):
         write(spoilt, file, note)
-        with pytest.raises(UserError, match="with other modules"):
+        with pytest.raises(UserError, match=r"of another run \(with other modules\)"):
             train(tmp_path, 5, of=of)
     for wrong in ({"step": "x"}, {}, {"step": "3", "of": "{"}):
         write(tensors, file, wrong)
@@ -62,6 +62,9 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
             train(tmp_path, 5, of=of)
     write(tensors, file, {"step": "3", "of": "start None, basis 5"})  # as states said it before
     with pytest.raises(UserError, match="run start None, basis 5 there, none here"):
+        train(tmp_path, 5)
+    write(tensors, file, {"step": "3"})
+    with pytest.raises(UserError, match="remove it"):
         train(tmp_path, 5)
 
 
@@ -134,12 +137,13 @@ def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path)
     gradients, rates, average = {"w": [], "b": []}, [], weight
     for step in range(6):
         y = x @ model.weight.detach().T + model.bias.detach()
-        raw = {"w": 2 * y * x * 5, "b": 2 * y[0] * 5}  # of the loss 5·y²
+        size = (5, .02)[step % 2]  # too steep and not
+        raw = {"w": 2 * y * x * size, "b": 2 * y[0] * size}  # of the loss size·y²
         norm = (raw["w"].square().sum() + raw["b"].square().sum()).sqrt()
         for key in raw:
             gradients[key].append(raw[key] * min(1, 1 / (norm + 1e-6)))
         rates.append(.1 * min(1, (step + 1) / warmup) * (.5 + .5 * math.cos(math.pi * step / total)))
-        trainer.update((5 * model(x) ** 2).sum())
+        trainer.update((size * model(x) ** 2).sum())
         assert torch.allclose(model.weight, adam_by_hand(weight, gradients["w"], rates, decay=.3), atol=1e-5)
         assert torch.allclose(model.bias, adam_by_hand(bias, gradients["b"], rates, decay=.3), atol=1e-5)
         average = average.lerp(model.weight.detach(), 1 - min(.5, (1 + step) / (10 + step)))
@@ -149,6 +153,25 @@ def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path)
     assert torch.equal(model.weight.detach(), trainer.ema["m.weight"])
 
 
+def test_the_usual_settings_of_a_run(tmp_path):
+    trainer = Trainer({"m": nn.Linear(2, 2)}, tmp_path / "in/a/folder", 10, lr=.1)
+    (adam,) = trainer.optimizers
+    (group,) = adam.param_groups
+    assert (trainer.warmup, trainer.decay, trainer.deadline, trainer.of) == (100, .999, math.inf, {})
+    assert (group["betas"], group["weight_decay"], trainer.matrices) == ((.9, .99), .01, {})
+    other = Trainer({"m": nn.Linear(2, 2)}, tmp_path, 10, lr=.1, betas=(.5, .6))
+    assert [g["betas"] for optimizer in other.optimizers for g in optimizer.param_groups] == [(.5, .6)]
+
+
+def test_the_optimisers_remember_where_the_modules_are(tmp_path):
+    model = nn.Linear(2, 2)
+    with torch.device("meta"):
+        trainer = Trainer({"m": model}, tmp_path, 10, lr=.1, muon=True)
+    states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+    assert len(states) == 2 and all(t.device == model.weight.device for s in states for t in s.values())
+
+
+@pytest.mark.filterwarnings("error")
 def test_the_numbers_shown_are_running_means(tmp_path):
     model = nn.Linear(1, 1)
     trainer = Trainer({"m": model}, tmp_path, 10, lr=0.)
@@ -170,6 +193,30 @@ def test_a_deadline_ends_the_loop_and_a_later_call_goes_on(tmp_path):
     assert list(Trainer({"m": model}, tmp_path, 3, lr=.1)) == []
 
 
+def test_the_clock_decides_when_to_save_and_when_to_stop(tmp_path, monkeypatch):
+    model, clock, saved = nn.Linear(1, 1), [1000.], []
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr(Trainer, "save", lambda trainer: saved.append(trainer.step))
+    trainer = Trainer({"m": model}, tmp_path, 100, lr=.1, deadline=1300.5)
+    passed = 60, 60, 1, 60, 61, 58.5  # up to 120 seconds without saving are long enough, 121 are too long
+    for step in trainer:
+        trainer.update(model.weight.square().sum())
+        clock[0] += passed[step]
+    assert saved == [3, 5, 6]
+    trainer.log(third=1 / 3)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 6, "time": 1300, "third": 0.333333}\n'
+
+
+def test_the_bar_says_how_far_a_run_is(tmp_path, capsys):
+    train(tmp_path / "run", 3, total=5)
+    *_, last = capsys.readouterr().err.split("\r")
+    assert last.startswith("run:  40%|") and "| 2/5 [" in last  # a step counts when the next one is asked for
+    assert "loss=" in last
+    train(tmp_path / "run", 5, total=5)
+    _, first, *_ = capsys.readouterr().err.split("\r")
+    assert first.startswith("run:  60%|") and "| 3/5 [" in first
+
+
 def test_seeded_modules_leave_the_global_generator_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -183,15 +230,25 @@ def test_seeded_modules_leave_the_global_generator_alone():
 
 
 def test_muon_trains_the_kernels_where_they_are(tmp_path):
-    model = nn.Conv2d(2, 3, 3)
+    model = nn.Conv2d(32, 3, 3)
     before = model.weight.detach().clone()
     trainer = Trainer({"m": model}, tmp_path, 10, lr=.1, warmup=1, muon=True)
     assert list(trainer.matrices) == ["m.weight"]
-    trainer.update(model(torch.ones(1, 2, 3, 3)).sum())
+    trainer.update(model(torch.ones(1, 32, 3, 3)).sum())
     moved = (model.weight.detach() - before).flatten(1)
     assert torch.linalg.svdvals(moved)[0] / moved.norm() > .99  # the gradient's one direction, rank 1
     # and about as long as AdamW's steps, whatever the gradient's length
-    assert .6 < moved.norm() / (.1 * .2 * 18 ** .5) < 1.3
+    assert .6 < moved.norm() / (.1 * .2 * 288 ** .5) < 1.3
+
+
+def test_muon_s_weights_decay(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(2, 2, 1), nn.Conv1d(2, 2, 1), nn.LayerNorm(2))
+    before = [model[i].weight.detach().clone() for i in range(2)]
+    trainer = Trainer({"m": model}, tmp_path, 10, lr=.1, warmup=1, weight_decay=.3, muon=True)
+    assert list(trainer.matrices) == ["m.0.weight", "m.1.weight"]
+    trainer.update(sum(p.sum() for p in model.parameters()) * 0)
+    for i in range(2):
+        assert torch.allclose(model[i].weight, before[i] * (1 - .1 * .3), atol=1e-7)
 
 
 def test_frozen_parameters_stay_out(tmp_path):
@@ -245,6 +302,7 @@ def test_a_run_that_cannot_go_on_says_so(tmp_path):
 def test_ring_keeps_the_last_rows_of_all_tensors_together():
     ring = Ring(5)
     for i in range(4):
+        assert len(ring) == min(2 * i, 5)
         ring.add(torch.tensor([2 * i, 2 * i + 1]), torch.tensor([[2. * i], [2. * i + 1]]))
     a, b = ring[torch.arange(len(ring))]
     assert len(ring) == 5 and sorted(a.tolist()) == [3, 4, 5, 6, 7] and torch.equal(a.float(), b[:, 0])
