@@ -1,9 +1,9 @@
 """The miniature world's people: a batched renderer of cartoon portraits whose identity is known exactly.
 
-A person is a vector of `len(IDENTITY)` numbers in [0, 1]; a photo adds a vector of nuisances (pose,
-expression, light, framing, background, clothes) and one of `STYLES`. Every shape is a signed distance
-(negative inside, in head units: 1 = half the picture's height) turned into an anti-aliased mask, and the
-portrait is painted back to front. See a contact sheet:  python nano/faces.py sheet.png
+A person is a vector of `len(IDENTITY)` numbers in [0, 1]; a photo adds a vector of nuisances (pose, light, …)
+and one of `STYLES`. Every shape is a signed distance (negative inside, in head units: 1 = half the picture's
+height) turned into an anti-aliased mask; they are painted back to front. Numbers of a person or photo are
+(B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1). A contact sheet:  python nano/faces.py sheet.png
 """
 import math
 import sys
@@ -15,34 +15,26 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from files import images  # noqa: E402
 
-IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin",
-            "hair_style", "hair_colour", "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour",
-            "eye_tilt", "brow_thickness", "brow_angle", "brow_height", "nose_width", "nose_length",
-            "mouth_width", "lip_fullness", "lip_colour", "beard", "glasses", "glasses_colour", "freckles",
-            "ear_size")
-NUISANCE = ("yaw", "roll", "zoom", "x", "y", "smile", "open", "brow_raise", "squint", "gaze",
-            "light", "light_side", "background", "background_2", "split", "clothes", "neckline")
+IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "hair_style", "hair_colour",
+            "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",
+            "brow_thickness", "brow_angle", "brow_height", "nose_width", "nose_length", "mouth_width",
+            "lip_fullness", "lip_colour", "beard", "glasses", "glasses_colour", "freckles", "ear_size")
+NUISANCE = ("yaw", "roll", "zoom", "x", "y", "smile", "open", "brow_raise", "squint", "gaze", "light",
+            "light_side", "background", "background_2", "split", "clothes", "neckline")
 # Name: caption, {} standing for what precedes "face". The first is plain, five are the paper's prompts.
-STYLES = {
-    "photo": "a {} face",
-    "selfie": "an instagram selfie of a {} face",
-    "pixar": "a pixar character of a {} face",
-    "bark": "a {} face with bark skin",
-    "rock star": "a {} face as a rock star",
-    "professional": "a professional photo of a {} face",
-    "pop art": "a pop art poster of a {} face",
-    "zombie": "a {} face as a zombie",
-    "king": "a {} face as a king",
-    "astronaut": "a {} face as an astronaut",
-    "beach": "a {} face at the beach",
-}
+STYLES = {"photo": "a {} face", "selfie": "an instagram selfie of a {} face",
+          "pixar": "a pixar character of a {} face", "bark": "a {} face with bark skin",
+          "rock star": "a {} face as a rock star", "professional": "a professional photo of a {} face",
+          "pop art": "a pop art poster of a {} face", "zombie": "a {} face as a zombie",
+          "king": "a {} face as a king", "astronaut": "a {} face as an astronaut",
+          "beach": "a {} face at the beach"}
 # Rare words; the first stays unseen in training: [V]
 RARE = "sks zwx ohwx qvj xjy vbk wqz kfj pzx jqk dvx gzq hxw bqj lzk mxq tvz yqk rjx nqz".split()
 
 SKIN = torch.tensor([[.99, .86, .77], [.95, .76, .62], [.83, .60, .43], [.61, .40, .27], [.37, .23, .17]])
 SKIN_WORDS = ("pale", "light", "tan", "brown", "dark")
-HAIR = torch.tensor([[.10, .09, .11], [.38, .22, .12], [.93, .77, .38],
-                     [.78, .30, .10], [.66, .67, .70], [.25, .38, .80]])
+HAIR = torch.tensor([[.10, .09, .11], [.38, .22, .12], [.93, .77, .38], [.78, .30, .10], [.66, .67, .70],
+                     [.25, .38, .80]])
 HAIR_WORDS = ("black", "brown", "blond", "red", "grey", "blue")
 EYES = torch.tensor([[.36, .20, .10], [.20, .45, .80], [.20, .55, .30], [.45, .50, .55]])
 FRAMES = torch.tensor([[.08, .08, .10], [.80, .12, .16], [.85, .62, .15], [.12, .25, .70]])
@@ -89,11 +81,8 @@ def choice(u, n):
 
 def attributes(identity):
     """What can be said of people in words: a dict of category indices, each (B,)."""
-    result = {}
-    for name, words in WORDS.items():
-        kind = choice(identity[:, IDENTITY.index(name)], len(words))
-        result[name] = (kind - len(words) + ATTRIBUTES[name]).clamp(min=0)
-    return result
+    kinds = {name: choice(identity[:, IDENTITY.index(name)], len(words)) for name, words in WORDS.items()}
+    return {name: (kind - len(WORDS[name]) + ATTRIBUTES[name]).clamp(min=0) for name, kind in kinds.items()}
 
 
 def describe(identity):
@@ -124,11 +113,6 @@ def lerp(low, high, u):
     return low + (high - low) * u
 
 
-def wide(t):
-    """(B, H, W) -> (B, 1, H, W), to weigh colours."""
-    return t[:, None]
-
-
 def ellipse(x, y, rx, ry):
     """Approximate signed distance to an ellipse about the origin."""
     nx, ny = x / rx, y / ry
@@ -156,41 +140,37 @@ def flower(x, y, radius, petal):
 
 
 def ramp(table, position):
-    """Colours (B, 3, 1, 1) between the rows of a table (N, 3), at positions (B, 1, 1) from 0 to 1."""
+    """Colours (B, 3, 1, 1) between the rows of a table (N, 3), at positions (B, 1, 1, 1) from 0 to 1."""
     position = position.flatten() * (len(table) - 1)
     low = position.long().clamp(max=len(table) - 2)
     return torch.lerp(table[low], table[low + 1], (position - low)[:, None])[:, :, None, None]
 
 
 def palette(u, saturation, value):
-    """Colours (B, 3, 1, 1) of the hues u (B, 1, 1)."""
+    """Colours (B, 3, 1, 1) of the hues u (B, 1, 1, 1)."""
     waves = [(2 * math.pi * (u - shift)).cos() * .5 + .5 for shift in (0, 1 / 3, 2 / 3)]
-    return value * torch.stack([1 - saturation + saturation * wave for wave in waves], 1)
+    return value * torch.cat([1 - saturation + saturation * wave for wave in waves], 1)
 
 
 def photos(identity, generator, device, style=None):
-    """Portraits, as of render(), on this device, in random circumstances, plain where no style (B,) is
-    given."""
+    """Portraits on this device, as of render(), in random circumstances; plain without a style (B,)."""
     style = torch.zeros(len(identity), dtype=torch.long) if style is None else style
-    nuisance = nuisances(len(identity), generator)
-    return render(identity.to(device), nuisance.to(device), style.to(device))
+    return render(*(t.to(device) for t in (identity, nuisances(len(identity), generator), style)))
 
 
 def render(identity, nuisance, style, size=128):
     """Portraits (B, 3, size, size) in [-1, 1] of people `identity` (B, 27) under `nuisance` (B, 17) in the
     styles `style` (B,), indices of STYLES."""
     few = 4 if identity.device.type == "cpu" else 512  # what fits a core's cache, or fills a GPU
-    parts = zip(identity.split(few), nuisance.split(few), style.split(few))
-    return torch.cat([_render(*part, size) for part in parts])
-
-
-def _render(identity, nuisance, style, size):
+    if len(identity) > few:
+        parts = zip(identity.split(few), nuisance.split(few), style.split(few))
+        return torch.cat([render(*part, size) for part in parts])
     device = identity.device
-    p = {k: v[:, None, None] for k, v in zip(IDENTITY, identity.unbind(1))}
-    n = {k: v[:, None, None] for k, v in zip(NUISANCE, nuisance.unbind(1))}
+    p = dict(zip(IDENTITY, identity[:, :, None, None, None].unbind(1)))
+    n = dict(zip(NUISANCE, nuisance[:, :, None, None, None].unbind(1)))
+    on = {name: (style == i).float()[:, None, None, None] for i, name in enumerate(STYLES)}
     axis = (torch.arange(size, device=device) + .5) * (2 / size) - 1
-    v, u = torch.meshgrid(axis, axis, indexing="ij")
-    u, v = u[None], v[None]
+    u, v = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
 
     def pick(table, name):
         return table.to(device)[choice(p[name].flatten(), len(table))][:, :, None, None]
@@ -202,10 +182,9 @@ def _render(identity, nuisance, style, size):
         nonlocal image
         mask = (.5 - distance * sharp).clamp(0, 1) * weight
         colour = rgb(*colour) if isinstance(colour, tuple) else colour
-        image = torch.addcmul(image, colour - image, wide(mask))
+        image = torch.addcmul(image, colour - image, mask)
 
     # Camera: some styles stand off or come close
-    on = {name: (style == i).float()[:, None, None] for i, name in enumerate(STYLES)}
     scale = lerp(1.02, 1.16, n["zoom"])
     scale = scale * (1 - .20 * on["astronaut"]) * (1 + .05 * on["selfie"]) * (1 - .12 * on["king"])
     sharp = scale * size / 2
@@ -219,16 +198,16 @@ def _render(identity, nuisance, style, size):
     side, fa = torch.where(fx > 0, 1., -1.), fx.abs()
 
     # Colours
-    skin = ramp(SKIN.to(device), p["skin"]) * (1 + (wide(p["undertone"]) - .5) * rgb(.06, .0, -.16))
-    skin = lerp(skin, lerp(rgb(.45, .28, .14), skin, .25), wide(on["bark"]))
-    skin = lerp(skin, lerp(rgb(.48, .70, .38), skin, .35), wide(on["zombie"]))
+    skin = ramp(SKIN.to(device), p["skin"]) * (1 + (p["undertone"] - .5) * rgb(.06, .0, -.16))
+    skin = lerp(skin, lerp(rgb(.45, .28, .14), skin, .25), on["bark"])
+    skin = lerp(skin, lerp(rgb(.48, .70, .38), skin, .35), on["zombie"])
     shade = skin * .80
-    hair = pick(HAIR, "hair_colour") * lerp(.85, 1.15, wide(p["hair_shade"]))
-    lips = lerp(skin * rgb(.88, .62, .60), rgb(.78, .16, .22), .25 + .5 * wide(p["lip_colour"]))
+    hair = pick(HAIR, "hair_colour") * lerp(.85, 1.15, p["hair_shade"])
+    lips = lerp(skin * rgb(.88, .62, .60), rgb(.78, .16, .22), .25 + .5 * p["lip_colour"])
     clothes = palette(n["clothes"], .55, .72)
     for name, colour in CLOTHES.items():
-        clothes = lerp(clothes, rgb(*colour), wide(on[name]))
-    image = background(n, style, u, v, rgb)
+        clothes = lerp(clothes, rgb(*colour), on[name])
+    image = background(n, on, u, v, rgb)
 
     # Head shape, shared by skin, beard and front hair
     w, h = lerp(.42, .54, p["face_width"]), lerp(.56, .66, p["face_length"])
@@ -237,7 +216,7 @@ def _render(identity, nuisance, style, size):
     head = (((x / (w * taper)).abs() ** power + (y / h).abs() ** power + 1e-6) ** (1 / power) - 1) * w
 
     # Behind the face: hair, neck, shoulders, ears
-    row = pick(HAIR_ROWS, "hair_style").unbind(1)
+    row = pick(HAIR_ROWS, "hair_style").split(1, 1)
     extra, top, bottom, corner, curl, knot_y, knot_x, knot_h, line, slope, arch, bow = row
     volume = lerp(.6, 1.4, p["hair_volume"])
     top = torch.where(top < -.5, -h + (top + .62) * volume, top)
@@ -258,9 +237,8 @@ def _render(identity, nuisance, style, size):
 
     # Face, lit from one side: cheeks, freckles, what bark and make-up do to it
     eye_y, eye_x = -.06, lerp(.17, .25, p["eye_spacing"])
-    paint(head, skin * (1 + wide(.22 * (n["light_side"] - .5)) * wide(x / w)))
-    blush = lerp(skin, rgb(.95, .42, .42), .35)
-    paint(ellipse(fa - .27, y - .17, .10, .07), blush, .35 + .45 * on["selfie"])
+    paint(head, skin * (1 + .22 * (n["light_side"] - .5) * (x / w)))
+    paint(ellipse(fa - .27, y - .17, .10, .07), lerp(skin, rgb(.95, .42, .42), .35), .35 + .45 * on["selfie"])
     dots = [ellipse(fa - a, y - b, .024, .024) for a, b in ((.16, .10), (.25, .16), (.33, .09))]
     paint(torch.stack(dots).amin(0), skin * rgb(.72, .60, .55), p["freckles"] > .7)
     if on["bark"].any():
@@ -276,15 +254,12 @@ def _render(identity, nuisance, style, size):
     moustache = ellipse(fx, curve + .085, mouth_w * 1.15, .055)
     goatee = torch.maximum(head, ellipse(fx, y - .52, .17, .20))
     full = torch.maximum(head, -(curve + .115 - .45 * fx * fx))
-    kind, beard = choice(p["beard"], len(BEARD_WORDS)) - 2, torch.ones_like(x)
-    for i, shape in enumerate((moustache, goatee, torch.minimum(full, moustache)), 1):
-        beard = torch.where(kind == i, shape, beard)
-    paint(beard, hair * .92)
+    for i, shape in enumerate((moustache, goatee, torch.minimum(full, moustache)), 3):
+        paint(shape, hair * .92, choice(p["beard"], len(BEARD_WORDS)) == i)
 
     # Mouth and nose
-    lip = lerp(.030, .062, p["lip_fullness"])
-    paint(ellipse(fx, curve, mouth_w, lip + opened), lips)
-    teeth = lerp(rgb(.30, .07, .09), rgb(.98, .97, .95), wide((opened > .012).float()) * .9)
+    paint(ellipse(fx, curve, mouth_w, lerp(.030, .062, p["lip_fullness"]) + opened), lips)
+    teeth = lerp(rgb(.30, .07, .09), rgb(.98, .97, .95), (opened > .012).float() * .9)
     paint(ellipse(fx, curve, mouth_w * .80, opened * 1.1 + .008), teeth)
     nose_y, nose_w = lerp(.10, .20, p["nose_length"]), lerp(.055, .115, p["nose_width"])
     paint(ellipse(fx, y - nose_y / 2, nose_w * .5, nose_y * .5 + .08), skin * 1.06)
@@ -313,66 +288,55 @@ def _render(identity, nuisance, style, size):
 
     # Front hair, glasses, and what the style adds
     line = (line + slope * x + arch * x.abs() + bow * x * x) * h / .62
-    front = torch.maximum(head - .015, y - line)
-    paint(front, hair * (1 + wide(.30 * (n["light_side"] - .5)) * wide(x)))
+    paint(torch.maximum(head - .015, y - line), hair * (1 + .30 * (n["light_side"] - .5) * x))
     shape = choice(p["glasses"], len(GLASSES_WORDS))
     a, b = fa - eye_x - .01, y - eye_y
     lens = torch.where(shape == 3, box(a, b, .155, .115, .03), ellipse(a, b, .150, .150))
     bridge = torch.maximum(segment(fa, y, 0., -.09, .07, -.07), -lens)
-    rim = torch.minimum(lens.abs(), bridge) - .020
-    paint(rim, pick(FRAMES, "glasses_colour"), shape > 1)
+    paint(torch.minimum(lens.abs(), bridge) - .020, pick(FRAMES, "glasses_colour"), shape > 1)
     props(paint, on, fx, x, y, w, h, eye_x, eye_y)
 
     # Light, and Pixar's stronger colours
-    image = image * lerp(.90, 1.08, wide(n["light"]))
-    grey = image.mean(1, keepdim=True)
-    image = lerp(image, lerp(grey, image, 1.35), wide(pixar))
+    image = image * lerp(.90, 1.08, n["light"])
+    image = lerp(image, lerp(image.mean(1, keepdim=True), image, 1.35), pixar)
     return image.clamp(0, 1) * 2 - 1
 
 
-def background(n, style, u, v, rgb):
+def background(n, on, u, v, rgb):
     """Plain, two-tone or graded backgrounds (B, 3, H, W); a style that has a scene of its own brings it."""
     first, second = palette(n["background"], .30, .90), palette(n["background_2"], .30, .82)
     edge = ((v + u * (n["split"] - .8) * 4) * 30).clamp(0, 1)
-    image = lerp(first, second, wide((n["split"] > .6) * edge))
-
-    # Each style's own
+    image = lerp(first, second, (n["split"] > .6) * edge)
     down = (v + 1) / 2
-    beam = ((u.abs() - .18 * (v + 1.5)).abs() < .16).float()
     ray = (torch.atan2(u, -v - .2) * 6).cos().mul(6).clamp(0, 1)
-    curtain = ((u * 9).sin() * 4).clamp(0, 1)
     sea = torch.where(v < .55, rgb(.16, .55, .76), rgb(.94, .84, .60))
     scenes = {
         "selfie": lerp(rgb(.98, .62, .42), rgb(.93, .40, .66), down),
         "pixar": lerp(rgb(.45, .80, .95), rgb(.80, .95, .98), down),
-        "rock star": rgb(.20, .07, .32) + rgb(.42, .12, .40) * beam,
+        "rock star": rgb(.20, .07, .32) + rgb(.42, .12, .40) * ((u.abs() - .18 * (v + 1.5)).abs() < .16),
         "professional": rgb(.80, .84, .88) - rgb(.22, .20, .16) * down,
         "pop art": lerp(rgb(1., .84, .10), rgb(.95, .25, .30), ray),
         "zombie": rgb(.22, .26, .30) + rgb(.10, .16, .10) * down,
-        "king": rgb(.50, .10, .14) + rgb(.16, .02, .02) * curtain,
+        "king": rgb(.50, .10, .14) + rgb(.16, .02, .02) * ((u * 9).sin() * 4).clamp(0, 1),
         "astronaut": rgb(.06, .08, .22) + rgb(.10, .06, .16) * down,
         "beach": torch.where(v < .25, rgb(.52, .80, .96), sea),
     }
-    for i, name in enumerate(STYLES):
-        if name in scenes:
-            image[style == i] = scenes[name]
+    for name, scene in scenes.items():
+        image = torch.where(on[name] > 0, scene, image)
     return image
 
 
 def suit(paint, on, fa, x, y, body):
-    """Clothes of the styles that dictate them, over the shoulders."""
+    """Clothes of the styles that dictate them: shirt and tie, lapels, a fur, the collar of a space suit."""
     if on["professional"].any():
         paint(torch.maximum((fa * 1.25 + (y - 1.12)) * .62, body), (.96, .96, .97), on["professional"])
         paint(torch.maximum(fa - .075, body), (.70, .12, .16), on["professional"])
     if on["rock star"].any():
-        lapels = (fa - (1.15 - y) * .55).abs() - .045
-        paint(torch.maximum(lapels, body), (.75, .76, .80), on["rock star"])
+        paint(torch.maximum((fa - (1.15 - y) * .55).abs() - .045, body), (.75, .76, .80), on["rock star"])
     if on["king"].any():
-        fur = ellipse(x, y - .80, .50, .17)
-        paint(torch.maximum(fur, body - .05), (.97, .95, .90), on["king"])
+        paint(torch.maximum(ellipse(x, y - .80, .50, .17), body - .05), (.97, .95, .90), on["king"])
     if on["astronaut"].any():
-        collar = ellipse(x, y - .86, .52, .18).abs() - .05
-        paint(collar, (.60, .64, .72), on["astronaut"])
+        paint(ellipse(x, y - .86, .52, .18).abs() - .05, (.60, .64, .72), on["astronaut"])
 
 
 def props(paint, on, fx, x, y, w, h, eye_x, eye_y):
@@ -384,12 +348,10 @@ def props(paint, on, fx, x, y, w, h, eye_x, eye_y):
     if on["king"].any():
         points = -h - .14 - .16 * (1 - ((x / w * 2.5) % 1 * 2 - 1).abs())
         band = torch.maximum(points - y, y + h * .78)
-        crown = torch.maximum(band, x.abs() - w * .98) * .6
-        paint(crown, (.98, .80, .20), on["king"])
+        paint(torch.maximum(band, x.abs() - w * .98) * .6, (.98, .80, .20), on["king"])
         paint(ellipse(x, y + h * .93, .07, .07), (.85, .12, .20), on["king"])
     if on["astronaut"].any():
-        helmet = ellipse(x, y + .06, 1.02, 1.04).abs() - .075
-        paint(helmet, (.93, .94, .97), on["astronaut"])
+        paint(ellipse(x, y + .06, 1.02, 1.04).abs() - .075, (.93, .94, .97), on["astronaut"])
     if on["zombie"].any():
         cut = segment(fx, y, .14, -.36, .34, -.28) - .018
         thread, other = segment(fx, y, .19, -.40, .17, -.28), segment(fx, y, .30, -.36, .28, -.24)

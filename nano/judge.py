@@ -26,37 +26,29 @@ FILE = Path(__file__).with_name("judge.safetensors")
 WIDTHS = 24, 48, 96, 160
 
 
-def convolution(inputs, outputs, stride):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(8, outputs), nn.SiLU())
-
-
 class Judge(nn.Module):
     def __init__(self, widths=WIDTHS, dim=64):
         super().__init__()
         a, b, c, d = widths
         layers = [(3, a, 2), (a, b, 2), (b, c, 2), (c, c, 1), (c, d, 2), (d, d, 1), (d, d, 1)]
-        self.trunk = nn.Sequential(*(convolution(*layer) for layer in layers))
+        blocks = ((nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()) for i, o, stride in layers)
+        self.trunk = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
         self.embed = nn.Linear(d * 16, dim)
         self.style = nn.Linear(d * 16, len(faces.STYLES))
         self.attributes = nn.ModuleDict({k: nn.Linear(d * 16, n) for k, n in faces.ATTRIBUTES.items()})
 
     def forward(self, x):
-        """Pictures (B, 3, 128, 128) -> unit embedding (B, 64), style logits (B, 11), dict of attribute
-        logits."""
+        """Pictures (B, 3, 128, 128) -> unit embedding (B, 64), logits of style (B, 11) and of attributes."""
         h = self.trunk(F.avg_pool2d(x, 2)).flatten(1)
         embedding, style = F.normalize(self.embed(h), dim=1), self.style(h)
         return embedding, style, {k: head(h) for k, head in self.attributes.items()}
 
     @torch.no_grad()
     def likeness(self, pictures, photos):
-        """Cosine (B,) between the identities of pictures and photos (B, 3, H, W): about .95 for one person, 0
-        for strangers."""
-        embeddings = []
-        for x in (pictures.float(), photos.float()):
-            if x.shape[-1] != 128:
-                x = F.interpolate(x, (128, 128), mode="area")
-            embeddings.append(self(x)[0])
-        return (embeddings[0] * embeddings[1]).sum(1)
+        """Cosine (B,) between identities in pictures and photos: about .95 for one person, 0 for two."""
+        both = (F.interpolate(x.float(), (128, 128), mode="area") for x in (pictures, photos))
+        one, other = (self(x)[0] for x in both)
+        return (one * other).sum(1)
 
 
 def load_judge(device="cpu"):
@@ -102,12 +94,10 @@ def train(args):
 
 @torch.no_grad()
 def report(device, people=256):
-    """Print verification within each style (two pictures of one person or of two people), likeness, style and
-    attribute accuracy."""
+    """Print how well pictures of one style tell one person from two, and how well the heads read."""
     model, generator = load_judge(device), torch.Generator().manual_seed(1)
     identity = faces.identities(range(seeds.VALIDATION, seeds.VALIDATION + people))
-    hits = {k: [] for k in ("style", *faces.ATTRIBUTES)}
-    same, other = [], []
+    hits, same, other = {k: [] for k in ("style", *faces.ATTRIBUTES)}, [], []
     for s in range(len(faces.STYLES)):
         style = torch.full((people,), s)
         one, two = (model(faces.photos(identity, generator, device, style)) for _ in range(2))
@@ -123,22 +113,17 @@ def report(device, people=256):
     right = [(same > t).float().mean() + (other <= t).float().mean() for t in grid]
     threshold = grid[torch.stack(right).argmax()]
     for name, s, o in zip(faces.STYLES, same, other):
-        accuracy = ((s > threshold).float().mean() + (o <= threshold).float().mean()) / 2
-        print(f"{name:13s} verification {accuracy:.3f}   "
-              f"one person {s.mean():.2f}   strangers {o.mean():+.2f}")
+        sure = ((s > threshold).float().mean() + (o <= threshold).float().mean()) / 2
+        print(f"{name:13s} verification {sure:.3f}   one person {s.mean():.2f}   strangers {o.mean():+.2f}")
     accuracies = ", ".join(f"{k} {torch.stack(v).float().mean():.3f}" for k, v in hits.items())
     print(f"threshold {threshold:.2f}; accuracy: {accuracies}")
 
 
 def arguments():
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--people", type=int, default=5000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
     parser.add_argument("--batch", type=int, default=48, help="people a step, two pictures each")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", default="runs")
+    for option, usual in {"steps": 1000, "people": 5000, "lr": 2e-3, "seed": 0, "runs": "runs"}.items():
+        parser.add_argument(f"--{option}", type=type(usual), default=usual, help=" ")
     parser.add_argument("--device")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), people=(2, 10 ** 6), batch=(2, 4096),

@@ -19,17 +19,13 @@ def load_encoder(file, device):
     """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError where there is none."""
     if not Path(file).exists():
         raise UserError(f"{file}: no encoder here; make it with: python nano/pretrain.py encoder")
-    vit = build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32)
-    return vit.eval().requires_grad_(False)
+    return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32).eval().requires_grad_(False)
 
 
 class People:
-    """Pairs for Eq. 2: the features of one photo of a person, and the latent of another picture of them in
-    some style, with its prompt.
-
-    A share `plain` of the pictures, `views` of each person, is in no style. The `size` people that came last
-    are kept, and `fresh` join with every draw.
-    """
+    """Pairs for Eq. 2: features of a photo of a person, and the latent of another picture of them in some
+    style, with its prompt. A share `plain` of the pictures, `views` a person, is in no style. The `size`
+    people that came last are kept, and `fresh` join with every draw."""
 
     def __init__(self, model, vit, device, plain=.4, size=30_000, fresh=4, views=2):
         self.model, self.vit, self.device = model, vit, device
@@ -74,8 +70,7 @@ class People:
 
 
 class HeldOut:
-    """`count` people that no training sees, of seeds from `first` on, and the judge's opinion of their
-    pictures."""
+    """`count` people that no training sees, of seeds from `first` on, and what the judge says of pictures."""
 
     def __init__(self, count, device, first):
         self.judge = load_judge(device)
@@ -84,8 +79,8 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model, edits, style, seeds, who=slice(None), **options):
-        """Pictures of everybody, or of these, in one style by the model under `edits`, sampled with
-        `options`; their likeness (B,) to the photos, and 1 where the style is right (B,)."""
+        """Pictures of everybody, or of `who`, in one style by the model under `edits`, their likeness (B,) to
+        the photos, and 1 where the style is right (B,). `options` are the sampler's."""
         real, index = self.photos[who], STYLES.index(style)
         with model.edited(edits):
             pictures = model.sample([PROMPTS[index]] * len(real), seeds=seeds, **options)

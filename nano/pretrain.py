@@ -2,9 +2,8 @@
 
     python nano/pretrain.py vae      then text, unet, encoder; nano/rebuild.sh has the settings
 
-Each part checkpoints to --runs every two minutes and goes on from there when it is called again, on any
-device. Its moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for
-train.py.
+Each part checkpoints to --runs every two minutes and goes on from there when called again, on any device. Its
+moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for train.py.
 """
 import argparse
 import json
@@ -73,10 +72,9 @@ def begin(name, modules, args, ema=.999, muon=False, **of):
 
 
 def initialise(model):
-    """Keep the signal's variance through the network, residual branches starting at zero; PyTorch's default
-    for convolutions shrinks it by √3 a layer under biases that don't shrink, and a small model takes
-    thousands of steps to find the colours again. Token embeddings are small, so that unseen words stay
-    quiet."""
+    """The model, made to keep the signal's variance, residual branches starting at zero: PyTorch's default
+    for convolutions shrinks it by √3 a layer, but not the biases, and a small model takes thousands of steps
+    to find the colours again. Token embeddings are small, so that unseen words stay quiet."""
     last = ("conv2", "proj_out", "to_out.0", "out_proj", "net.2", "fc2")  # of a residual branch
     for name, m in model.named_modules():
         if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -85,21 +83,21 @@ def initialise(model):
                 torch.nn.init.zeros_(m.bias)
         elif isinstance(m, torch.nn.Embedding):
             torch.nn.init.normal_(m.weight, std=.02)
+    return model
 
 
 def train_vae(args):
     """Squared error + a little absolute error and KL. The decoder may go on alone (--decoder) once a UNet
     lives in the encoder's space."""
     with seeded(args.seed):
-        model = vae.VAE(vae.NANO).to(args.device)
-        initialise(model)
+        model = initialise(vae.VAE(vae.NANO)).to(args.device)
     if args.decoder or args.warm:
         restore(model, VAE)
     name, modules, of = "vae", {"vae": model}, {}
     if args.decoder:
         name, modules = "decoder", {"decoder": model.decoder, "post": model.post_quant_conv}
-        model.encoder.requires_grad_(False)
-        of = {"encoder": checksum(torch.nn.ModuleList([model.encoder, model.quant_conv]))}
+        fixed = torch.nn.ModuleList([model.encoder, model.quant_conv]).requires_grad_(False)
+        of = {"encoder": checksum(fixed)}
     trainer = begin(name, modules, args, muon=True, **of)
     test, _, _ = random_pictures(64, torch.Generator().manual_seed(seeds.MONITOR), args.device)
 
@@ -125,18 +123,16 @@ def train_vae(args):
     if trainer.done:
         trainer.average()
         if not args.decoder:
-            generators = [torch.Generator().manual_seed(s) for s in range(32)]
-            pictures = (random_pictures(16, g, args.device)[0] for g in generators)
-            with torch.no_grad():
-                standardise(model, torch.cat([model.encode(x)[0] for x in pictures]))
+            crowds = (random_pictures(16, torch.Generator().manual_seed(s), args.device) for s in range(32))
+            standardise(model, torch.cat([model.encode(x)[0].detach() for x, _, _ in crowds]))
         print(f"held-out PSNR {try_out():.2f} dB")
         save(model, VAE)
 
 
 @torch.no_grad()
 def standardise(model, z):
-    """Fold a shift and scale of the latent into the 1×1 convolutions beside it, so that every channel of the
-    latents z (B, 4, h, w) would have mean 0 and variance 1."""
+    """Fold a shift and scale into the 1×1 convolutions beside the latent, by which every channel of latents z
+    (B, 4, h, w) would have mean 0 and variance 1."""
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     out, back = model.quant_conv, model.post_quant_conv
     c = len(mean)
@@ -148,8 +144,7 @@ def standardise(model, z):
 
 
 def tokenizer():
-    """CLIP's tokenizer over a vocabulary in which every word of the captions is one token and any other text
-    is spelt in pieces."""
+    """CLIP's tokenizer, to which every word of the captions is one token and other text is many."""
     texts = [*faces.STYLES.values(), *(word for words in faces.WORDS.values() for word in words)]
     words = {word for text in texts for word in text.replace("{}", "").split()}
     vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *faces.RARE}))
@@ -157,15 +152,14 @@ def tokenizer():
 
 
 def train_text(args):
-    """Teach the text encoder what its captions say, as CLIP's has learnt it from pictures before Stable
-    Diffusion uses it: from the end of the text on, every hidden state must tell the style and, where they are
-    mentioned, the attributes. (Trained with the UNet alone it finds the styles, which change the whole
-    picture, and forgets the quieter words.)"""
+    """Teach the text encoder what captions say, as CLIP has learnt it before Stable Diffusion uses it: from
+    the end of the text on, every hidden state must tell the style and, where mentioned, the attributes.
+    (Trained with the UNet alone it finds the styles, which change the whole picture, and forgets quieter
+    words.)"""
     words = tokenizer()
     kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
     with seeded(args.seed):
-        text = clip.TextTransformer(clip.NANO).to(args.device)
-        initialise(text)
+        text = initialise(clip.TextTransformer(clip.NANO)).to(args.device)
         heads = torch.nn.Linear(clip.NANO.hidden_size, sum(kinds.values())).to(args.device)
     trainer = begin("text", {"text": text, "heads": heads}, args)
     for step in trainer:
@@ -202,8 +196,7 @@ def train_unet(args):
     text = build(clip.TextTransformer, clip.NANO, [HERE / TEXT], str, args.device, torch.float32)
     autoencoder = build(vae.VAE, vae.NANO, [HERE / VAE], str, args.device, torch.float32)
     with seeded(args.seed):
-        model = unet.UNet(unet.NANO)
-        initialise(model)
+        model = initialise(unet.UNet(unet.NANO))
         torch.nn.init.zeros_(model.conv_out.weight)
     if args.warm:
         restore(model, UNET)
@@ -255,24 +248,23 @@ def preview(model, text, words, autoencoder, path):
 
 
 def traits(identity):
-    """What the encoder learns to read: the continuous numbers of people (P, 27) and their categories as
-    one-hot vectors -> (P, 53)."""
+    """What the encoder learns to read of people (P, 27): numbers, and categories as one-hot vectors (P,
+    53)."""
     column = dict(zip(faces.IDENTITY, identity.unbind(1)))
     numbers = [c[:, None] * 3.5 - 1.75 for name, c in column.items() if name not in CATEGORIES]
-    kinds = {name: faces.choice(column[name], count) for name, count in CATEGORIES.items()}
-    return torch.cat(numbers + [F.one_hot(kinds[name], n).float() * 2 for name, n in CATEGORIES.items()], 1)
+    kinds = [F.one_hot(faces.choice(column[name], n), n).float() * 2 for name, n in CATEGORIES.items()]
+    return torch.cat(numbers + kinds, 1)
 
 
 def train_encoder(args):
-    """A ViT that reads identities off photos: the miniature's stand-in for the paper's ViT-H, which has seen
-    14 million pictures. Two linear heads read: one sees every patch in its place, which teaches what is small
-    and local (glasses, a beard), one their mean, which makes patches compare notes (the face's width)."""
+    """A ViT that reads identities off photos, in place of the paper's ViT-H, which has seen 14 million. Two
+    linear heads read: one sees every patch in its place, which teaches what is small and local (glasses, a
+    beard), one their mean, which makes patches compare notes (the face's width)."""
     width, count = NANO_VIT.hidden_size, traits(torch.zeros(1, len(faces.IDENTITY))).shape[1]
     with seeded(args.seed):
         vit = ViT(NANO_VIT).to(args.device)
-        heads = {"mean": torch.nn.Linear(width, count)}
-        heads["places"] = torch.nn.Linear(width * (vit.embeddings.side ** 2 + 1), count)
-        heads = torch.nn.ModuleDict(heads)
+        sizes = {"mean": width, "places": width * (vit.embeddings.side ** 2 + 1)}
+        heads = torch.nn.ModuleDict({name: torch.nn.Linear(size, count) for name, size in sizes.items()})
     if args.warm:
         restore(vit, "hypernet.safetensors", "vit.")
     trainer = begin("encoder", {"vit": vit, "heads": heads.to(args.device)}, args, muon=True)
@@ -297,16 +289,14 @@ def train_encoder(args):
 
 # What trains a part, and its options beside those of all
 USUAL = {"steps": 6000, "batch": 16, "lr": 1e-3}
-PARTS = {
-    "vae": (train_vae, USUAL | {"warm": False, "decoder": False, "bf16": False}),
-    "text": (train_text, USUAL),
-    "unet": (train_unet, USUAL | {"warm": False, "ema": .998, "pool": 50_000, "fresh": 4}),
-    "encoder": (train_encoder, {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warm": False, "pool": 32_000,
-                                "fresh": 24})}
+READING = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warm": False, "pool": 32_000, "fresh": 24}
+PARTS = {"vae": (train_vae, USUAL | {"warm": False, "decoder": False, "bf16": False}),
+         "text": (train_text, USUAL), "encoder": (train_encoder, READING),
+         "unet": (train_unet, USUAL | {"warm": False, "ema": .998, "pool": 50_000, "fresh": 4})}
 HELP = {"warm": "start from the weights in nano/ instead of from nothing",
-        "decoder": "train only the decoder of nano/vae further",
-        "bf16": "compute in bfloat16, on hardware that has it",
-        "pool": "pictures kept, to be drawn from", "fresh": "new pictures a step"}
+        "decoder": "train only the decoder of nano/vae further", "bf16": "compute in bfloat16",
+        "pool": "pictures kept, to be drawn from", "fresh": "new pictures a step",
+        "minutes": "stop after this long, to be resumed; only the end writes the result"}
 
 
 def arguments():
@@ -315,13 +305,9 @@ def arguments():
     parts = parser.add_subparsers(dest="part", required=True)
     for name, (train, options) in PARTS.items():
         part = parts.add_parser(name, description=train.__doc__, formatter_class=style)
-        for option, usual in options.items():
+        for option, usual in (options | {"minutes": math.inf, "seed": 0, "runs": "runs"}).items():
             kind = {"action": "store_true"} if usual is False else {"type": type(usual), "default": usual}
             part.add_argument(f"--{option}", help=HELP.get(option, " "), **kind)
-        part.add_argument("--minutes", type=float, default=math.inf,
-                          help="stop after this long, to be resumed; only the end writes the result")
-        part.add_argument("--seed", type=int, default=0)
-        part.add_argument("--runs", default="runs")
         part.add_argument("--device")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),

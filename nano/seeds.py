@@ -1,7 +1,7 @@
 """Whose seeds are whose: nobody who is measured is trained on. No number here is spelt anywhere else.
 
-The training numbered --seed (0 to SEEDS) draws the people of its step n (below STEPS) with seed(--seed, n,
-PART). The PARTs, and the single seeds below, are far enough apart never to meet.
+Training number --seed (0 to SEEDS) draws the people of its step n (below STEPS) with seed(--seed, n, PART).
+The PARTs, and the single seeds below, are far enough apart never to meet.
 """
 SEEDS = 8
 STEPS = 1_000_000
