@@ -278,5 +278,4 @@ class Stages:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     console.run(main, arguments)

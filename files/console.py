@@ -2,6 +2,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -49,8 +50,15 @@ def check_folder(parser, option, folder):
         parser.error(f"{option} {folder}: {there} cannot be written")
 
 
+def one_line(text):
+    """`text`, which may quote a hostile file, with ? for what moves a terminal's cursor or worse."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
 def run(main, arguments):
-    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130."""
+    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130; a
+    warning is one line as well."""
+    warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"
     # a terminal without the prompt's letters is no reason to stop; None: closed by the shell
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")
@@ -65,7 +73,5 @@ def run(main, arguments):
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
                 raise
             reason = f"memory is full; a smaller --batch or float16 needs less ({reason.splitlines()[0]})"
-        # the line may quote a hostile file
-        line = f"{Path(sys.argv[0]).name}: {reason}"
-        print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        print(one_line(f"{Path(sys.argv[0]).name}: {reason}"), file=sys.stderr)
         sys.exit(2)

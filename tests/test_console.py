@@ -1,4 +1,5 @@
 import argparse
+import warnings
 
 import pytest
 import torch
@@ -21,6 +22,12 @@ def test_errors_are_one_line(capsys, error, code, line):
     printed = capsys.readouterr().err
     assert end.value.code == code
     assert printed.count("\n") == 1 and line in printed if line else printed == ""
+
+
+def test_a_warning_is_one_line(monkeypatch):
+    monkeypatch.setattr("warnings.formatwarning", None)
+    console.run(lambda _: None, lambda: None)
+    assert warnings.formatwarning("a\nb\x1b[31m", UserWarning, "file.py", 3) == "warning: a?b?[31m\n"
 
 
 def test_our_own_mistakes_are_not_the_users():
