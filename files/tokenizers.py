@@ -1,5 +1,6 @@
 """A CLIP tokenizer's files: vocab.json and merges.txt, or the one tokenizer.json of transformers 5."""
 import json
+from pathlib import Path
 
 from clip import Tokenizer
 from files.checkpoints import LoadError, read_json
@@ -7,8 +8,9 @@ from files.checkpoints import LoadError, read_json
 
 def vocabulary_in(folder):
     """The files in `folder` that hold a tokenizer's vocabulary: the pair, or else the one, or []."""
-    choices = [folder / "vocab.json", folder / "merges.txt"], [folder / "tokenizer.json"]
-    return next((files for files in choices if all(file.is_file() for file in files)), [])
+    choices = ["vocab.json", "merges.txt"], ["tokenizer.json"]
+    paths = ([Path(folder, name) for name in names] for names in choices)
+    return next((files for files in paths if all(file.is_file() for file in files)), [])
 
 
 def read_tokenizer(vocabulary, text_config, name):
@@ -49,7 +51,8 @@ def read_bpe(file, merges_file=None):
 
 
 def write_tokenizer(tokenizer, folder):
-    """Write vocab.json and merges.txt, as other programs read them, into an existing folder, a Path."""
+    """Write vocab.json and merges.txt, as other programs read them, into an existing folder."""
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
+    Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
+    Path(folder, "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")

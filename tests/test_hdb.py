@@ -158,7 +158,7 @@ def test_a_few_steps_of_target_fitting_written_out(method):
         optimizer.step()
     assert torch.allclose(ours, theta, atol=1e-4) and (ours.abs().amax((1, 2)) > .03).all()
     swapped = method.fit_theta(lambda: (latents[[0, 0]], [prompts[0]] * 2), 2, 3, .02, generator(6))
-    assert torch.allclose(swapped[0], ours[0], atol=1e-4)  # whoever the other is
+    assert (swapped[0] - ours[0]).norm() < .02 * ours[0].norm()  # whoever the other is
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def test_the_reference_is_one_that_sees_the_prediction_and_the_prompt(method):
 
 
 def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
-    theta = some_theta(method, size=1.)
+    theta = some_theta(method)
     nothing = method.fine_tune(photo(), theta, steps=0, rank=2)
     assert all((b == 0).all() and a.shape[2] == 2 for a, b in nothing.values())
     given = photo().requires_grad_(), theta.clone().requires_grad_()
@@ -274,8 +274,9 @@ def test_people_fine_tuned_side_by_side_do_not_mix(method):
         photos = torch.cat([photo(seed=i) for i in who])
         return method.fine_tune(photos, theta[list(who)], steps=2, rank=2, batch=2)
     one, other = tune(0, 1), tune(0, 2)  # the second person is another, the first one's result the same
-    assert all(len(a) == 2 and torch.allclose(b[0], other[k].b[0], atol=1e-4) for k, (a, b) in one.items())
-    assert not any(torch.allclose(b[1], other[k].b[1], atol=1e-4) for k, (_, b) in one.items())
+    assert all(len(a) == len(b) == 2 for a, b in one.values())
+    off = torch.stack([(b - other[k].b).norm(dim=(1, 2)) / b.norm(dim=(1, 2)) for k, (_, b) in one.items()])
+    assert off[:, 0].mean() < .01 and off[:, 1].min() > .1
 
 
 def test_a_known_start_comes_to_a_known_optimum():
@@ -314,15 +315,15 @@ def written_out_sample(model, prompts, negative, seeds, steps, scale):
 def test_guidance_and_negative_change_the_sample_as_the_formula_says(method, scale, negative):
     model, prompts = method.model, ["a [V] face", "a [V] face as a rock star"]
     words = [p.replace("[V]", "sks") for p in prompts]
-    person = method.lidb.factors(some_theta(method, size=1.))
+    person = method.lidb.factors(some_theta(method))
     for edits in {}, person:
-        latent = written_out_sample(Changed(model, deltas(edits)), words, negative, [3, 4], 3, scale)
+        latent = written_out_sample(Changed(model, deltas(edits)), words, negative, [3, 4], 2, scale)
         expected = model.decode(latent).clamp(-1, 1)
-        got = method.sample(prompts, edits, [3, 4], steps=3, guidance=scale, negative=negative)
+        got = method.sample(prompts, edits, [3, 4], steps=2, guidance=scale, negative=negative)
         assert got.shape == (2, 3, 64, 64) and got.dtype == torch.float32
-        assert (got - expected).norm() < .02 * expected.norm()
-    plain = method.sample(prompts, {}, [3, 4], steps=3, guidance=scale, negative=negative)
-    assert (plain - got).norm() > .05 * got.norm()
+        assert (got - expected).norm() < .005 * expected.norm()
+    plain = method.sample(prompts, {}, [3, 4], steps=2, guidance=scale, negative=negative)
+    assert (plain - got).norm() > .02 * got.norm()
 
 
 def test_the_formula_sees_its_arguments(method):
@@ -344,16 +345,16 @@ def test_the_defaults_of_sampling(method):
 
 def test_sampling_is_one_person_per_picture_and_seeded(method):
     prompts = ["a [V] face", "a [V] face as a rock star"]
-    edits = method.lidb.factors(some_theta(method, 2, size=1.))
+    edits = method.lidb.factors(some_theta(method, 2))
     state = torch.get_rng_state()
-    together = method.sample(prompts, edits, [3, 4], steps=3)
+    together = method.sample(prompts, edits, [3, 4], steps=2)
     assert torch.equal(torch.get_rng_state(), state)
     for i in range(2):
         mine = {k: LowRank(a[i:i + 1], b[i:i + 1]) for k, (a, b) in edits.items()}
-        alone = method.sample(prompts[i:i + 1], mine, [3 + i], steps=3)[0]
+        alone = method.sample(prompts[i:i + 1], mine, [3 + i], steps=2)[0]
         assert (alone - together[i]).norm() < .01 * alone.norm()
-    assert not torch.allclose(method.sample(prompts, {}, [3, 4], steps=3), together, atol=1e-2)
-    assert not torch.allclose(method.sample(prompts, edits, [5, 4], steps=3)[0], together[0], atol=1e-2)
+    assert not torch.allclose(method.sample(prompts, {}, [3, 4], steps=2), together, atol=1e-2)
+    assert not torch.allclose(method.sample(prompts, edits, [5, 4], steps=2)[0], together[0], atol=1e-2)
     with pytest.raises(ValueError, match="1 seeds for a batch of 2"):
         method.sample(prompts, edits, [3])
 

@@ -1,7 +1,21 @@
-"""The drawing in README: arrows point down only, and the networks stand on torch alone."""
+"""The drawing in README: arrows point down only, networks stand on torch alone. And a rule of all rooms."""
 import ast
 import sys
 from pathlib import Path
+
+import torch
+
+import hdb
+from files import images
+from files.checkpoints import read_json, write
+from files.layouts import HERE
+from files.lora import export_lora, load_lora
+from files.merged import merge_to_folder
+from files.person import Person, is_person, load_person, save_person
+from files.photos import Photos
+from files.tokenizers import vocabulary_in, write_tokenizer
+from nano.people import load_encoder
+from trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 ROOMS = [{"unet", "clip", "vae", "vit"}, {"edits", "diffusion"}, {"lidb", "hypernet"}, {"files"},
@@ -31,3 +45,26 @@ def test_networks_import_torch_alone():
     for name in ROOMS[0] | ROOMS[1]:
         allowed = {"torch", *sys.stdlib_module_names}
         assert set(imports(ROOT / f"{name}.py")) <= allowed, name
+
+
+def test_paths_may_be_text(tmp_path):
+    """Of every public function that takes one: str(path) does what path does."""
+    method, folder = hdb.HyperDreamBooth(hdb.load("nano", "cpu")), str(tmp_path)
+    write_tokenizer(method.model.tokenizer, folder)
+    assert [file.name for file in vocabulary_in(folder)] == ["vocab.json", "merges.txt"]
+    edits = method.lidb.factors(torch.zeros(1, *method.lidb.shape))
+    export_lora(edits, f"{folder}/lora.safetensors")
+    assert load_lora(f"{folder}/lora.safetensors", method.model).keys() == edits.keys()
+    save_person(Person(torch.zeros(1, *method.lidb.shape)), method, f"{folder}/me.safetensors")
+    assert is_person(f"{folder}/me.safetensors")
+    assert load_person(f"{folder}/me.safetensors", method).relaxed == {}
+    merge_to_folder(method.model, edits, f"{HERE}/nano", f"{folder}/merged")
+    assert hdb.load(f"{folder}/merged", "cpu").checksums == method.model.checksums
+    assert read_json(f"{folder}/merged/unet/config.json")["sample_size"] == 16
+    vit = hdb.load_hypernet(f"{HERE}/nano/hypernet.safetensors", method.model).vit
+    write(vit.state_dict(), f"{folder}/vit.safetensors")
+    assert load_encoder(f"{folder}/vit.safetensors", "cpu").config == vit.config
+    images.save(images.to_pil(torch.zeros(3, 64, 64)), f"{folder}/photos/a.png")
+    assert images.read(f"{folder}/photos/a.png", 64).shape == (1, 3, 64, 64)
+    assert len(Photos(f"{folder}/photos", method.model, vit, "a face").features) == 2
+    assert Trainer({"vit": vit.requires_grad_()}, f"{folder}/run", 1, .1).step == 0
