@@ -1,9 +1,9 @@
 """Mutation testing of the method, for development: python tests/mutation.py FOLDER [mutant …]
 
-Needs mutmut (pip install mutmut==3.8.1), half an hour, and FOLDER, outside the repository, for a copy of it
-in which decorators are calls, as mutmut leaves decorated functions alone. In FOLDER `mutmut results` lists
-what survived, and `mutmut show NAME` says what that is. A second run in FOLDER does only functions that
-changed; after changes to tests, name the mutants, such as "hdb.*".
+Needs mutmut (pip install mutmut==3.8.1), half an hour, and FOLDER, outside the repository, for a copy in
+which decorators are calls, as mutmut leaves decorated functions alone. In FOLDER `mutmut results` lists what
+survived, `mutmut show NAME` what that is. A second run in FOLDER does only functions that changed; after
+changes to tests, name the mutants, such as "hdb.*".
 """
 import json
 import os

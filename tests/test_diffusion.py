@@ -346,7 +346,12 @@ def test_the_loss_is_computed_in_float32_and_its_draws_on_the_cpu():
     latent = draw((4, 4, 3, 3), "half").bfloat16()
     model = Echo(lambda x: x * .9)
     loss = diffusion.denoising_loss(model, latent, ["a"], torch.Generator().manual_seed(1))
-    assert loss.dtype == torch.float32 and model.asked[0][0].dtype == torch.bfloat16
+    noisy = model.asked[0][0]
+    t, noise = drawn(4, latent.shape, 1)
+    abar = diffusion.ALPHAS_CUMPROD[t]
+    error = (noisy * .9 - noise.bfloat16()).float().pow(2).mean((1, 2, 3))
+    torch.testing.assert_close(loss, error * ((1 - abar) / abar).clamp(max=5), rtol=1e-5, atol=0)
+    assert loss.dtype == torch.float32 and noisy.dtype == torch.bfloat16
     with torch.device("meta"):
         again = diffusion.denoising_loss(model, latent, ["a"], torch.Generator().manual_seed(1))
     assert again.device.type == "cpu" and torch.equal(again, loss)

@@ -53,9 +53,10 @@ def test_everything_goes_where_the_model_is():
     model, g = tiny_model(), torch.Generator()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
-    image, latent = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8)
+    image, latent, ids = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8), []
+    model.text.register_forward_pre_hook(lambda text, inputs: ids.append(*inputs))
     for found in (model.encode(image), model.encode(image, g), model.decode(latent), model.context(["a"]),
-                  model.sample(["a"], steps=1)):
+                  model.sample(["a"], steps=1), *ids):
         assert found.device == model.device == torch.device("meta")
 
 
@@ -70,4 +71,5 @@ def test_half(folder):
     model = sd.load(folder, device="cpu", dtype=torch.bfloat16)
     latent = model.encode(draw((1, 3, 16, 16), "image"), generator("noise"))  # inputs are converted
     image = model.decode(latent.float())
+    assert model.sample(["a"], steps=1, size=(16, 16)).dtype == torch.float32
     assert latent.dtype == image.dtype == model.context(["a"]).dtype == torch.bfloat16
