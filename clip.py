@@ -207,9 +207,13 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids):
         """Token ids (B, n), n ≤ max_position_embeddings, → the last hidden state (B, n, d), normalised."""
+        return self.read(self.text_model.embeddings.token_embedding(ids))
+
+    def read(self, words):
+        """Embeddings of the tokens (B, n, d) → the same as forward makes of their ids."""
         parts = self.text_model
-        positions = parts.embeddings.position_embedding.weight[:ids.shape[1]]
-        x = parts.embeddings.token_embedding(ids) + positions
+        places = torch.arange(words.shape[1], device=words.device)
+        x = words + parts.embeddings.position_embedding(places)
         return parts.final_layer_norm(parts.encoder(x))
 
 

@@ -1,21 +1,23 @@
 """What a personalisation does to a model, as values: a dict of layer name -> edit.
 
-An edit is called with a layer, its input x and its output y, and returns the new output. Edits are in force
-only inside
+An edit is called with a layer, its input x and its output y, and returns the new output; one that has a
+method `before` changes what goes in as well. Edits are in force only inside
 
     with edited(layers, edits):
         ...                          # a sample, or a loss and its backward
 
 and gone afterwards, whatever happens. Low-rank edits are the ones that HyperDreamBooth makes (LiDB's, and
 LoRA): they can be joined, scaled, stacked side by side for several people, merged into the weights and
-written as a LoRA. Any other callable is an edit as well.
+written as a LoRA. A Change, of whole weights, can be scaled and merged. Any other callable is an edit as well.
 """
+import copy
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 IDENTIFIER = "sks"  # what [V] stands for in a prompt: a token that text-to-image models know nothing of
 
@@ -42,27 +44,61 @@ class LowRank(NamedTuple):
 
     def __call__(self, layer, x, y):
         """ValueError for a batch that cannot be shared among the people."""
-        a, b = (t.to(x.dtype) for t in self)
-        groups, rest = divmod(len(x), len(a))
-        if rest:
-            raise ValueError(f"a batch of {len(x)} cannot be shared among {len(a)} people")
-        if len(a) > 1 and groups > 1:
-            a, b = (t.repeat(groups, 1, 1) for t in (a, b))
+        a, b = (shared(t.to(x.dtype), len(x)) for t in self)
         pixels = isinstance(layer, nn.Conv2d)
         # (B, n, in): n pixels or tokens, or one vector
         x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])
         residual = x @ a @ b
         return y + (residual.mT if pixels else residual).reshape(y.shape)
 
+    def scaled(self, strength):
+        return LowRank(self.a, self.b * strength)
+
+    def changes(self, layer):
+        """name -> what one person's edit adds to the layer's parameters, in float32."""
+        (a,), (b,) = self.a.float(), self.b.float()
+        return {"weight": (a @ b).T.view_as(layer.weight)}
+
+
+class Change(NamedTuple):
+    """Other parameters, as one person's differences from the layer's own: name -> tensor.
+
+    Every layer here is linear in its parameters, the norms too, so what they change is what the layer makes of
+    x with the differences alone.
+    """
+    tensors: dict
+
+    def __call__(self, layer, x, y):
+        bare = copy.copy(layer)
+        bare._forward_hooks = bare._forward_pre_hooks = {}  # or it would be edited itself
+        zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
+        return y + functional_call(bare, zeros | {name: t.to(y.dtype) for name, t in self.tensors.items()}, x)
+
+    def scaled(self, strength):
+        return Change({name: t * strength for name, t in self.tensors.items()})
+
+    def changes(self, layer):
+        return self.tensors
+
+
+def shared(tensor, batch):
+    """What belongs to one person (1, …) as it is, or to each of P people (P, …) once for each sample of a
+    batch of k·P, in k groups of all people in order. ValueError for another batch."""
+    groups, rest = divmod(batch, len(tensor))
+    if rest:
+        raise ValueError(f"a batch of {batch} cannot be shared among {len(tensor)} people")
+    return tensor if len(tensor) == 1 else tensor.repeat(groups, *[1] * (tensor.dim() - 1))
+
 
 @contextmanager
 def edited(layers, edits):
     """The edits are in force inside: edits[name](layer, x, y) takes the place of the output y that
-    layers[name] computes from x.
+    layers[name] computes from x. An edit with a method before(layer, inputs) -> inputs is asked for the inputs
+    first, which are then what the layer, and the edit, get.
 
     Edits of several `with` add up, the inner ones see what the outer made. The backward pass belongs inside
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its one argument; in several threads at once each needs a model of its own. ValueError for a name that
+    as its first argument; in several threads at once each needs a model of its own. ValueError for a name that
     is not in `layers`.
     """
     if unknown := [name for name in edits if name not in layers]:
@@ -74,6 +110,8 @@ def edited(layers, edits):
     handles = []
     try:
         for name, edit in edits.items():
+            if hasattr(edit, "before"):
+                handles.append(layers[name].register_forward_pre_hook(edit.before))
             handles.append(layers[name].register_forward_hook(hook(edit)))
         yield
     finally:
@@ -108,7 +146,7 @@ def low_rank(edits, people=None):
     """The same edits. ValueError unless they are LowRank and, if that is given, of so many people."""
     for name, edit in edits.items():
         if not isinstance(edit, LowRank):
-            raise ValueError(f"{name}: only low-rank edits can be joined, scaled, merged or exported")
+            raise ValueError(f"{name}: only low-rank edits can be joined, stacked or exported")
         if people not in (None, len(edit.a)):
             raise ValueError(f"{people} person's edits are needed, not {len(edit.a)} people's")
     return edits
@@ -129,8 +167,15 @@ def join(*many):
 
 
 def scale(edits, strength):
-    """The same low-rank edits with `strength` times the effect."""
-    return {name: LowRank(a, b * strength) for name, (a, b) in low_rank(edits).items()}
+    """The same edits with `strength` times the effect. ValueError for those of which there is no such thing."""
+    return {name: linear(name, edit).scaled(strength) for name, edit in edits.items()}
+
+
+def linear(name, edit):
+    """The edit. ValueError unless it adds something to the weights: then half of it, say, has a meaning."""
+    if not isinstance(edit, (LowRank, Change)):
+        raise ValueError(f"{name}: {type(edit).__name__} cannot be scaled or merged, it is no change of weights")
+    return edit
 
 
 def detach(edits):
@@ -160,8 +205,10 @@ def stack(people):
 
 @torch.no_grad()
 def merge(layers, edits):
-    """Put one person's low-rank edits into the weights themselves: W ← W + (A·B)ᵀ, computed in float32, exact
-    to rounding."""
-    for name, (a, b) in low_rank(edits, people=1).items():
-        weight = layers[name].weight
-        weight.copy_(weight.float() + (a[0].float() @ b[0].float()).T.view_as(weight))
+    """Put one person's edits into the weights themselves: W ← W + ΔW, computed in float32, exact to rounding.
+    ValueError for several people's, and for edits that are no change of weights."""
+    low_rank({name: edit for name, edit in edits.items() if isinstance(edit, LowRank)}, people=1)
+    for name, edit in edits.items():
+        for key, change in linear(name, edit).changes(layers[name]).items():
+            parameter = layers[name].get_parameter(key)
+            parameter.copy_(parameter.float() + change.float())

@@ -173,22 +173,8 @@ class UNet(nn.Module):
     def forward(self, x, t, context):
         """x (B, 4, h, w), t a number or (B,), context (B, n, cross_attention_dim) → noise (B, 4, h, w).
         x and context have the dtype of the weights. RuntimeError, PyTorch's, when sizes disagree."""
-        wave = sinusoids(torch.as_tensor(t, device=x.device).expand(len(x)), self.conv_in.out_channels)
-        time = self.time_embedding(wave.to(self.conv_in.weight.dtype))  # (B, 4·c₀)
-
-        # down, keeping every result
-        x = self.conv_in(x)
-        skips = [x]
-        for level in self.down_blocks:
-            for i, resnet in enumerate(level.resnets):
-                x = self._run(resnet, x, time)
-                if level.attentions:
-                    x = self._run(level.attentions[i], x, context)
-                skips.append(x)
-            for down in level.downsamplers:  # one, or none in the last level
-                x = down["conv"](x)  # (B, c, ⌈h/2⌉, ⌈w/2⌉)
-                skips.append(x)
-
+        skips, time = self.down(x, t, context)
+        x = skips[-1]
         x = self._run(self.mid_block.resnets[0], x, time)
         x = self._run(self.mid_block.attentions[0], x, context)
         x = self._run(self.mid_block.resnets[1], x, time)
@@ -204,6 +190,24 @@ class UNet(nn.Module):
                 x = up["conv"](F.interpolate(x, size=size, mode="nearest"))
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def down(self, x, t, context):
+        """The first half of forward: (every feature map (B, c, h, w) of the way down, the last of which goes
+        on; the embedded time (B, 4·c₀))."""
+        wave = sinusoids(torch.as_tensor(t, device=x.device).expand(len(x)), self.conv_in.out_channels)
+        time = self.time_embedding(wave.to(self.conv_in.weight.dtype))
+        x = self.conv_in(x)
+        skips = [x]
+        for level in self.down_blocks:
+            for i, resnet in enumerate(level.resnets):
+                x = self._run(resnet, x, time)
+                if level.attentions:
+                    x = self._run(level.attentions[i], x, context)
+                skips.append(x)
+            for down in level.downsamplers:  # one, or none in the last level
+                x = down["conv"](x)  # (B, c, ⌈h/2⌉, ⌈w/2⌉)
+                skips.append(x)
+        return skips, time
 
     def _run(self, block, *inputs):
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
