@@ -8,7 +8,8 @@ method `before` changes what goes in as well. Edits are in force only inside
 
 and gone afterwards, whatever happens. Low-rank edits are the ones that HyperDreamBooth makes (LiDB's, and
 LoRA): they can be joined, scaled, stacked side by side for several people, merged into the weights and
-written as a LoRA. A Change, of whole weights, can be scaled and merged. Any other callable is an edit as well.
+written as a LoRA. A Change, of whole weights, can be scaled and merged. Any other callable is an edit as
+well.
 """
 import copy
 from contextlib import contextmanager
@@ -63,8 +64,8 @@ class LowRank(NamedTuple):
 class Change(NamedTuple):
     """Other parameters, as one person's differences from the layer's own: name -> tensor.
 
-    Every layer here is linear in its parameters, the norms too, so what they change is what the layer makes of
-    x with the differences alone.
+    Every layer here is linear in its parameters, the norms too, so what they change is what the layer makes
+    of x with the differences alone.
     """
     tensors: dict
 
@@ -93,13 +94,13 @@ def shared(tensor, batch):
 @contextmanager
 def edited(layers, edits):
     """The edits are in force inside: edits[name](layer, x, y) takes the place of the output y that
-    layers[name] computes from x. An edit with a method before(layer, inputs) -> inputs is asked for the inputs
-    first, which are then what the layer, and the edit, get.
+    layers[name] computes from x. An edit with a method before(layer, inputs) -> inputs is asked for the
+    inputs first, which are then what the layer, and the edit, get.
 
     Edits of several `with` add up, the inner ones see what the outer made. The backward pass belongs inside
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its first argument; in several threads at once each needs a model of its own. ValueError for a name that
-    is not in `layers`.
+    as its first argument; in several threads at once each needs a model of its own. ValueError for a name
+    that is not in `layers`.
     """
     if unknown := [name for name in edits if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
@@ -167,14 +168,17 @@ def join(*many):
 
 
 def scale(edits, strength):
-    """The same edits with `strength` times the effect. ValueError for those of which there is no such thing."""
+    """The same edits with `strength` times the effect. ValueError for what is no change of weights."""
     return {name: linear(name, edit).scaled(strength) for name, edit in edits.items()}
 
 
+LINEAR = LowRank, Change  # what adds something to the weights, so that half of it, say, has a meaning
+
+
 def linear(name, edit):
-    """The edit. ValueError unless it adds something to the weights: then half of it, say, has a meaning."""
-    if not isinstance(edit, (LowRank, Change)):
-        raise ValueError(f"{name}: {type(edit).__name__} cannot be scaled or merged, it is no change of weights")
+    """The edit. ValueError unless it is a change of weights."""
+    if not isinstance(edit, LINEAR):
+        raise ValueError(f"{name}: only changes of weights can be scaled or merged")
     return edit
 
 

@@ -1,151 +1,206 @@
-"""Measure the miniature: autoencoder, base model, and the method on people whom nothing has seen.
+"""The paper's experiment, measured again: every system on the same people, prompts and noises.
 
-    python evaluate.py [base] [people]
+    python evaluate.py                     # on nano: 32 test people, 11 prompts; the curves; hours on two
+    cores python evaluate.py --quick             # 2 people, 6 prompts, no curves: ten minutes python
+    evaluate.py --rows "Only Hyper" Perfusion --people 8 python evaluate.py --model
+    stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-Likeness is the cosine of the judge's embeddings of a picture and of the one photo given; beside it always
-stands the share of pictures whose style the judge recognises, because copying the photo is a likeness too. ±
-is the standard error over people.
+On nano the judge says of every picture whose it is and in which style (evaluation/scores.py); elsewhere the
+paper's metrics are computed. --out gets scores.csv, a line for each picture; costs.csv, seconds and bytes of
+one person alone; and from these tables.md, scatter.png and, with pictures of the first people, a grid for
+each table. What is measured already is not measured again: a run that was stopped goes on by the same
+command, and other rows can be added.
 """
-import argparse
+import csv
+import json
 import time
-import zlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file
+from tqdm import tqdm
 
 import hdb
-from edits import LowRank, join
-from files import console
-from files.checkpoints import write
-from files.layouts import HERE
-from nano import faces, seeds
-from nano.judge import load_judge
+from evaluation import report, systems
+from evaluation.scores import Judged, Paper
+from files import console, images
+from files.checkpoints import checksum, read_json
+from files.layouts import HERE, model_name
+from files.person import save_person
+from files.photos import photo_files
+from nano import seeds
 from nano.people import HeldOut
-from nano.pretrain import psnr
+from trainer import differences
 
-STYLES = "photo", "selfie", "pixar", "bark", "rock star", "professional"
-
-
-@torch.no_grad()
-def measure_base(model, args):
-    """Autoencoder, style accuracy of samples, attribute accuracy of captioned samples."""
-    judge, generator, count = load_judge(), torch.Generator().manual_seed(2), 16
-    first = seeds.VALIDATION
-    identity = faces.identities(range(first, first + count * len(faces.STYLES)))
-    style = torch.arange(len(faces.STYLES)).repeat_interleave(count)
-    real = faces.photos(identity, generator, "cpu", style)
-    decoded = torch.cat([model.decode(model.encode(x)) for x in real.split(16)]).clamp(-1, 1)
-    print(f"autoencoder: {psnr(decoded, real):.2f} dB PSNR, likeness through it "
-          f"{judge.likeness(decoded, real).mean():.2f}")
-    for name, words in ("style words only", 0.), ("attribute words", 1.):
-        prompts = faces.captions(identity, style, generator, words=words, rare=0., drop=0.)
-        settings = args.sample_steps, args.guidance
-        pictures = [model.sample(prompts[i:i + 16], range(i, i + 16), *settings)
-                    for i in range(0, len(prompts), 16)]
-        _, styles, attributes = judge(torch.cat(pictures))
-        right = (styles.argmax(1) == style).float()
-        worst = min((right[style == i].mean().item(), name) for i, name in enumerate(faces.STYLES))
-        print(f"base, {name}: style accuracy {right.mean():.3f} (worst: {worst[1]} {worst[0]:.2f})")
-    truth = faces.attributes(identity)
-    hits = {kind: (logits.argmax(1) == truth[kind]).float() for kind, logits in attributes.items()}
-    hits["hair_colour"] = hits["hair_colour"][truth["hair_style"] > 0]  # captions don't name a bald person's
-    hits = {kind: hit.mean().item() for kind, hit in hits.items()}
-    print("base, attribute accuracy: " + ", ".join(f"{kind} {hit:.3f}" for kind, hit in hits.items())
-          + f", mean {sum(hits.values()) / len(hits):.3f}")
-
-
-def measure_people(method, args):
-    """The rows of the paper's Table 3, measured."""
-    held_out = HeldOut(args.people, "cpu", seeds.TEST)
-    groups = torch.arange(args.people).split(8)
-
-    def tune(theta):
-        parts = [method.fine_tune(held_out.photos[g], None if theta is None else theta[g], args.steps)
-                 for g in groups]
-        relaxed = {k: LowRank(*map(torch.cat, zip(*(part[k] for part in parts)))) for k in parts[0]}
-        return join({} if theta is None else method.lidb.factors(theta), relaxed)
-
-    theta = method.predict(held_out.photos)
-    rows = {"prediction + fine-tuning": lambda: tune(theta),
-            "base": dict,
-            "prediction only": lambda: method.lidb.factors(theta),
-            "fine-tuning only": lambda: tune(None),
-            "prediction only, s = 1": lambda: method.lidb.factors(method.predict(held_out.photos, 1)),
-            "s = 1 + fine-tuning": lambda: tune(method.predict(held_out.photos, 1))}
-    if unknown := set(args.rows or ()) - set(rows):
-        raise console.UserError(f"--rows {', '.join(unknown)}: only {', '.join(rows)}")
-    heads = "".join(f"{style:>14s}" for style in STYLES)
-    print(f"{args.people} people, likeness / style accuracy\n{'':26s}{heads}   styled mean")
-    folder = Path(args.runs) / f"evaluation_{args.people}_{checksum_of(args)}"
-    for name in args.rows or rows:
-        start, edits = time.time(), rows[name]()
-        scores, styles = measure_row(method.model, held_out, edits, groups, args)
-        mean = scores[:, 1:].mean(1)
-        cells = "".join(f"{s:9.2f}/{r:.2f}" for s, r in zip(scores.mean(0), styles.mean(0)))
-        print(f"{name:26s}{cells}   {mean.mean():.3f} ± {error(mean):.3f} / {styles[:, 1:].mean():.2f}"
-              f"   (photo ± {error(scores[:, 0]):.3f}; {time.time() - start:.0f} s)", flush=True)
-        write({"plain": scores[:, 0], "styled": mean}, folder / f"{name}.safetensors")
-
-    # the same people and noise in every row, so the difference is known better than either
-    measured = {name: folder / f"{name}.safetensors" for name in rows}
-    measured = {name: load_file(file) for name, file in measured.items() if file.exists()}
-    best = measured.pop("prediction + fine-tuning", None)
-    for name, row in measured.items() if best else ():
-        leads = {kind: best[kind] - row[kind] for kind in best}
-        words = [f"{kind} {lead.mean():+.3f} ± {error(lead):.3f}" for kind, lead in leads.items()]
-        print(f"full method − {name}: {', '.join(words)}")
-
-
-def measure_row(model, held_out, edits, groups, args):
-    """Likeness and style accuracy (people, STYLES) of everybody's edits."""
-    scores, styles = (torch.zeros(args.people, len(STYLES)) for _ in range(2))
-    for i, style in enumerate(STYLES):
-        for g in groups:
-            mine = {k: LowRank(a[g], b[g]) for k, (a, b) in edits.items()}
-            noises = [1000 * i + int(j) for j in g]
-            _, scores[g, i], styles[g, i] = held_out.measure(
-                model, mine, style, noises, g, steps=args.sample_steps, guidance=args.guidance)
-    return scores, styles
-
-
-def error(values):
-    """The standard error of their mean."""
-    return values.std() / len(values) ** .5
-
-
-def checksum_of(args):
-    """Of weights and settings: rows may be measured by several calls, and other ones are another folder."""
-    weights = [*sorted(HERE.glob("nano/*/*.safetensors")), HERE / "nano/judge.safetensors", args.hypernet]
-    settings = repr((args.steps, args.sample_steps, args.guidance)).encode()
-    return f"{zlib.crc32(b''.join(w.read_bytes() for w in weights) + settings):08x}"
-
-
-def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
-    parser.add_argument("parts", nargs="*", help="base, people, or both, which is the same as none")
-    parser.add_argument("--people", type=int, default=64)
-    parser.add_argument("--rows", nargs="*", help="of the people's table; all if not given")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=3.)
-    parser.add_argument("--runs", default="runs", help="folder that keeps every row's likenesses")
-    parser.add_argument("--hypernet", type=Path, default=HERE / "nano/hypernet.safetensors")
-    args = parser.parse_args()
-    if unknown := set(args.parts) - {"base", "people"}:
-        parser.error(f"{', '.join(unknown)}: only base and people can be measured")
-    console.check_folder(parser, "--runs", args.runs)
-    console.check_ranges(parser, args, people=(2, 10 ** 6), steps=(1, 100_000), sample_steps=(1, 999),
-                         guidance=(-100, 100))
-    return args
+CURVE_PROMPTS = "photo", "pixar", "bark", "rock star", "professional", "king"  # nano's, of curves and --quick
+SHOWN = 4  # people whose pictures are kept for the grids
 
 
 def main(args):
-    model = hdb.load("nano", "cpu")
-    if "base" in args.parts or not args.parts:
-        measure_base(model, args)
-    if "people" in args.parts or not args.parts:
-        measure_people(hdb.HyperDreamBooth(model, hdb.load_hypernet(args.hypernet, model)), args)
+    model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+    nano = args.model == "nano"
+    file = args.hypernet or (HERE / "nano/hypernet.safetensors" if nano else None)
+    method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
+    single = args.single and hdb.HyperDreamBooth(model, hdb.load_hypernet(args.single, model))
+    photos = HeldOut(args.people, model.device, seeds.TEST).photos if nano else faces(args, model)
+    scores = Judged(model.device) if nano else Paper(args.clip, args.dino, model.device)
+    jobs = chosen(args, systems.rows(nano, single))
+    check_run(args, method)
+
+    # every system makes every person, every person is drawn by every prompt
+    prompts = [*scores.prompts]
+    if args.quick:
+        prompts = [name for name in prompts if name in CURVE_PROMPTS] if nano else prompts[:6]
+    work = [(job, group, prompts) for job in jobs for group in torch.arange(len(photos)).split(job.people)]
+    if args.curves:
+        few = torch.arange(min(len(photos), systems.PEOPLE))
+        work += [(job, few, CURVE_PROMPTS) for job in systems.curves()]
+    table = Table(args.out / "scores.csv", 5, ("system", "knob", "value", "person", "prompt", *scores.names))
+    with tqdm(total=sum(len(group) for _, group, _ in work), unit="person") as bar:
+        for job, group, some in work:
+            bar.set_description(" ".join(map(str, (job.system, job.knob, *job.values[:1]))))
+            measure(job, group, some, method, photos, scores, table, args)
+            bar.update(len(group))
+
+    # one person alone, by the clock
+    costs = Table(args.out / "costs.csv", 1, ("system", "seconds", "bytes"))
+    for job in tqdm(jobs, desc="costs"):
+        if (job.system,) not in costs:
+            costs.add((job.system, *cost(job, method, photos[:1])))
+    for path in report.write(args.out, scores):
+        print(f"  {path}")
+    print((args.out / "tables.md").read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def measure(job, group, prompts, method, photos, scores, table, args):
+    """Fit the people of `group` by one system, sample every prompt at every value of its knob, and add the
+    scores to the table."""
+    keys = {(job.system, job.knob, value, person, prompt)
+            for value in job.values for person in group.tolist() for prompt in prompts}
+    if all(key in table for key in keys):
+        return
+    person = job.fit(method, photos[group], torch.Generator().manual_seed(int(group[0])))
+    edits = person.edits(method)
+    for value in job.values:
+        mine = job.turn(edits, value)
+        for prompt in prompts:
+            # everybody's noise depends on the prompt and on who it is alone
+            noises = [1000 * list(scores.prompts).index(prompt) + who for who in group.tolist()]
+            pictures = method.sample([scores.prompts[prompt]] * len(group), mine, noises,
+                                     steps=args.sample_steps, guidance=args.guidance)
+            found = scores(pictures, photos[group], prompt)
+            for i, who in enumerate(group.tolist()):
+                numbers = (found[name][i].item() for name in scores.names)
+                table.add((job.system, job.knob, value, who, prompt, *numbers))
+                if who < SHOWN and not job.knob:
+                    file = report.picture(args.out, job.system, who, prompt)
+                    images.save(images.to_pil(pictures[i]), file)
+    for who in group.tolist():
+        if who < SHOWN:
+            images.save(images.to_pil(photos[who]), report.picture(args.out, "photo", who, ""))
+
+
+def cost(job, method, photo):
+    """Seconds to make one person of a photo, and bytes of their file."""
+    start = time.perf_counter()
+    person = job.fit(method, photo, torch.Generator().manual_seed(0))
+    seconds = time.perf_counter() - start
+    if not person.stored():
+        return 0., 0
+    with TemporaryDirectory() as folder:
+        save_person(person, method, Path(folder, "person"))
+        return seconds, Path(folder, "person").stat().st_size
+
+
+class Table:
+    """A CSV file that grows by a line at a time. The first `key` columns, as text, say what a line is of;
+    what has a line is `in` the table. UserError for a file with other columns."""
+
+    def __init__(self, path, key, columns):
+        self.path, self.key, rows = path, key, []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as f:
+                rows = [tuple(row) for row in csv.reader(f)]
+            if rows[:1] != [columns]:
+                raise console.UserError(f"{path}: has other columns; give another folder with --out")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(columns)
+        self.known = {row[:key] for row in rows}
+
+    def __contains__(self, key):
+        return texts(key) in self.known
+
+    def add(self, row):
+        """Add a line, unless there is one of its kind."""
+        row = texts(row)
+        if row[:self.key] not in self.known:
+            self.known.add(row[:self.key])
+            self.write(row)
+
+    def write(self, row):
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerow(row)
+
+
+def texts(row):
+    return tuple(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row)
+
+
+def check_run(args, method):
+    """Write what the numbers depend on to run.json, or compare. UserError where they are another run's."""
+    settings = {"hypernet": checksum(method.hypernet) if method.hypernet else "none",
+                "sampling steps": args.sample_steps, "guidance": args.guidance, "faces": args.faces}
+    ours = {name: str(value) for name, value in (method.model.checksums | settings).items()}
+    file = args.out / "run.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        file.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    elif differ := differences(read_json(file), ours):
+        raise console.UserError(f"{args.out}: measured otherwise ({'; '.join(differ)}); give another --out")
+
+
+def faces(args, model):
+    """The first photos (P, 3, H, W) of the folder."""
+    side = 8 * model.unet.config.sample_size
+    files = photo_files(args.faces)[:args.people]
+    return torch.cat([images.read(file, side) for file in files]).to(model.device)
+
+
+def chosen(args, jobs):
+    """The jobs that --rows names, all if it isn't given."""
+    names = [job.system for job in jobs]
+    if unknown := set(args.rows or ()) - set(names):
+        raise console.UserError(f"--rows {', '.join(sorted(unknown))}: there are {', '.join(names)}")
+    return [job for job in jobs if job.system in (args.rows or names)]
+
+
+def arguments():
+    parser = console.parser(__doc__, model_name)
+    parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
+    parser.add_argument("--quick", action="store_true", help="2 people, 6 prompts, no curves; to runs/quick")
+    parser.add_argument("--people", type=int, help="how many; 32 if not given")
+    parser.add_argument("--rows", nargs="+", help="of the tables; all if not given")
+    parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
+    parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
+    parser.add_argument("--single", help='file of train.py --iterations 1, for the row "k = 1"')
+    parser.add_argument("--sample-steps", type=int, default=15)
+    parser.add_argument("--guidance", type=float, help="3 for nano and 7.5 else, if not given")
+    parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of CLIP-I and CLIP-T")
+    parser.add_argument("--dino", default="facebook/dino-vits16")
+    parser.add_argument("--out", type=Path, help="folder of the results; results/ if not given")
+    args = parser.parse_args()
+    nano = args.model == "nano"
+    if nano == bool(args.faces):
+        parser.error("--faces is for a model other than nano, and needed there")
+    console.check_ranges(parser, args, people=(1, 10 ** 6), sample_steps=(1, 999), guidance=(-100, 100))
+    args.curves = args.curves and nano and not (args.quick or args.rows)
+    args.people = args.people or (2 if args.quick else 32)
+    args.guidance = (3. if nano else 7.5) if args.guidance is None else args.guidance
+    args.out = args.out or Path("runs/quick" if args.quick else "results")
+    console.check_folder(parser, "--out", args.out)
+    return args
 
 
 if __name__ == "__main__":

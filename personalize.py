@@ -7,13 +7,17 @@
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the LiDB
 weights) and person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo,
-the prediction alone, then the prompts.
+the prediction alone, then the prompts. The systems that the paper compares with have the same command line:
+python -m baselines.dreambooth, .textual_inversion, .perfusion, .e4t.
 """
 import argparse
 import os
 import secrets
+import sys
 import time
 import warnings
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 START = time.time()  # importing torch takes a while, and the times printed below should be what a user waits
@@ -26,37 +30,55 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import hdb  # noqa: E402
-from edits import LowRank, canonical, join, named, scale, stack  # noqa: E402
+from baselines import textual_inversion  # noqa: E402
+from edits import LINEAR, LowRank, canonical, join, named, scale, stack  # noqa: E402
 from files import console, images  # noqa: E402
 from files.checkpoints import open_tensors  # noqa: E402
 from files.layouts import HERE, model_name  # noqa: E402
 from files.lora import export_lora, load_lora  # noqa: E402
 from files.merged import free_folder, merge_to_folder  # noqa: E402
-from files.person import Person, PersonError, is_person, load_person, save_person  # noqa: E402
+from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person  # noqa: E402
 from nano.judge import load_judge  # noqa: E402
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
 
 
-def arguments():
-    parser = console.parser(__doc__, model_name)
-    parser.add_argument("photo", help="a picture of one face, or a personal file (.safetensors)")
-    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
-                        'a rock star"; further personal files may stand before')
+RANGES = {"steps": (0, 100_000), "rank": (1, 320), "lr": (0, 1), "batch": (1, 1024)}
+
+
+def options(parser):
     parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
-    parser.add_argument("--crop", type=square, metavar="X,Y,SIZE", help="in pixels; its centre if none")
     parser.add_argument("--steps", type=int, default=40, help="of fine-tuning; 0: prediction alone")
     parser.add_argument("--rank", type=int, default=4, help="of the LoRA that is fine-tuned")
     parser.add_argument("--lr", type=float, default=3e-3, help="of fine-tuning")
     parser.add_argument("--batch", type=int, default=4, help="of fine-tuning: noises of the photo a step")
+
+
+def maker_of(method):
+    """The module that makes persons by this method, with options and ranges of its own: this one or
+    another."""
+    return MAKERS.get(method, sys.modules[__name__])
+
+
+def arguments(method=OURS):
+    """What the command line says; the method's own options stand beside those of all."""
+    maker = maker_of(method)
+    parser = console.parser(maker.__doc__, model_name)
+    parser.set_defaults(hypernet=None, method=method)
+    parser.add_argument("photo", help="a picture of one face, or a personal file (.safetensors)")
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
+                        'a rock star"; further personal files may stand before')
+    parser.add_argument("--crop", type=square, metavar="X,Y,SIZE", help="in pixels; its centre if none")
+    maker.options(parser)
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale")
     parser.add_argument("--negative", type=console.printable, default="", help="what to avoid")
     parser.add_argument("--strength", type=float, default=1., help="of the person, from 0 to 1.5")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="somebody else's LoRA beside the person; repeatable")
-    parser.add_argument("--export", choices=["lora"], help="also write lora.safetensors, with --strength and "
-                        "--lora in it, for diffusers, ComfyUI and A1111")
+    parser.add_argument("--export", choices=["lora", "embedding"], help="also write lora.safetensors, with "
+                        "--strength and --lora in it, or what textual inversion has learnt, "
+                        "embedding.safetensors, for diffusers, ComfyUI and A1111")
     parser.add_argument("--merge", metavar="FOLDER", help="also write the model with the person merged in")
     parser.add_argument("--seed", type=int, help="drawn, and printed, if not given")
     parser.add_argument("--out", default="out", type=Path)
@@ -73,8 +95,8 @@ def arguments():
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed
 
     # nothing is out of range, or would be written where it cannot or must not be
-    console.check_ranges(parser, args, steps=(0, 100_000), rank=(1, 320), lr=(0, 1), batch=(1, 1024),
-                         seed=(0, 2 ** 40), sample_steps=(1, 999), guidance=(-100, 100), strength=(0, 1.5))
+    console.check_ranges(parser, args, **maker.RANGES, seed=(0, 2 ** 40), sample_steps=(1, 999),
+                         guidance=(-100, 100), strength=(0, 1.5))
     console.check_folder(parser, "--out", args.out)
     if args.merge is not None:
         free_folder(args.merge)
@@ -85,7 +107,7 @@ def arguments():
         parser.error("--export and --merge take one person")
 
     outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * max(1, len(args.people))))]
-    outputs += ["lora.safetensors"] if args.export else []
+    outputs += [f"{args.export}.safetensors"] if args.export else []
     outputs += [] if args.people else PERSONAL
     written = [(args.out / name).resolve() for name in outputs]
     loras = [lora_and_strength(text)[0] for text in args.lora]
@@ -93,6 +115,19 @@ def arguments():
         if given and Path(given).resolve() in written:
             parser.error(f"{given} would be overwritten; give another folder with --out")
     return args
+
+
+def check_kinds(args, kinds):
+    """PersonError if an option asks for what edits of these kinds can't do."""
+    for option, asked, possible in (
+            ("--strength", args.strength != 1, LINEAR),
+            ("--merge", args.merge, (LowRank,) if args.lora else LINEAR),
+            ("--export lora", args.export == "lora", (LowRank,)),
+            ("--export embedding", args.export == "embedding", (textual_inversion.Rows,))):
+        if asked and not all(issubclass(kind, possible) for kind in kinds):
+            able = " or ".join(kind.__name__ for kind in possible)
+            raise PersonError(f"{option} needs edits that are {able}, this person's are "
+                              f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see edits.py")
 
 
 def is_personal(text):
@@ -121,32 +156,44 @@ def lora_and_strength(text):
 
 
 def main(args):
-    # what is no photo or person is reported before gigabytes are loaded
+    maker = maker_of(args.method)
+    # what is no photo or person, or can't be had, is reported before gigabytes are loaded
     for path in args.people:
         open_tensors(path)
     if not args.people:
         images.read(args.photo, images.SMALLEST, args.crop)
+        check_kinds(args, maker.kinds(args))
     stage = Stages()
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-    styles = [load_lora(path, model, strength) for path, strength in map(lora_and_strength, args.lora)]
+    styles = join(*(load_lora(path, model, strength) for path, strength in map(lora_and_strength, args.lora)))
     warn(args, model.tokenizer)
 
     # the person, or people
     photo, written = None, []
     if args.people:
-        people = [load_person(path, method) for path in args.people]
+        people = [read_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
     else:
         photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
-        people = [make_person(method, photo, args, stage)]
+        person = maker.make_person(method, photo, args, stage)
+        if not all(t.isfinite().all() for t in person.stored().values()):
+            raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
+        # as the file keeps it, so that the pictures are the same again from there
+        people = [person.map(lambda t: t.half().float())]
         written = save(people[0], method, args.out)
-    edits = join(scale(stack([person.factors(method.lidb) for person in people]), args.strength), *styles)
+    edits = [person.edits(method) for person in people]
+    check_kinds(args, {type(edit) for mine in edits for edit in mine.values()})
+    if args.strength != 1:
+        edits = [scale(mine, args.strength) for mine in edits]
+    if hasattr(maker, "turn"):
+        edits = [maker.turn(mine, args, method) for mine in edits]
 
     # the pictures
-    predicted, pictures = draw(method, people, edits, args)
+    with model.edited(styles):
+        predicted, pictures = draw(method, people, edits, args)
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
     shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
     columns = len(people) if photo is None else len(shown)
@@ -154,14 +201,18 @@ def main(args):
 
     # the person for other programs
     if args.export:
-        written.append(args.out / "lora.safetensors")
-        export_lora(edits, written[-1], {"modelspec.trigger_phrase": people[0].identifier})
+        written.append(args.out / f"{args.export}.safetensors")
+    if args.export == "lora":
+        export_lora(join(edits[0], styles), written[-1], {"modelspec.trigger_phrase": people[0].identifier})
+    if args.export == "embedding":
+        textual_inversion.save_embedding(people[0].tensors, written[-1])
     if args.merge:
         source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
-        merge_to_folder(model, edits, source, args.merge)
+        merge_to_folder(model, join(edits[0], styles) if styles else edits[0], source, args.merge)
         print(f"  {args.merge}/  the model with the person merged in")
     if args.export or args.merge:
-        print(f'  in other programs the prompt says "{people[0].identifier}" where it says [V] here')
+        word = textual_inversion.TOKEN if args.export == "embedding" else people[0].identifier
+        print(f'  in other programs the prompt says "{word}" where it says [V] here')
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
     if args.model == "nano" and photo is not None:  # the miniature has a judge
@@ -169,6 +220,12 @@ def main(args):
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
             print(f"  likeness {score:+.2f}  {name}")
     stage(f"done, seed {args.seed}")
+
+
+def read_person(path, method):
+    """The Person in a personal file, or in an embedding that textual inversion has learnt anywhere."""
+    embedding = textual_inversion.is_embedding(path)
+    return textual_inversion.load_embedding(path, method.model) if embedding else load_person(path, method)
 
 
 def warn(args, tokenizer):
@@ -183,6 +240,11 @@ def warn(args, tokenizer):
             warnings.warn(f'the prompt "{prompt}" {what}, so it will not show the person', stacklevel=1)
 
 
+def kinds(args):
+    """What the edits of a person made here are."""
+    return [LowRank]
+
+
 def make_person(method, photo, args, stage):
     """Photo to Person: predict, then fine-tune."""
     theta, relaxed = None, {}
@@ -195,48 +257,43 @@ def make_person(method, photo, args, stage):
     else:
         print(f"         no hypernetwork for {args.model}: no prediction, fine-tuning alone")
     if args.steps:
-        with tqdm(total=args.steps, desc="fine-tuning", leave=False) as bar:
-            def show(step, loss):
-                bar.set_postfix(loss=f"{loss:.4f}")
-                bar.update()
-            generator = torch.Generator().manual_seed(args.seed)
-            settings = args.steps, args.rank, args.lr, args.batch
+        generator = torch.Generator().manual_seed(args.seed)
+        settings = args.steps, args.rank, args.lr, args.batch
+        with stage.progress(args.steps) as show:
             relaxed = method.fine_tune(photo, theta, *settings, generator, show)
-        if not all(t.isfinite().all() for pair in relaxed.values() for t in pair):
-            raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
-
-    def kept(t):  # as the file keeps it, so that the pictures are the same again from there
-        return t.half().float()
-    relaxed = {name: LowRank(kept(a), kept(b)) for name, (a, b) in relaxed.items()}
-    return Person(None if theta is None else kept(theta), relaxed, method.basis_seed, args.model)
+    return Person(theta, relaxed, method.basis_seed, args.model)
 
 
 def save(person, method, out):
     """Write what there is of a new person and return the paths. What is left of another run goes: it may be
     somebody else."""
-    written = []
-    for name, lidb_only, known in zip(PERSONAL, (True, False), (person.theta is not None, person.relaxed)):
-        if known:
-            save_person(person, method, out / name, lidb_only)
-            written.append(out / name)
+    alone, tuned = (out / name for name in PERSONAL)
+    known = {alone: person.theta is not None or person.tensors, tuned: person.relaxed}
+    for path, there in known.items():
+        if there:
+            save_person(person, method, path, lidb_only=path == alone)
         else:
-            (out / name).unlink(missing_ok=True)
-    return written
+            path.unlink(missing_ok=True)
+    return [path for path, there in known.items() if there]
 
 
 def draw(method, people, edits, args):
     """The prediction's picture, of a photo that has one, or [], and every prompt's, of all people each."""
-    def sample(prompt, edits, first):
-        prompts = [named(prompt, person.identifier) for person in people]
-        seeds = range(first, first + len(people))
-        return method.sample(prompts, edits, seeds, steps=args.sample_steps, guidance=args.guidance,
-                             negative=args.negative)
+    def sample(prompt, who, mine, first):
+        prompts = [named(prompt, people[i].identifier) for i in who]
+        return method.sample(prompts, mine, [first + i for i in who], steps=args.sample_steps,
+                             guidance=args.guidance, negative=args.negative)
+    # low-rank people share a batch
+    everybody = range(len(people))
+    together = all(isinstance(edit, LowRank) for mine in edits for edit in mine.values())
+    groups = [(everybody, stack(edits))] if together else [([i], edits[i]) for i in everybody]
     predicted = []
     if not args.people and people[0].theta is not None:
-        predicted = sample(hdb.PROMPT, method.lidb.factors(people[0].theta), args.seed)
-    pictures = torch.cat([sample(prompt, edits, args.seed + i * len(people))
-                          for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))])
+        predicted = sample(hdb.PROMPT, [0], method.lidb.factors(people[0].theta), args.seed)
+    pictures = torch.cat([sample(prompt, who, mine, args.seed + i * len(people))
+                          for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))
+                          for who, mine in groups])
     if not pictures.isfinite().all():
         raise PersonError("a picture came out as NaN: the personal weights, --strength or --guidance are too "
                           "large for this model or dtype")
@@ -251,8 +308,8 @@ def write_pictures(pictures, shown, columns, model, args):
     if args.lora:
         settings["lora"] = ", ".join(args.lora)
     if not args.people:
-        tuning = f"{args.steps} steps, rank {args.rank}, learning rate {args.lr:g}, batch {args.batch}"
-        settings |= {"crop": args.crop or "central square", "fine-tuning": tuning if args.steps else "none",
+        tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).RANGES)
+        settings |= {"crop": args.crop or "central square", "method": args.method, "fine-tuning": tuning,
                      "hypernet": args.hypernet or "the model's own, if any"}
     whose, paths = args.people or [args.photo], [args.out / "sheet.png"]
     for i, picture in enumerate(pictures):
@@ -276,6 +333,20 @@ class Stages:
         print(f"{now - self.last:6.1f} s  {what}{in_all}", flush=True)
         self.last = now
 
+    @contextmanager
+    def progress(self, steps):
+        """Gives a callback(step, loss) that moves a bar."""
+        with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
+            def show(step, loss):
+                bar.set_postfix(loss=f"{loss:.4f}")
+                bar.update()
+            yield show
+
+
+def command(name=OURS):
+    """The command line of the method `name`."""
+    console.run(main, partial(arguments, name))
+
 
 if __name__ == "__main__":
-    console.run(main, arguments)
+    command()

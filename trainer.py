@@ -24,17 +24,18 @@ def backward(loss, parameters):
 
 
 def fit(loss, parameters, steps, lr, around=nullcontext, callback=None):
-    """Change `parameters`, a list of tensors that require gradients, by `steps` of Adam down the scalar
-    loss().
+    """Change `parameters`, a list of tensors that require gradients, or of groups of them with a rate each,
+    {"params": [tensors], "lr": rate}, by `steps` of Adam down the scalar loss().
 
     around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
     callback(step, loss) after every step.
     """
     optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0., fused=True)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(steps):
         with torch.enable_grad(), around():
             value = loss()
-            backward(value, parameters)
+            backward(value, trained)
         optimizer.step()
         optimizer.zero_grad()
         if callback:

@@ -24,7 +24,7 @@ def free_folder(out):
 
 
 def merge_to_folder(model, edits, source, out):
-    """Write a model folder in the hub's layout with one person's low-rank edits merged into its weights; the
+    """Write a model folder in the hub's layout with one person's edits merged into its weights; the
     model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
     our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written: a person would
     hardly survive 8 bits. PersonError if out is taken, ValueError if the edits are not one person's."""
@@ -32,7 +32,8 @@ def merge_to_folder(model, edits, source, out):
     copies = {name: copy.deepcopy(layers[name]).float() for name in edits}
     merge(copies, edits)
     dtype = torch.float16 if model.dtype == torch.bfloat16 else model.dtype
-    merged = {f"{name}.weight": layer.weight.to(dtype) for name, layer in copies.items()}
+    merged = {f"{name}.{key}": p.to(dtype) for name, layer in copies.items()
+              for key, p in layer.named_parameters(recurse=False)}
     check_numbers(merged, out)
 
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,11 @@
-"""One person in a file: LiDB's numbers and, after rank-relaxed fine-tuning, a LoRA beside them."""
+"""One person in a file: LiDB's numbers and, after rank-relaxed fine-tuning, a LoRA beside them; or whatever
+another method has made of a photo."""
 import re
 import warnings
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from edits import IDENTIFIER, LowRank, join, scale
 from files.checkpoints import LoadError, open_tensors, write
 from files.console import UserError
 
-FORMAT, VERSION = "hdb-person", "1"
+FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
+MAKERS = {}  # made_by -> another method's module, which has edits(tensors, model) and shapes(model, tensors)
 
 
 class PersonError(UserError):
@@ -24,7 +26,8 @@ class PersonError(UserError):
 
 @dataclass
 class Person:
-    """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA beside it or {}."""
+    """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA beside it or {}; or,
+    made by another method, its `tensors`."""
     theta: torch.Tensor | None = None
     relaxed: dict = field(default_factory=dict)  # layer -> LowRank
     basis_seed: int = 0                          # of the LiDB that theta belongs to
@@ -32,24 +35,43 @@ class Person:
     identifier: str = IDENTIFIER                 # what [V] stood for
     scale: float = 1.0                           # default strength
     date: str = field(default_factory=lambda: date.today().isoformat())
+    made_by: str = OURS
+    tensors: dict = field(default_factory=dict)  # name -> (1, …)
 
-    def factors(self, lidb):
-        """Layer -> LowRank, A (1, in, r) and B (1, r, out), of both together at the default strength."""
-        return scale(join({} if self.theta is None else lidb.factors(self.theta), self.relaxed), self.scale)
+    def edits(self, method):
+        """What makes the model of `method`, an hdb.HyperDreamBooth, this person's, at the default
+        strength."""
+        if self.made_by != OURS:
+            return MAKERS[self.made_by].edits(self.tensors, method.model)
+        predicted = {} if self.theta is None else method.lidb.factors(self.theta)
+        return scale(join(predicted, self.relaxed), self.scale)
+
+    def map(self, change):
+        """The same person with change(tensor) for every tensor."""
+        theta = None if self.theta is None else change(self.theta)
+        relaxed = {name: LowRank(*map(change, edit)) for name, edit in self.relaxed.items()}
+        tensors = {name: change(t) for name, t in self.tensors.items()}
+        return replace(self, theta=theta, relaxed=relaxed, tensors=tensors)
+
+    def stored(self, lidb_only=False):
+        """name -> tensor, as in a file; lidb_only: without the LoRA."""
+        found = {} if self.theta is None else {"theta": self.theta}
+        if not lidb_only:
+            found |= {f"{name}.{ab}": t for name, edit in self.relaxed.items() for ab, t in zip("AB", edit)}
+        return found | self.tensors
 
 
 def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
-    """Write `person`, whom `method`, an hdb.HyperDreamBooth, made, to a safetensors file in `dtype`;
-    lidb_only: without LoRA, a few KB. PersonError for nobody, another basis, numbers dtype can't hold."""
-    tensors = {} if person.theta is None else {"theta": person.theta}
-    if not lidb_only:
-        tensors |= {f"{name}.{ab}": t for name, edit in person.relaxed.items() for ab, t in zip("AB", edit)}
-    tensors = {key: t.detach().to(dtype) for key, t in tensors.items()}
-    if (here := method.lidb.seed) != person.basis_seed:
+    """Write `person`, made for the model of `method`, an hdb.HyperDreamBooth, to a safetensors file in
+    `dtype`; lidb_only: without LoRA, a few KB. PersonError for nobody, another basis, numbers dtype can't
+    hold."""
+    tensors = {key: t.detach().to(dtype) for key, t in person.stored(lidb_only).items()}
+    if person.made_by == OURS and (here := method.lidb.seed) != person.basis_seed:
         raise PersonError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
-    check_person(tensors, method, path, "nothing to write, the person has no such weights")
+    check_person(tensors, method, path, person.made_by, "nothing to write, the person has no such weights")
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
-    write(tensors, path, about | {"scale": repr(float(person.scale))} | belongs_to(method))
+    about["scale"] = repr(float(person.scale))
+    write(tensors, path, about | belongs_to(method, person.made_by))
 
 
 def load_person(path, method):
@@ -57,26 +79,28 @@ def load_person(path, method):
     damaged, or belongs to other layers or another basis than method's; a warning if only the weights, or in a
     file without their checksums the model's name, are others."""
     tensors, note = read_tensors(path)
-    model, ours = method.model, belongs_to(method)
+    made_by = note.get("made_by", OURS)
+    model, ours = method.model, belongs_to(method, made_by)
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours if note.get(key) != ours[key]}
     weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
     made, other = f"made for {note.get('base') or 'a model without name'}, ", ", ".join(differ.values())
     for wrong, what in (
             ("format" in differ, "not a personal file; a LoRA or a model is given in another place"),
+            (made_by not in (OURS, *MAKERS), f"made by {made_by}, a method that is not known here"),
             ("version" in differ, f"of version {note.get('version')}, this program reads version {VERSION}"),
             ("layers" in differ, f"{made}whose personal layers are other than {model.name}'s (there "
              f"{note.get('layer_set')}; here {ours['layer_set']}); give the model with --model"),
-            (differ.keys() == {"basis_checksum"}, f"{made}and seed {ours['basis_seed']} made another basis "
+            (differ.keys() == {"basis_checksum"}, f"{made}and seed {ours.get('basis_seed')} made another basis "
              f"there than here ({other}): the file was altered, or this torch draws other random numbers"),
             (differ, f"{made}with another basis: {other}")):
         if wrong:
             raise PersonError(f"{path}: {what}")
-    check_person(tensors, method, path, "empty")
+    check_person(tensors, method, path, made_by, "empty")
     try:
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
     except (KeyError, ValueError) as error:
         raise PersonError(f"{path}: damaged metadata ({error!r})") from None
-    if not -10 <= about["scale"] <= 10:
+    if not -10 <= about["scale"] <= 10 or made_by != OURS and about["scale"] != 1:
         raise PersonError(f"{path}: damaged metadata (scale {about['scale']})")
 
     # a model with the same layers can still be another one; files were once written without checksums
@@ -86,6 +110,8 @@ def load_person(path, method):
         warnings.warn(f"{path}: {made}used with {model.name}, which is another model ({'; '.join(weights)}): "
                       "the likeness may be lost", stacklevel=2)
     tensors = {key: t.float().to(model.device) for key, t in tensors.items()}
+    if made_by != OURS:
+        return Person(tensors=tensors, made_by=made_by, **about)
     names = [name for name in method.layers if f"{name}.A" in tensors]
     relaxed = {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
     return Person(tensors.get("theta"), relaxed, method.lidb.seed, **about)
@@ -98,32 +124,49 @@ def is_person(path):
     return False
 
 
-def belongs_to(method):
-    """Metadata that says what the numbers mean: layers, by names and shapes, the basis and the weights."""
-    lidb, checksums = method.lidb, method.model.checksums
-    shapes = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
+def belongs_to(method, made_by):
+    """Metadata that says what the numbers mean: layers, by names and shapes, the basis if there is one, and
+    the weights."""
+    checksums = method.model.checksums
+    widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
-    found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(shapes.encode()):08x}",
-             "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-             "a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
-             "basis_checksum": lidb.checksum, "unet": checksums["unet"], "text": checksums["text"]}
+    found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
+             "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items())}
+    if made_by == OURS:
+        lidb = method.lidb
+        found |= {"a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
+                  "basis_checksum": lidb.checksum}
+    else:
+        found["made_by"] = made_by
+    found |= {part: checksums[part] for part in ("unet", "text")}
     return {key: str(value) for key, value in found.items()}
 
 
-def check_person(tensors, method, path, empty):
-    """PersonError unless these are one person's numbers for method's layers; `empty`: that there are none."""
-    shapes = {"theta": (1, *method.lidb.shape)}
+def shapes(method, tensors):
+    """name -> shape of everything that one of our persons can have, at the ranks that `tensors` have."""
+    expected = {"theta": (1, *method.lidb.shape)}
     for name, m in method.layers.items():
-        a, b = f"{name}.A", f"{name}.B"
-        if (a in tensors) != (b in tensors):
-            raise PersonError(f"{path}: {a if b in tensors else b} is missing")
-        rank = max([1, *tensors[a].shape[2:]]) if a in tensors else 1
-        shapes |= {a: (1, m.in_features, rank), b: (1, rank, m.out_features)}
-    for key, t in tensors.items():
-        expected = shapes.get(key, "no such tensor")
-        if tuple(t.shape) != expected:
-            raise PersonError(f"{path}: {key} has shape {tuple(t.shape)}, expected {expected}")
+        rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
+        expected |= {f"{name}.A": (1, m.in_features, rank), f"{name}.B": (1, rank, m.out_features)}
+    return expected
+
+
+def check_person(tensors, method, path, made_by, empty):
+    """PersonError unless these are one person's numbers for method's model; `empty`: that there are none."""
     check_numbers(tensors, path, empty)
+    if made_by == OURS:
+        expected = shapes(method, tensors)
+        absent = {name[:-1] + {"A": "B", "B": "A"}[name[-1]] for name in tensors if name != "theta"
+                  and name in expected} - tensors.keys()
+    else:
+        expected = MAKERS[made_by].shapes(method.model, tensors)
+        absent = expected.keys() - tensors.keys()
+    if absent:
+        raise PersonError(f"{path}: {min(absent)} is missing")
+    for key, t in tensors.items():
+        there, needed = tuple(t.shape), expected.get(key, "no such tensor")
+        if there != needed:
+            raise PersonError(f"{path}: {key} has shape {there}, expected {needed}")
 
 
 def check_numbers(tensors, path, empty=None):

@@ -10,16 +10,21 @@ from vit import encode_face
 ENDS = ".jpg", ".jpeg", ".png", ".webp", ".bmp"
 
 
+def photo_files(folder):
+    """The paths of all photos in a folder, by name. ImageError for one that isn't there or holds none."""
+    files = sorted(p for p in Path(folder).glob("[!.]*") if p.suffix.lower() in ENDS)
+    if not files:
+        raise images.ImageError(f"{folder}: no such folder, or it holds no photos ({', '.join(ENDS)})")
+    return files
+
+
 class Photos:
     """The photos' features (P, n, d), on the CPU, latents (P, 1, 4, h, w) and `prompt`. A mirrored one counts
     as another person's. ImageError for a folder that isn't there or holds none, and for a bad photo."""
 
     def __init__(self, folder, model, vit, prompt):
-        files = sorted(p for p in Path(folder).glob("[!.]*") if p.suffix.lower() in ENDS)
-        if not files:
-            raise images.ImageError(f"{folder}: no such folder, or it holds no photos ({', '.join(ENDS)})")
         self.prompt, features, latents = prompt, [], []
-        for file in tqdm(files, desc="photos"):
+        for file in tqdm(photo_files(folder), desc="photos"):
             photo = images.read(file, 8 * model.unet.config.sample_size).to(model.device)
             for view in photo, photo.flip(3):
                 features.append(encode_face(vit, view).half().cpu())  # of 15,000 people they would fill a GPU

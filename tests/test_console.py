@@ -4,7 +4,6 @@ import warnings
 import pytest
 import torch
 
-import evaluate
 from files import console
 
 
@@ -41,16 +40,6 @@ def test_our_own_mistakes_are_not_the_users():
 def test_a_closed_terminal(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     console.run(lambda _: None, lambda: None)
-
-
-@pytest.mark.parametrize("given, parts", [
-    ([], []), (["base"], ["base"]), (["people", "base"], ["people", "base"])])
-def test_what_evaluate_measures(monkeypatch, given, parts):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *given])
-    assert evaluate.arguments().parts == parts
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "everything"])
-    with pytest.raises(SystemExit):
-        evaluate.arguments()
 
 
 def test_folders_that_can_be_written(tmp_path):

@@ -6,9 +6,23 @@ import pytest
 import torch
 from tiny import Changed, deltas, generator, shared_model, tiny_model
 from torch import nn
+from torch.func import functional_call
 
 import edits
-from edits import LowRank, adaptable_layers, detach, edited, fresh_lora, join, low_rank, merge, scale, stack
+from edits import (
+    Change,
+    LowRank,
+    adaptable_layers,
+    detach,
+    edited,
+    fresh_lora,
+    join,
+    low_rank,
+    merge,
+    scale,
+    shared,
+    stack,
+)
 
 
 def some(n_in, n_out, rank=2, people=1, seed=0):
@@ -232,13 +246,76 @@ def test_merging_is_exact_and_reversible():
     assert torch.equal(half["one"].weight, (weight + (person["one"].a[0] @ person["one"].b[0]).T).bfloat16())
 
 
-@pytest.mark.parametrize("use", [
-    lambda e: join(e), lambda e: scale(e, 1), detach, low_rank, lambda e: stack([e]),
-    lambda e: merge({"one": nn.Linear(2, 2)}, e)])
-def test_only_what_is_low_rank_can_be_put_together(use):
-    refused = "one: only low-rank edits can be joined, scaled, merged or exported"
-    with pytest.raises(ValueError, match=refused):
+@pytest.mark.parametrize("use, can", [
+    (lambda e: join(e), "low-rank edits can be joined, stacked or exported"),
+    (detach, "low-rank edits can"), (low_rank, "low-rank edits can"),
+    (lambda e: stack([e]), "low-rank edits can"),
+    (lambda e: scale(e, 1), "changes of weights can be scaled or merged"),
+    (lambda e: merge({"one": nn.Linear(2, 2)}, e), "changes of weights can be scaled or merged")])
+def test_what_an_edit_is_not_made_for_is_refused(use, can):
+    with pytest.raises(ValueError, match=f"one: only {can}"):
         use({"one": lambda layer, x, y: y})
+
+
+LAYERS = {"linear": nn.Linear(6, 5), "convolution": nn.Conv2d(3, 4, 3, 2, padding=1), "rows": nn.Embedding(9, 4),
+          "groups": nn.GroupNorm(2, 4), "norm": nn.LayerNorm(5), "unbiased": nn.Linear(6, 5, bias=False)}
+INPUTS = {"linear": (2, 7, 6), "convolution": (2, 3, 8, 8), "groups": (2, 4, 5, 5), "norm": (2, 7, 5),
+          "unbiased": (2, 7, 6)}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_change_is_other_parameters(kind):
+    """Of every kind of layer, of the weight alone as well, at half strength, and merged."""
+    layer, g = LAYERS[kind], generator(3)
+    x = torch.randint(9, (2, 7), generator=g) if kind == "rows" else torch.randn(INPUTS[kind], generator=g)
+    everything = {name: torch.randn(p.shape, generator=g) for name, p in layer.named_parameters()}
+    for tensors in everything, {"weight": everything["weight"]}:
+        person = {"it": Change(tensors)}
+        for strength in 1, .5:
+            changed = {name: p + strength * tensors.get(name, 0) for name, p in layer.named_parameters()}
+            expected = functional_call(layer, changed, x)
+            with edited({"it": layer}, scale(person, strength)):
+                assert torch.allclose(layer(x), expected, atol=1e-5)
+        merged = {"it": copy.deepcopy(layer)}
+        merge(merged, person)
+        assert torch.allclose(merged["it"](x), functional_call(
+            layer, {name: p + tensors.get(name, 0) for name, p in layer.named_parameters()}, x), atol=1e-5)
+
+
+def test_a_change_beside_other_edits_and_in_half_precision():
+    layer, x, g = nn.Linear(6, 5).bfloat16(), torch.randn(2, 7, 6).bfloat16(), generator(4)
+    change, pair = Change({"weight": torch.randn(5, 6, generator=g)}), some(6, 5)
+    with edited({"it": layer}, {"it": change}):
+        alone = layer(x)
+        with edited({"it": layer}, {"it": pair}):
+            both = layer(x)
+    assert alone.dtype == torch.bfloat16
+    assert torch.equal(alone, layer(x) + torch.nn.functional.linear(x, change.tensors["weight"].bfloat16()))
+    assert torch.equal(both, pair(layer, x, alone))
+
+
+def test_an_edit_may_change_what_goes_in():
+    class Doubled:
+        def before(self, layer, inputs):
+            return 2 * inputs[0], *inputs[1:]
+
+        def __call__(self, layer, x, y):
+            return y + x
+
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    expected = layer(2 * x) + 2 * x
+    with edited({"it": layer}, {"it": Doubled()}):
+        assert torch.equal(layer(x), expected)
+    assert not layer._forward_pre_hooks and not layer._forward_hooks
+
+
+def test_people_take_turns_in_a_batch():
+    people = torch.arange(6.).view(3, 2)
+    assert torch.equal(shared(people, 6), torch.cat([people, people]))
+    assert torch.equal(shared(people, 3), people)
+    assert shared(people[:1], 5) is not None and len(shared(people[:1], 5)) == 1
+    with pytest.raises(ValueError, match="a batch of 4 cannot be shared among 3 people"):
+        shared(people, 4)
 
 
 def test_one_person_s_edits_where_one_is_needed():

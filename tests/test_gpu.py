@@ -91,7 +91,7 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
     losses = []
     relaxed = method.fine_tune(photo, theta, steps=3, batch=4,
                                callback=lambda step, loss: losses.append(loss))
-    factors = Person(theta, relaxed).factors(method.lidb)
+    factors = Person(theta, relaxed).edits(method)
     pictures = method.sample(["[V] face as a rock star"], factors, [0], steps=3)
     assert pictures.shape == (1, 3, 512, 512) and pictures.isfinite().all() and all(x == x for x in losses)
     peak = torch.cuda.max_memory_allocated() / 1e9

@@ -18,7 +18,7 @@ KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
 
 
 def test_an_export_is_the_person(tmp_path):
-    edits = someone().factors(method().lidb)
+    edits = someone().edits(method())
     export_lora(edits, tmp_path / "lora.safetensors", {"title": "me"})
     assert equal(load_lora(tmp_path / "lora.safetensors", method().model), edits)
     half = load_lora(tmp_path / "lora.safetensors", method().model, strength=.5)
@@ -38,7 +38,7 @@ def test_layers_of_different_rank_are_filled_up(tmp_path):
     """diffusers 0.42 takes one layer's alpha for all."""
     model = method().model
     style = {LAYER: LowRank(torch.randn(1, 16, 2), torch.randn(1, 2, 16))}
-    edits = join(someone().factors(method().lidb), style)
+    edits = join(someone().edits(method()), style)
     export_lora(edits, tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     assert {t.item() for key, t in tensors.items() if key.endswith(".alpha")} == {7.}
@@ -79,7 +79,7 @@ def test_what_is_no_lora_of_one_person_is_not_written(tmp_path):
 
 def test_an_export_in_the_model_is_the_merged_model(tmp_path):
     model = method().model
-    edits = someone().factors(method().lidb)
+    edits = someone().edits(method())
     export_lora(edits, tmp_path / "lora.safetensors")
     merged = small()
     merge(adaptable_layers(merged.unet, merged.text), edits)

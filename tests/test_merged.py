@@ -14,7 +14,7 @@ from files.merged import merge_to_folder
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_merged_folder_is_the_person(tmp_path, dtype):
-    edits = someone().factors(method().lidb)
+    edits = someone().edits(method())
     model = small()
     for module in (model.unet, model.text, model.vae):
         module.to(dtype)
@@ -35,7 +35,7 @@ def test_a_merged_folder_is_the_person(tmp_path, dtype):
 
 
 def test_a_person_merged_in_bfloat16_survives(tmp_path):
-    model, edits = small(), someone().factors(method().lidb)
+    model, edits = small(), someone().edits(method())
     for module in (model.unet, model.text, model.vae):
         module.bfloat16()
     before = model.unet.state_dict()
@@ -68,7 +68,7 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
     refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out/mine.txt"), "exists already")
     two = stack([someone(1).relaxed, someone(2).relaxed])
     changed = {LAYER: lambda layer, x, y: 2 * y}
-    for edits, why in (two, "1 person"), (changed, f"{LAYER}: only low-rank edits"):
+    for edits, why in (two, "1 person"), (changed, f"{LAYER}: only changes of weights"):
         with pytest.raises(ValueError, match=why):
             merge_to_folder(method().model, edits, None, tmp_path / "new")
     infinite = {LAYER: LowRank(torch.ones(1, 16, 1), torch.full((1, 1, 16), torch.inf))}

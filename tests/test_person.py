@@ -87,7 +87,7 @@ def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
     assert about == ("ohwx", .8, person.date, "small", 0)
     save_person(back, method(), tmp_path / "again.safetensors", dtype=dtype)
     again = load_person(tmp_path / "again.safetensors", method())
-    assert again.factors(method().lidb).keys() == method().layers.keys()
+    assert again.edits(method()).keys() == method().layers.keys()
     first, second = (load_file(tmp_path / name) for name in ("me.safetensors", "again.safetensors"))
     assert first.keys() == second.keys()
     assert all(first[k].dtype == dtype and torch.equal(first[k], second[k]) for k in first)
@@ -100,7 +100,7 @@ def test_parts_of_a_person(tmp_path):
     assert back.relaxed == {} and torch.equal(back.theta, person.theta)
     save_person(Person(None, person.relaxed), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
     back = load_person(tmp_path / "lora.safetensors", method())
-    assert back.theta is None and equal(back.factors(method().lidb), person.relaxed)
+    assert back.theta is None and equal(back.edits(method()), person.relaxed)
     person.theta = None
     refused(lambda: save_person(person, method(), tmp_path / "x", lidb_only=True), "nothing to write")
 
@@ -108,7 +108,7 @@ def test_parts_of_a_person(tmp_path):
 def test_factors_are_the_sum_at_the_default_strength():
     person = someone(scale=.5)
     both = join(method().lidb.factors(person.theta), person.relaxed)
-    for name, (a, b) in person.factors(method().lidb).items():
+    for name, (a, b) in person.edits(method()).items():
         assert a.shape[2] == 5 and torch.allclose(a @ b, .5 * both[name][0] @ both[name][1], atol=1e-6)
 
 

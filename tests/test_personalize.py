@@ -133,7 +133,7 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
     assert not (tmp_path / "huge/0.png").exists()
     picture = Image.open(tmp_path / "both/1.png").text
     assert picture["person"] == str(b)
-    assert Image.open(tmp_path / "a/0.png").text["fine-tuning"].startswith("1 steps, rank 4")
+    assert Image.open(tmp_path / "a/0.png").text["fine-tuning"].startswith("steps 1, rank 4")
     stale = run("nano/example.png", "[V] face", *few, "--steps", 0, "--out", tmp_path / "a",
                 "--model", "nano/")
     assert stale.returncode == 0 and "likeness" in stale.stdout

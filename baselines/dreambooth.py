@@ -1,0 +1,149 @@
+"""DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder learn one photo, while
+pictures that the model itself draws of the class keep it from forgetting what a face is.
+
+    python -m baselines.dreambooth face.png "[V] face as a rock star" python -m baselines.dreambooth face.png
+    "[V] face as a rock star" --steps 400 --lr 1e-4      # Agg-1 python -m baselines.dreambooth face.png "[V]
+    face as a rock star" --rank 4 --lr 1e-3         # LoRA DreamBooth
+
+Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
+HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
+"""
+import copy
+
+import torch
+from tqdm import tqdm
+
+from edits import Change, LowRank, fresh_lora
+from diffusion import denoising_loss
+from files.person import Person
+from hdb import PROMPT
+from lidb import personal_layers
+from sd import StableDiffusion
+from trainer import fit as descend
+
+CLASS_PROMPT = "a face"
+RANGES = {"steps": (1, 100_000), "lr": (0, 1), "batch": (1, 1024), "rank": (1, 320),
+          "prior_weight": (0, 1000), "prior_pictures": (1, 10_000)}
+
+
+@torch.no_grad()
+def class_pictures(model, count, generator, sample_steps=25, guidance=3.):
+    """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved."""
+    seeds = torch.randint(2 ** 31, (count,), generator=generator).split(8)
+    pictures = (model.sample([CLASS_PROMPT] * len(few), few.tolist(), sample_steps, guidance)
+                for few in tqdm(seeds, desc="class pictures", leave=False))
+    return torch.cat([model.encode(some) for some in pictures]).float()
+
+
+def prior_preserving_loss(model, latent, prior, weight, generator):
+    """Eq. 2: the denoising loss on the person's latents (n, 4, h, w) under "a [V] face" + weight · the same
+    on as many of the class's under "a face", drawn from `prior` (N, 4, h, w)."""
+    own = len(latent)
+    prompts = [PROMPT] * own
+    if weight:
+        which = torch.randint(len(prior), (own,), generator=generator)
+        latent = torch.cat([latent, prior[which]])
+        prompts = prompts + [CLASS_PROMPT] * own
+    loss = denoising_loss(model, latent, prompts, generator)
+    return loss[:own].mean() + (weight * loss[own:].mean() if weight else 0)
+
+
+def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=None, prior=None, prior_weight=1., generator=None,
+        callback=None):
+    """A photo (P, 3, H, W) in [-1, 1] -> tensors for edits().
+
+    rank None: the differences of all weights, of one person (ValueError for more: each has a model of their
+    own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
+    batch: noises of the photo a step, with as many class pictures beside them.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    latent = model.encode(photo).detach().float().repeat(batch, 1, 1, 1)
+
+    def loss(trained):
+        return prior_preserving_loss(trained, latent, prior, prior_weight, generator)
+
+    if rank:
+        lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
+        factors = {f"{name}.{ab}": t for name, edit in lora.items() for ab, t in zip("AB", edit)}
+        descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback)
+        return {name: t.detach() for name, t in factors.items()}
+    if len(photo) > 1:
+        raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")
+    trained = trainable_copy(model)
+    descend(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback)
+    return differences(model, trained)
+
+
+def trainable_copy(model):
+    """The same model with a UNet and a text encoder of its own, in float32, that require gradients."""
+    unet, text = (copy.deepcopy(part).float() for part in (model.unet, model.text))
+    trained = StableDiffusion(model.name, unet, text, model.tokenizer, model.vae)
+    for p in parameters(trained).values():
+        p.requires_grad_()
+    return trained
+
+
+def parameters(model):
+    """"unet.…" and "text.…" -> every parameter."""
+    parts = ("unet", model.unet), ("text", model.text)
+    return {f"{part}.{name}": p for part, network in parts for name, p in network.named_parameters()}
+
+
+@torch.no_grad()
+def differences(model, trained):
+    """What training changed: name -> (1, …), float32, of all parameters."""
+    before = parameters(model)
+    return {name: (p - before[name].float())[None] for name, p in parameters(trained).items()}
+
+
+def edits(tensors, model):
+    """The tensors of fit() as edits: a Change of every layer, or LowRank ones."""
+    found = {}
+    for name, t in tensors.items():
+        layer, kind = name.rsplit(".", 1)
+        found.setdefault(layer, {})[kind] = t
+    if all(part.keys() == {"A", "B"} for part in found.values()):
+        return {layer: LowRank(part["A"], part["B"]) for layer, part in found.items()}
+    return {layer: Change({kind: t[0] for kind, t in part.items()}) for layer, part in found.items()}
+
+
+def shapes(model, tensors):
+    """name -> shape of one person's tensors; of a LoRA if the first name is one's."""
+    if not next(iter(tensors), "").endswith((".A", ".B")):
+        return {name: (1, *p.shape) for name, p in parameters(model).items()}
+    expected = {}
+    for name, layer in personal_layers(model.unet, model.text).items():
+        rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
+        expected |= {f"{name}.A": (1, layer.in_features, rank), f"{name}.B": (1, rank, layer.out_features)}
+    return expected
+
+
+def options(parser):
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--batch", type=int, default=1, help="noises of the photo a step")
+    parser.add_argument("--rank", type=int, help="train a LoRA of this rank instead of all weights")
+    parser.add_argument("--prior-weight", type=float, default=1., help="0: no prior preservation")
+    parser.add_argument("--prior-pictures", type=int, default=64, help="of the class, drawn first")
+
+
+def kinds(args):
+    return [LowRank if args.rank else Change]
+
+
+def make_person(method, photo, args, stage):
+    """Photo to Person: the class's pictures, then the training."""
+    model, generator, prior = method.model, torch.Generator().manual_seed(args.seed), None
+    if args.prior_weight:
+        prior = class_pictures(model, args.prior_pictures, generator)
+        stage(f'drew {len(prior)} pictures of "{CLASS_PROMPT}"')
+    with stage.progress(args.steps) as show:
+        tensors = fit(model, photo, args.steps, args.lr, args.batch, args.rank, prior, args.prior_weight,
+                      generator, show)
+    stage(f"trained {args.steps} steps, learning rate {args.lr:g}")
+    return Person(tensors=tensors, made_by="dreambooth", base=args.model)
+
+
+if __name__ == "__main__":
+    from personalize import command
+    command("dreambooth")

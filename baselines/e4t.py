@@ -1,0 +1,314 @@
+"""E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228): an encoder E, trained on a domain, here
+faces, says at every step of sampling which word [V] is; then 15 steps of fine-tuning, of all of it.
+
+    python -m baselines.e4t face.png "[V] face as a rock star"
+
+The word embedding is e = e_face + s·E(photo, z_t, t). Since it is another one for every z_t, the text encoder
+runs anew within each call of the UNet: the prompt's word embeddings, with a hole where [V] stands, take the
+place of its features, and what the UNet gets is read from them as soon as the hole is filled.
+
+Pre-training (train_e4t.py) also learns offsets W' = W ⊙ (1 + Δ) of the UNet's attention. A person's UNet,
+fine-tuned whole, goes on from W', so that its differences from the model's say both.
+"""
+import copy
+import json
+import warnings
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from baselines.dreambooth import differences, trainable_copy
+from diffusion import denoising_loss
+from edits import IDENTIFIER, Change, merge, shared
+from files.checkpoints import LoadError, build, checksum, configure, open_tensors, write
+from files.encoders import load_vit
+from files.hypernetwork import load_hypernet
+from files.layouts import HERE
+from files.person import Person, PersonError
+from hdb import PROMPT
+from trainer import fit as descend
+from vit import encode_face
+
+CLASS = "face"   # the word that [V] is an instance of
+STRENGTH = .1    # s
+LAMBDA = .01     # λ, of ‖E‖² in the loss
+NANO_VIT = "nano/hypernet.safetensors"  # has nano's encoder of photos
+RANGES = {"steps": (0, 100_000), "lr": (0, 1), "batch": (1, 1024)}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    photo: int = 128   # width of the photo's tokens
+    width: int = 384
+
+
+class Encoder(nn.Module):
+    """E: the mean of a photo's tokens (B, photo) and the UNet's look at z_t, u (B, features), to how far the
+    word is from the class's (B, d), in units of s.
+
+    Each token h_i is mapped linearly, as [h_i; u], and then the mean is taken; the mean of a linear map's
+    values is the map of the mean, so no more is needed of a photo.
+    """
+
+    def __init__(self, config, model):
+        super().__init__()
+        self.first = nn.Linear(features(model.unet.config), config.width)
+        self.second = nn.Linear(config.width, config.width)
+        self.both = nn.Linear(config.photo + config.width, config.width)
+        self.word = nn.Linear(config.width, model.text.config.hidden_size)
+
+    def forward(self, photo, u):
+        u = F.leaky_relu(self.first(u))
+        u = F.leaky_relu(self.second(u))
+        both = self.both(torch.cat([photo, u], 1))
+        return self.word(F.leaky_relu(both))
+
+
+class Domain(nn.Module):
+    """What pre-training makes of a model for all people: `encoder`, and of every attention layer the factors
+    of Δ, rows (out, 3) and columns (in, 3). `vit` looks at photos and is another's."""
+
+    def __init__(self, config, model, vit=None):
+        super().__init__()
+        self.config, self.vit, self.encoder = config, vit or nn.Identity(), Encoder(config, model)
+        layers = attention(model).values()
+        self.rows = nn.ParameterList(torch.zeros(layer.out_features, 3) for layer in layers)
+        self.columns = nn.ParameterList(torch.zeros(layer.in_features, 3) for layer in layers)
+
+    def look(self, photo):
+        """Photos (B, 3, H, W) in [-1, 1] to the mean of their tokens (B, photo)."""
+        return encode_face(self.vit, photo).float().mean(1)
+
+
+def features(config):
+    """The width of u: one number for each channel of all that the UNet keeps on its way down."""
+    widths, each = config.block_out_channels, config.layers_per_block
+    return widths[0] + sum(width * (each + 1) for width in widths) - widths[-1]
+
+
+def attention(model):
+    """The layers that have offsets: name -> nn.Linear."""
+    return {name: layer for name, layer in model.layers.items()
+            if name.startswith("unet.") and name.endswith((".to_q", ".to_k", ".to_v"))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# As edits
+
+def offsets(model, rows, columns):
+    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as edits of the attention layers, a pair of factors for each."""
+    return {name: Change({"weight": layer.weight * (row @ column.T).to(layer.weight)})
+            for (name, layer), row, column in zip(attention(model).items(), rows, columns)}
+
+
+def words(model, photo, encoders):
+    """The edits that put E's word in the place of [V], of P people who take turns in the batch: what is to be
+    known of their photos (P, photo), and an encoder for each of them, or one for all."""
+    return {"text.": Hole(word_id(model, IDENTIFIER)), "unet.": Word(model, photo, encoders)}
+
+
+def word_id(model, word):
+    """ValueError unless the word is a single token."""
+    if len(model.tokenizer.tokens(word)) != 1:
+        raise ValueError(f'"{word}" is not one token of {model.name}, which E4T needs')
+    return model.tokenizer([word])[0, 1].item()
+
+
+class Hole:
+    """Of the text encoder: the words of the prompts instead of their features, NaN where [V] stands, which
+    nothing can be mistaken for."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, text, ids, y):
+        words = text.text_model.embeddings.token_embedding(ids)
+        return words.masked_fill((ids == self.token)[..., None], torch.nan)
+
+
+class Word:
+    """Of the UNet: fills the holes and reads the words. `predicted` is what E said last (B, d)."""
+
+    def __init__(self, model, photo, encoders):
+        self.text, self.photo, self.encoders = model.text, photo, encoders
+        table = model.text.text_model.embeddings.token_embedding
+        self.face = table.weight[word_id(model, CLASS)]
+        self.empty = model.text.read(table(model.tokenizer([""]).to(model.device)))
+
+    def before(self, unet, inputs):
+        x, t, words = inputs
+        self.predicted = self.encode(unet, x, t)
+        e = self.face + (STRENGTH * self.predicted).to(words.dtype)
+        return x, t, self.text.read(torch.where(words.isnan(), e[:, None], words))
+
+    def __call__(self, unet, x, y):
+        return y
+
+    def encode(self, unet, x, t):
+        """E of each sample. ValueError for a batch that cannot be shared among the people."""
+        people, photo = len(self.encoders), shared(self.photo, len(x)).expand(len(x), -1)
+        # u is looked at as the photo is: no gradient goes through it
+        with torch.no_grad():
+            skips, _ = unet.down(x, t, self.empty.expand(len(x), -1, -1))
+            u = torch.cat([skip.mean((2, 3)) for skip in skips], 1).float()
+        each = [encoder(photo[i::people], u[i::people]) for i, encoder in enumerate(self.encoders)]
+        return torch.stack(each, 1).flatten(0, 1)
+
+
+class Turns:
+    """Several people's changes of a layer, who take turns in the batch."""
+
+    def __init__(self, people):
+        self.people = people
+
+    def __call__(self, layer, x, y):
+        count = len(self.people)
+        each = [change(layer, x[i::count], y[i::count]) for i, change in enumerate(self.people)]
+        return torch.stack(each, 1).flatten(0, 1)
+
+
+def total(denoising, word, weight=LAMBDA):
+    """The loss, denoising (B,) while `word` was in force + λ‖E‖², and the second term without λ."""
+    size = word.predicted.pow(2).sum(1).mean()
+    return denoising.mean() + weight * size, size
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One person
+
+def fit(model, photo, domain, steps=15, lr=3e-4, batch=4, generator=None, callback=None):
+    """Photos (P, 3, H, W) in [-1, 1] -> tensors for edits(): all of the UNet, from W' on, and the encoder
+    after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
+
+    The people are fitted one after the other: each has a UNet of their own, so side by side they would need
+    P times the memory and be no faster.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    people = [fit_one(model, one, domain, steps, lr, batch, generator, callback) for one in photo.split(1)]
+    return {name: torch.cat([person[name] for person in people]) for name in people[0]}
+
+
+def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
+    tuned, encoder = trainable_copy(model), copy.deepcopy(domain.encoder).requires_grad_()
+    tuned.text.requires_grad_(False)
+    merge(tuned.layers, offsets(tuned, domain.rows, domain.columns))
+    seen, latent = domain.look(photo), model.encode(photo).float().repeat(batch, 1, 1, 1)
+    inside = words(tuned, seen, [encoder])
+
+    def loss():
+        denoising = denoising_loss(tuned, latent, [PROMPT], generator)
+        return total(denoising, inside["unet."])[0]
+    descend(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
+            lambda: tuned.edited(inside), callback)
+    changed = {name: t for name, t in differences(model, tuned).items() if name.startswith("unet.")}
+    learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
+    return {"photo": seen} | learnt | changed
+
+
+def edits(tensors, model):
+    """The tensors of fit() as edits: every layer's Change, the holes, and the words that fill them."""
+    people, changes, encoders = len(tensors["photo"]), {}, []
+    for name, t in tensors.items():
+        layer, _, parameter = name.rpartition(".")
+        if name.startswith("unet."):
+            changes.setdefault(layer, [{} for _ in range(people)])
+            for mine, number in zip(changes[layer], t):
+                mine[parameter] = number
+    changes = {layer: [Change(mine) for mine in each] for layer, each in changes.items()}
+    for i in range(people):
+        encoder = empty_encoder(model, tensors)
+        mine = {name: tensors[f"encoder.{name}"][i] for name in encoder.state_dict()}
+        encoder.load_state_dict(mine, assign=True)
+        encoders.append(encoder)
+    turns = {layer: each[0] if people == 1 else Turns(each) for layer, each in changes.items()}
+    return turns | words(model, tensors["photo"], encoders)
+
+
+def empty_encoder(model, tensors):
+    """An Encoder without numbers, as wide as a person's."""
+    photo, second = (tensors.get(name, torch.empty(1, 1)) for name in ("photo", "encoder.second.bias"))
+    with torch.device("meta"):
+        return Encoder(EncoderConfig(photo.shape[-1], second.shape[-1]), model)
+
+
+def shapes(model, tensors):
+    """name -> shape of one person's tensors; the widths of a photo's tokens and of the encoder are free."""
+    encoder, unet = empty_encoder(model, tensors), model.unet
+    expected = {"photo": (1, encoder.both.in_features - encoder.second.out_features)}
+    expected |= {f"encoder.{name}": (1, *p.shape) for name, p in encoder.named_parameters()}
+    return expected | {f"unet.{name}": (1, *p.shape) for name, p in unet.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What pre-training made, in a file
+
+def save_domain(domain, model, source, path):
+    """Write what was pre-trained for `model` with the encoder of photos at `source`, in fp16."""
+    note = {"config": json.dumps(asdict(domain.config)), "vit": source, "model": model.name} | model.checksums
+    kept = {key: t.half() for key, t in domain.state_dict().items() if not key.startswith("vit.")}
+    write(kept, path, note | {"vit_checksum": checksum(domain.vit)})
+
+
+def load_domain(path, model):
+    """The Domain in a file of save_domain, in float32 on the model's device. LoadError if it is none, is
+    damaged or for other layers than this model's; a warning where those fit and the weights are others."""
+    with open_tensors(path) as f:
+        note = f.metadata() or {}
+    try:
+        config = configure(EncoderConfig(), json.loads(note["config"]), path)
+        source, looked = note["vit"], note["vit_checksum"]
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, LoadError):
+            raise
+        raise LoadError(f"{path}: not a file of baselines/train_e4t.py ({error!r})") from None
+
+    def empty(config):
+        return Domain(config, model)
+    domain = build(empty, config, [path], str, model.device, torch.float32)  # str: keys are our names
+    if not all(t.isfinite().all() for t in domain.state_dict().values()):
+        raise LoadError(f"{path}: holds numbers that are infinite or NaN")
+    ours = model.checksums
+    if differ := [part for part in ("unet", "text") if note.get(part) != ours[part]]:
+        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
+                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=2)
+    domain.vit = load_looker(source, model)
+    if checksum(domain.vit) != looked:
+        raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}")
+    return domain.eval().requires_grad_(False)
+
+
+def load_looker(source, model):
+    """The ViT that looks at photos: nano's, in its hypernetwork's file, or an official one."""
+    if source == NANO_VIT:
+        return load_hypernet(HERE / source, model).vit
+    return load_vit(source, model.device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+def options(parser):
+    parser.add_argument("--encoder", metavar="FILE", help="of train_e4t.py; nano brings its own")
+    parser.add_argument("--steps", type=int, default=15, help="of fine-tuning; 0: the encoder alone")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--batch", type=int, default=4, help="noises of the photo a step")
+
+
+def make_person(method, photo, args, stage):
+    """Photo to Person: the encoder's word and offsets, then the fine-tuning. PersonError without encoder."""
+    file = args.encoder or (HERE / "nano/e4t.safetensors" if args.model == "nano" else None)
+    if file is None:
+        raise PersonError(f"no encoder for {args.model}; make one with train_e4t.py and give it with --encoder")
+    domain = load_domain(file, method.model)
+    generator = torch.Generator().manual_seed(args.seed)
+    with stage.progress(args.steps) as show:
+        tensors = fit(method.model, photo, domain, args.steps, args.lr, args.batch, generator, show)
+    stage(f"fine-tuned {args.steps} steps, learning rate {args.lr:g}")
+    return Person(tensors=tensors, made_by="e4t", base=args.model)
+
+
+if __name__ == "__main__":
+    from personalize import command
+    command("e4t")

@@ -1,0 +1,289 @@
+"""Perfusion (Tewel et al., arXiv 2305.01644): a person is one gated rank-one change of every cross-attention.
+
+    python -m baselines.perfusion face.png "[V] face as a rock star"
+    python -m baselines.perfusion out/person.safetensors "[V] face as a king" --beta .6
+    python -m baselines.perfusion you.png "[V] face" --identifier zwx          # a second person
+    python -m baselines.perfusion out/person.safetensors "[V] face and zwx face" --with you.safetensors
+
+A layer W of keys or values gets encodings e of the prompt's tokens. Where e lies along i*, the encoding of
+the person's word, W·i* is replaced by o*, as far as a gate opens:
+
+    h = W·e⊥ + o*·σ((s − β)/τ),      s = sim/‖i*‖²,   sim = eᵀC⁻¹i*,   ‖i*‖² = i*ᵀC⁻¹i*,   e⊥ = e − i*·s
+
+with C the uncentred covariance of encodings, so that s is 1 at i* and about 0 at all other words. Keys are
+locked: o* is W times the encoding of "face", so that the person gets the attention that any face gets. Of the
+values o* is trained, and so is the embedding of the person's word. β and τ can be changed after training.
+
+Where s = 0, h is W·e and the gate's tail σ(−β/τ)·o*. At β → ∞ the gate is 0 and h is W·e⊥, which is W·e only
+where s = 0: what lies along i* is still taken away, so the person's own word then says nothing, W·i* becoming
+0, while other words, and prompts without the person, are as if untouched.
+
+A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖² and the embedding: on SD 1.5 12,480 + 3·768,
+59 KB, in float16 30 KB (the paper's 100 KB have the keys as well); on nano 672 + 3·128, 4.2 and 2.1 KB.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import clip
+from baselines.textual_inversion import CLASS, LAYER, Rows, only_token
+from diffusion import denoising_loss
+from edits import IDENTIFIER, named, shared
+from files.console import UserError
+from files.person import Person, load_person
+from hdb import PROMPT
+from nano import faces, seeds
+from trainer import fit as descend
+
+TRAINING, SAMPLING = (.75, .1), (.7, .15)  # β and τ
+KEPT = .99    # of the average i*, a step
+RIDGE = 1e-4  # of C's mean eigenvalue, added to all: C may be singular
+# Prompts to meet "face", or the person, at several places: an encoding depends on its place, and with one
+# prompt's alone as i* nano's gate stays shut wherever the word stands elsewhere
+TEMPLATES = ("a {}", "a photo of a {}", "an instagram selfie of a {}", "a pixar character of a {}",
+             "a professional photo of a {}")
+# For C of other models than nano, in place of the paper's 100,000 captions: every form of every thing
+FORMS = ("{}", "a photo of a {}", "the {} at the beach", "a painting of a {} in the style of Van Gogh",
+         "two happy people with a {}", "a close-up photograph of an old {}", "a {} in winter, snow, trees",
+         "portrait of a man with a red {}", "a woman next to a {} in New York", "my new {} is on sale",
+         "black and white drawing of a {}", "beautiful {}, highly detailed, digital art, 4k")
+THINGS = ("face person man woman child king astronaut dog cat horse bird bear house castle kitchen city "
+          "street car bicycle train boat mountain forest flower garden river sky table chair lamp book "
+          "guitar shirt dress hat shoe cake pizza apple coffee").split()
+
+RANGES = {"steps": (1, 100_000), "lr": (0, 1), "embedding_lr": (0, 1), "batch": (1, 1024),
+          "beta": (-100, 100), "tau": (.001, 100)}
+
+
+class Gated(NamedTuple):
+    """The formula above, of J concepts at once, of one person each or of P people side by side.
+
+    inputs (P, J, d): i*; duals (P, J, d): C⁻¹i*/‖i*‖²; outputs (P, J, n): o*.
+    """
+    inputs: torch.Tensor
+    duals: torch.Tensor
+    outputs: torch.Tensor
+    beta: float
+    tau: float
+
+    def __call__(self, layer, x, y):
+        """x: encodings e (B, m, d), y: W·e (B, m, n), B = k·P samples in k groups of all people. ValueError
+        for another batch."""
+        replaced = F.linear(self.inputs.to(layer.weight.dtype), layer.weight).float()
+        duals, outputs, replaced = (shared(t, len(x)) for t in (self.duals, self.outputs, replaced))
+        similarity = x.float() @ duals.mT  # s of every token and concept
+        gate = torch.sigmoid((similarity - self.beta) / self.tau)
+        return y + (gate @ outputs - similarity @ replaced).to(y.dtype)
+
+
+class Both(NamedTuple):
+    """One edit of a layer after the other."""
+    first: Rows
+    second: Rows
+
+    def __call__(self, layer, x, y):
+        return self.second(layer, x, self.first(layer, x, y))
+
+
+def projections(model, kind):
+    """name -> layer, of all in the UNet that make keys ("k") or values ("v") of the prompt."""
+    return {name: layer for name, layer in model.layers.items() if name.endswith(f"attn2.to_{kind}")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Encodings
+
+def captions(model):
+    """What is said to this model: nano's own captions, or else everyday things in everyday prompts."""
+    if model.text.config != clip.NANO:
+        return [form.format(thing) for form in FORMS for thing in THINGS]
+    generator = torch.Generator().manual_seed(seeds.PRETRAINING)
+    identity = torch.rand(1024, len(faces.IDENTITY), generator=generator)
+    style = torch.randint(len(faces.STYLES), (1024,), generator=generator)
+    return faces.captions(identity, style, generator)
+
+
+@torch.no_grad()
+def covariance(model, captions):
+    """C (d, d), in float64 on the CPU: the mean of e·eᵀ over all tokens of the captions.
+
+    All tokens: the layers get padding too. For nano's "a sks face", s of padding is then at most .20
+    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22), where the gate
+    opens.
+    """
+    total, count = 0., 0
+    for ids in model.tokenizer(captions).split(64):
+        e = model.text(ids.to(model.device)).flatten(0, 1).cpu().double()
+        total, count = total + e.T @ e, count + len(e)
+    return total / count
+
+
+def inverse(c):
+    """C⁻¹ (d, d), float32, with a ridge that makes it exist."""
+    ridge = RIDGE * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
+    return torch.linalg.inv(c + ridge).float()
+
+
+def dual(i, c_inverse):
+    """i* (P, d) -> C⁻¹i*/‖i*‖² (P, d), whose product with e is s. C's scale cancels."""
+    there = i @ c_inverse
+    return there / (there * i).sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def encoding(model, phrase, token, people=1):
+    """Of `token` in the phrase, the mean over TEMPLATES, under the edits of so many people: (P, d)."""
+    prompts = [template.format(phrase) for template in TEMPLATES for _ in range(people)]
+    ids = model.tokenizer(prompts).to(model.device)
+    place = (ids == token).int().argmax(1)
+    found = model.text(ids)[torch.arange(len(ids), device=ids.device), place].float()
+    return found.unflatten(0, (-1, people)).mean(0)
+
+
+def super_category(model):
+    """The encoding of "face" (1, d): where i* starts, and what W·… locks the keys to."""
+    return encoding(model, CLASS, only_token(model, CLASS))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The method
+
+def fit(model, photo, steps=400, lr=.03, embedding_lr=.006, batch=4, identifier=IDENTIFIER, generator=None,
+        callback=None):
+    """The photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors for edits(), (P, …), float32.
+
+    lr: of the values; embedding_lr: of the word's embedding; batch: noises of a photo a step. callback(step,
+    loss) after every step. UserError, a ValueError, where the identifier is not one token.
+    """
+    people, token, prompt = len(photo), only_token(model, identifier), named(PROMPT, identifier)
+    generator = generator or torch.Generator().manual_seed(0)
+    latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
+    face = super_category(model)
+    c_inverse = inverse(covariance(model, captions(model))).to(model.device)
+
+    # everybody starts as a face
+    i = face.repeat(people, 1)
+    word = model.layers[LAYER].weight[only_token(model, CLASS)].float()
+    embedding = word.repeat(people, 1).requires_grad_()
+    values = {name: F.linear(face, layer.weight.float()).repeat(people, 1).requires_grad_()
+              for name, layer in projections(model, "v").items()}
+
+    def tensors():
+        # a token's number in two digits, which float16 holds exactly
+        digits = embedding.new_tensor([divmod(token, 256)]).repeat(people, 1)
+        return {"token": digits, "embedding": embedding, "input": i, "dual": dual(i, c_inverse)} | values
+
+    def around():
+        # i* follows its word, no gradient goes back through it
+        with model.edited({LAYER: Rows(embedding[:, None], token)}):
+            i.lerp_(encoding(model, named("[V] face", identifier), token, people), 1 - KEPT)
+        return model.edited(gated(tensors(), model, face, *TRAINING))
+
+    rates = [{"params": [*values.values()], "lr": lr}, {"params": [embedding], "lr": embedding_lr}]
+    descend(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
+            around, callback)
+    return {name: t.detach() for name, t in tensors().items()}
+
+
+def gated(tensors, model, face, beta, tau):
+    """The edits of all that is a person's; face (1, d): super_category(model)."""
+    (token,) = {int(high * 256 + low) for high, low in tensors["token"].tolist()}
+    found = {LAYER: Rows(tensors["embedding"][:, None], token)}
+    i, duals = (tensors[name][:, None] for name in ("input", "dual"))
+    for name, layer in projections(model, "k").items():
+        locked = F.linear(face, layer.weight.float()).expand(len(i), -1)
+        found[name] = Gated(i, duals, locked[:, None], beta, tau)
+    for name in projections(model, "v"):
+        found[name] = Gated(i, duals, tensors[name][:, None], beta, tau)
+    return found
+
+
+def edits(tensors, model):
+    """What model.edited applies, at the β and τ of sampling."""
+    return gated(tensors, model, super_category(model), *SAMPLING)
+
+
+def shapes(model, tensors):
+    """name -> shape of one person's tensors for this model."""
+    width = model.layers[LAYER].embedding_dim
+    values = {name: (1, layer.out_features) for name, layer in projections(model, "v").items()}
+    return {"token": (1, 2), "embedding": (1, width), "input": (1, width), "dual": (1, width)} | values
+
+
+# ------------------------------------------------------------------------------------------------------------
+# After training: two people in one picture, β and τ
+
+def together(first, second):
+    """The edits of two people, of each their own word, as one. h = W·e⊥ + Σ o*_j·σ((s_j − β)/τ), where e⊥ is
+    what Gram-Schmidt over U·i*_j, C⁻¹ = UᵀU, leaves of U·e: nothing in the span of all i*.
+
+    No U is needed: with vectors i'_k of the same span for which s_j is 1 if j = k and 0 otherwise, e⊥ is
+    e − Σ i'_j·s_j. β and τ are the first's.
+    """
+    joined = {}
+    for name, one in first.items():
+        if isinstance(one, Gated):
+            people = max(len(one.inputs), len(second[name].inputs))
+            pairs = [[t.expand(people, -1, -1) for t in pair] for pair in zip(one[:3], second[name][:3])]
+            inputs, duals, outputs = (torch.cat(pair, 1) for pair in pairs)
+            inputs = torch.linalg.solve((duals @ inputs.mT).mT, inputs)
+            joined[name] = Gated(inputs, duals, outputs, *one[3:])
+        else:
+            joined[name] = Both(one, second[name])
+    return joined
+
+
+def turn(edits, args, method):
+    """The same edits, beside those in the file `beside` of args, with its β and τ; what is None stays as it
+    is. UserError if the file is no person of Perfusion's, or has the same word."""
+    if args.beside:
+        person = load_person(args.beside, method)
+        if person.made_by != "perfusion":
+            raise UserError(f"{args.beside}: made by {person.made_by}; --with takes a person of Perfusion's")
+        other = person.edits(method)
+        if other[LAYER].token == edits[LAYER].token:
+            raise UserError(f"{args.beside}: both people are called {person.identifier}; make one of them "
+                            "with another --identifier")
+        edits = together(edits, other)
+    knobs = {name: getattr(args, name) for name in ("beta", "tau") if getattr(args, name) is not None}
+    return {name: edit._replace(**knobs) if isinstance(edit, Gated) else edit for name, edit in edits.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+def options(parser):
+    parser.add_argument("--steps", type=int, default=400, help="of training")
+    parser.add_argument("--lr", type=float, default=.03, help="of the values")
+    parser.add_argument("--embedding-lr", type=float, default=.006, help="of the word's embedding")
+    parser.add_argument("--batch", type=int, default=4, help="noises of the photo a step")
+    parser.add_argument("--identifier", default=IDENTIFIER, metavar="WORD", help="a rare token")
+
+
+def knobs(parser):
+    parser.add_argument("--beta", type=float, help=f"bias of the gate, {SAMPLING[0]} if not given; lower "
+                        "for more likeness, higher for more of the prompt")
+    parser.add_argument("--tau", type=float, help=f"temperature of the gate, {SAMPLING[1]} if not given")
+    parser.add_argument("--with", dest="beside", metavar="FILE", help="a second person, in the prompt by the "
+                        "--identifier that they were made with")
+
+
+def kinds(args):
+    """What the edits of a person made here are."""
+    return [Rows, Gated]
+
+
+def make_person(method, photo, args, stage):
+    """Photo to Person."""
+    generator = torch.Generator().manual_seed(args.seed)
+    with stage.progress(args.steps) as show:
+        tensors = fit(method.model, photo, args.steps, args.lr, args.embedding_lr, args.batch,
+                      args.identifier, generator, show)
+    stage(f"trained {args.steps} steps, learning rates {args.lr:g} (values), {args.embedding_lr:g} (word)")
+    return Person(tensors=tensors, made_by="perfusion", base=args.model, identifier=args.identifier)
+
+
+if __name__ == "__main__":
+    from personalize import command
+    command("perfusion")

@@ -1,0 +1,176 @@
+"""Textual Inversion (Gal et al., arXiv 2208.01618): a person is a new word, and nothing else is trained.
+
+    python -m baselines.textual_inversion nano/example.png "[V] face as a rock star"
+
+The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
+identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
+the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2.
+"""
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffusion import denoising_loss
+from edits import IDENTIFIER, named, shared
+from files.checkpoints import write
+from files.console import UserError
+from files.person import Person, PersonError, check_numbers, read_tensors
+from hdb import PROMPT
+from trainer import fit as descend
+
+LAYER = "text.text_model.embeddings.token_embedding"
+CLASS = "face"  # the word of PROMPT that the person is one of
+TOKEN = "<sks>"  # the identifier in a file for other programs
+SPREAD = .1     # of the vectors after the first around it, in standard deviations of its numbers
+
+RANGES = {"steps": (1, 100_000), "lr": (0, 1), "batch": (1, 1024), "tokens": (1, 75)}
+
+
+class Rows(NamedTuple):
+    """Each person's N vectors (P, N, d) in place of the embedding of `token`: the first time a prompt says it
+    the first vector, and so on, after N times the first one again."""
+    vectors: torch.Tensor
+    token: int
+
+    def __call__(self, layer, x, y):
+        """x: ids of tokens (B, n), y: their embeddings (B, n, d), B = k·P samples in k groups of all people.
+        ValueError for another batch."""
+        vectors = shared(self.vectors, len(x)).to(y.dtype).expand(len(x), -1, -1)
+        here = x == self.token
+        which = (here.cumsum(1) - 1) % vectors.shape[1]
+        rows = vectors.gather(1, which[..., None].expand_as(y))
+        return torch.where(here[..., None], rows, y)
+
+
+def identifier(tokens):
+    """What [V] stands for where a person has so many vectors."""
+    return " ".join([IDENTIFIER] * tokens)
+
+
+def only_token(model, word):
+    """The id of the one token that a word is. UserError, which is a ValueError, if it is not one."""
+    tokens = model.tokenizer.tokens(word)
+    if len(tokens) != 1:
+        raise UserError(f'"{word}" is not one token of {model.name}, which Textual Inversion needs')
+    return model.tokenizer.vocab[tokens[0]]
+
+
+def room(model, prompt=""):
+    """How many vectors fit into a prompt beside its own words."""
+    rest = len(model.tokenizer.tokens(named(prompt, "")))
+    return model.tokenizer.max_length - 2 - rest  # start and end
+
+
+def fit(model, photo, steps=1000, lr=5e-3, batch=2, tokens=1, generator=None, callback=None):
+    """The vectors that draw the person of a photo: {"vectors": (P, tokens, d)}, float32.
+
+    photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. Everybody starts at
+    the same: the embedding of the class word, for vectors after the first with a little noise, so that they
+    differ in more than their places. callback(step, loss) after every step. UserError, which is a ValueError,
+    for words that are not one token, or more vectors than the prompt has room for.
+    """
+    token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
+    if not 1 <= tokens <= room(model, PROMPT):
+        raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")
+    generator = generator or torch.Generator().manual_seed(0)
+    latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
+    start = model.layers[LAYER].weight[word].detach().float().repeat(tokens, 1)
+    noise = torch.randn(tokens - 1, start.shape[1], generator=generator, device="cpu")
+    start[1:] += SPREAD * start[0].std() * noise.to(start)
+    vectors = start.repeat(len(photo), 1, 1).requires_grad_()
+
+    # [V] is spelt out here, as the model would make it one word
+    prompts = [named(PROMPT, identifier(tokens))] * len(photo)
+    descend(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
+            lambda: model.edited({LAYER: Rows(vectors, token)}), callback)
+    return {"vectors": vectors.detach()}
+
+
+def edits(tensors, model):
+    """What model.edited applies of P people's {"vectors": (P, N, d)}. UserError where the identifier is not
+    one token of the model."""
+    return {LAYER: Rows(tensors["vectors"], only_token(model, IDENTIFIER))}
+
+
+def shapes(model, tensors):
+    """The shape of one person's tensors for this model, whose number of vectors is free as far as they fit
+    into a prompt."""
+    found = tensors["vectors"].shape if "vectors" in tensors else ()
+    count = found[1] if len(found) == 3 else 1
+    return {"vectors": (1, min(max(count, 1), room(model)), model.layers[LAYER].embedding_dim)}
+
+
+def options(parser):
+    parser.add_argument("--steps", type=int, default=1000, help="of training the vectors")
+    parser.add_argument("--lr", type=float, default=5e-3, help="of training the vectors")
+    parser.add_argument("--batch", type=int, default=2, help="noises of the photo a step")
+    parser.add_argument("--tokens", type=int, default=1, help="how many vectors the person is")
+
+
+def kinds(args):
+    """What the edits of a person made here are."""
+    return [Rows]
+
+
+def make_person(method, photo, args, stage):
+    """Photo to Person."""
+    generator = torch.Generator().manual_seed(args.seed)
+    with stage.progress(args.steps) as show:
+        tensors = fit(method.model, photo, args.steps, args.lr, args.batch, args.tokens, generator, show)
+    stage(f"learnt a word in {args.steps} steps, learning rate {args.lr:g}, {args.tokens} vectors")
+    return Person(tensors=tensors, made_by="textual_inversion", base=args.model,
+                  identifier=identifier(args.tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The learned embedding as a file for other programs: one tensor (N, d), its name the word in their prompts
+
+def save_embedding(tensors, path, token=TOKEN):
+    """Write one person's vectors as diffusers' load_textual_inversion, ComfyUI and A1111 read them, in
+    float32. In diffusers' prompts the word is `token`, in the others' the file's name. ValueError for several
+    people, PersonError for numbers that are none."""
+    if len(tensors["vectors"]) != 1:
+        raise ValueError(f"one person's vectors are needed, not {len(tensors['vectors'])} people's")
+    embedding = tensors["vectors"][0].float()
+    check_numbers({"the embedding": embedding}, path)
+    write({token: embedding}, path, {"format": "pt"})
+
+
+def load_embedding(path, model):
+    """The vectors in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
+    is emb_params: {"vectors": (1, N, d)}, float32, on the device of `model`. PersonError for all else."""
+    tensors, _ = read_tensors(path)
+    if len(tensors) != 1:
+        sdxl = {"clip_g", "clip_l"} <= tensors.keys()
+        what = "an embedding for SDXL, with clip_g and clip_l" if sdxl else f"{len(tensors)} tensors"
+        raise PersonError(f"{path}: {what}, not one tensor with a word's vectors")
+    (embedding,) = tensors.values()
+    width = model.layers[LAYER].embedding_dim
+    if embedding.dim() not in (1, 2):
+        raise PersonError(f"{path}: a tensor of shape {tuple(embedding.shape)}, no word's vectors")
+    if embedding.shape[-1] != width:
+        raise PersonError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
+                          f"width {width}")
+    vectors = embedding.reshape(1, -1, width)
+    if not 1 <= vectors.shape[1] <= room(model):
+        raise PersonError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
+                          f"{room(model)}")
+    check_numbers({"the embedding": vectors}, path)
+    return {"vectors": vectors.float().to(model.device)}
+
+
+def is_embedding(path):
+    """Whether `path` is a safetensors file of one embedding, by its header alone. False, and no error, for
+    all else."""
+    with suppress(OSError, SafetensorError), safe_open(path if Path(path).is_file() else "", "pt") as f:
+        parts = [f.get_slice(key) for key in f.keys()]
+        return [len(part.get_shape()) in (1, 2) and "F" in part.get_dtype() for part in parts] == [True]
+    return False
+
+
+if __name__ == "__main__":
+    from personalize import command
+    command("textual_inversion")

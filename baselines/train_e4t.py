@@ -1,0 +1,143 @@
+"""Pre-train E4T's encoder and offsets (arXiv 2302.12228, section 4.1) on a domain: faces.
+
+    python -m baselines.train_e4t                       # nano's, on people that its renderer draws
+    python -m baselines.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
+
+The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the photo of
+a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped, by the same
+command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as well; here the
+model itself stays as it is, and encoder and offsets, which start from nothing, take a higher one.
+"""
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import hdb
+from baselines import e4t
+from diffusion import denoising_loss
+from files import console
+from files.checkpoints import checksum
+from files.layouts import model_name
+from files.photos import Photos
+from nano import people, seeds
+from trainer import Trainer, seeded
+
+ENCODER = "google/vit-huge-patch14-224-in21k"
+WATCHED = 8  # people whose pictures are measured while nano's is trained
+
+
+class Offset(nn.Module):
+    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, row·columnᵀ,
+    which a linear map along each axis changes further. The last of them starts at zero, so that Δ = 0, and the
+    rest does not, so that this is no saddle."""
+
+    def __init__(self, layer, width=4):
+        super().__init__()
+        size_out, size_in = layer.weight.shape
+        self.vector = nn.Parameter(torch.randn(width))
+        self.row, self.column = nn.Linear(width, size_out), nn.Linear(width, size_in)
+        self.along_rows, self.along_columns = nn.Linear(size_out, size_out), nn.Linear(size_in, size_in)
+        for p in self.along_columns.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self):
+        """(rows (out, 3), columns (in, 3)), Δ = rows·columnsᵀ: with A, a and B, b of the two maps that is
+        (A·row·columnᵀ + a·1ᵀ)·Bᵀ + 1·bᵀ."""
+        row, column = self.row(self.vector), self.column(self.vector)
+        first, second = self.along_rows, self.along_columns
+        rows = first.weight @ row, first.bias, torch.ones_like(row)
+        columns = second.weight @ column, second.weight.sum(1), second.bias
+        return torch.stack(rows, 1), torch.stack(columns, 1)
+
+
+def main(args):
+    deadline = time.time() + 60 * args.minutes
+    model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+    name, nano = e4t.NANO_VIT if args.model == "nano" else args.encoder, args.model == "nano"
+    vit = e4t.load_looker(name, model)
+    if nano:
+        data, watched = people.People(model, vit, model.device), people.HeldOut(WATCHED, model.device, seeds.MONITOR)
+    else:
+        data, watched = Photos(args.faces, model, vit, hdb.PROMPT), None
+    with seeded(args.seed):
+        domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
+        deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
+
+    folder = Path(args.out) / args.name
+    of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
+    trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr,
+                      deadline=deadline, muon=True, of=of)
+    for step in trainer:
+        # train.py's people
+        generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
+        who, view = data.draw(args.batch, generator)
+        seen = data.features[who].to(model.device).float().mean(1)
+        edits = in_training(domain, deltas, model, seen)
+        with model.edited(edits):
+            denoising = denoising_loss(model, data.latents[who, view], data.prompts(who, view), generator)
+            loss, size = e4t.total(denoising, edits["unet."])
+            trainer.update(loss, denoising=denoising.mean(), size=size)
+        if watched and (trainer.step % args.every == 0 or trainer.done):
+            show(in_training(domain, deltas, model, domain.look(watched.photos)), model, watched, trainer)
+    trainer.average()
+    with torch.no_grad():
+        for i, delta in enumerate(deltas):
+            for p, factor in zip((domain.rows[i], domain.columns[i]), delta()):
+                p.copy_(factor)
+    file = args.save or folder / "e4t.safetensors"
+    e4t.save_domain(domain, model, name, file)
+    print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
+
+
+def in_training(domain, deltas, model, seen):
+    """The edits of people whose photos (P, photo) the encoder has seen."""
+    factors = zip(*(delta() for delta in deltas))
+    return e4t.offsets(model, *factors) | e4t.words(model, seen, [domain.encoder])
+
+
+@torch.no_grad()
+def show(edits, model, watched, trainer):
+    """Log the likeness and style accuracy of these people's pictures before any fine-tuning."""
+    numbers = {}
+    for style in "photo", "rock star":
+        _, likeness, right = watched.measure(model, edits, style, range(len(watched.photos)), steps=12)
+        numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
+    trainer.log(**numbers)
+    tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+
+def arguments():
+    parser = console.parser(__doc__, model_name)
+    parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
+    parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano brings its own")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--every", type=int, default=250, help="steps between measures of watched people")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="e4t", help="of this run's folder in --out")
+    parser.add_argument("--out", default="runs")
+    parser.add_argument("--save", help="where the result goes, if not into the run's folder")
+    args = parser.parse_args()
+    if (args.model == "nano") == bool(args.faces):
+        parser.error("--faces is for a model other than nano, and needed there")
+    if args.encoder != ENCODER and args.model == "nano":
+        parser.error("--encoder cannot be chosen for nano, which brings its own")
+    console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
+                         every=(1, 10 ** 9), seed=(0, seeds.SEEDS))
+    console.check_folder(parser, "--out", args.out)
+    if args.save:
+        console.check_folder(parser, "--save", Path(args.save).parent)
+        if Path(args.save).is_dir():
+            parser.error(f"--save {args.save} is a folder, not a file")
+    return args
+
+
+if __name__ == "__main__":
+    console.run(main, arguments)

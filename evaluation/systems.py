@@ -1,0 +1,91 @@
+"""The compared systems, each with its settings: a photo of P people in, a Person of P people out."""
+from functools import cache, partial
+from typing import NamedTuple
+from collections.abc import Callable
+
+import torch
+
+from baselines import dreambooth, perfusion
+from edits import scale
+from files.person import MAKERS, Person
+
+PEOPLE = 8  # side by side, where a method takes several
+
+
+class Job(NamedTuple):
+    """One row of a table: fit(method, photo (P, 3, H, W), generator) -> Person of P people. Or points of a
+    curve: with `turn`, the fitted person's edits at each of the values, turn(edits, value) -> edits."""
+    system: str
+    fit: Callable
+    people: int = PEOPLE
+    knob: str = ""
+    values: tuple = ("",)
+    turn: Callable = lambda edits, value: edits
+
+
+def ours(method, photo, generator, steps=40, predict=True, iterations=None, **settings):
+    """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
+    theta = method.predict(photo, iterations) if predict else None
+    relaxed = method.fine_tune(photo, theta, steps, generator=generator, **settings) if steps else {}
+    return Person(theta, relaxed, method.basis_seed)
+
+
+def theirs(name, **settings):
+    """fit of one of baselines/ with these settings."""
+    def fit(method, photo, generator):
+        tensors = MAKERS[name].fit(method.model, photo, generator=generator, **settings)
+        return Person(tensors=tensors, made_by=name)
+    return fit
+
+
+def prior_preserving(**settings):
+    """fit of DreamBooth with these settings. Everybody shares the pictures of the class."""
+    def fit(method, photo, generator):
+        return theirs("dreambooth", prior=shared_prior(method.model), **settings)(method, photo, generator)
+    return fit
+
+
+@cache
+def shared_prior(model):
+    return dreambooth.class_pictures(model, 64, torch.Generator().manual_seed(0))
+
+
+def rows(nano, single=None):
+    """The rows of the paper's tables: on nano with rates that were the best of several on validation people,
+    else with published ones. single: a method whose hypernetwork was trained at s = 1, for the row "k =
+    1"."""
+    def rate(here, published):
+        return {"lr": here if nano else published}
+    fast = {} if nano else {"lr": 5e-4}
+    jobs = [
+        Job("HyperDreamBooth", partial(ours, **fast)),
+        Job("DreamBooth", prior_preserving(steps=1200, **rate(1e-5, 1e-6)), 1),
+        Job("Textual Inversion", theirs("textual_inversion", **({} if nano else {"steps": 5000}))),
+        Job("LoRA DreamBooth", prior_preserving(steps=400 if nano else 800, rank=4, **rate(1e-3, 1e-4))),
+        Job("Perfusion", theirs("perfusion")),
+        Job("E4T", theirs("e4t"), 1),
+        Job("DreamBooth-Agg-1", prior_preserving(steps=400, **rate(2e-5, 3e-6)), 1),
+        Job("DreamBooth-Agg-2", prior_preserving(steps=40, **rate(5e-5, 3e-5)), 1),
+        Job("No Hyper", partial(ours, predict=False, **fast)),
+        Job("Only Hyper", partial(ours, steps=0)),
+        Job("k = 1", lambda method, photo, generator: ours(single, photo, generator, **fast)),
+        Job("the model itself", lambda method, photo, generator: Person())]
+    absent = {"k = 1"} if single is None else set()
+    if not nano:  # there is no hypernetwork, and no encoder for tuning, of SD 1.5's yet
+        absent |= {"E4T"}
+    return [job for job in jobs if job.system not in absent]
+
+
+def curves():
+    """What each system's knobs do, on nano."""
+    def fitted(knob, values):
+        return [Job("HyperDreamBooth", partial(ours, **{knob: value}), PEOPLE, knob, (value,))
+                for value in values]
+
+    def beta(edits, value):
+        return perfusion.at(edits, beta=value)
+    alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "s", (s,))
+             for s in (1, 2, 3, 4, 6)]
+    return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *alone,
+            Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),
+            Job("Perfusion", theirs("perfusion"), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]

@@ -1,0 +1,479 @@
+"""baselines/e4t.py and its pre-training by numbers, on a tiny model: against other weights and other words."""
+import argparse
+import copy
+import json
+import math
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import VIT, Changed, generator, photo, shared_model, tiny_hypernet, tiny_model
+from torch.func import functional_call
+
+import diffusion
+import hdb
+from baselines import e4t, train_e4t
+from diffusion import denoising_loss
+from edits import Change
+from files import console
+from files.checkpoints import LoadError
+from files.person import PersonError
+from nano import seeds
+from trainer import Trainer, seeded
+from vit import encode_face
+
+TABLE = "text_model.embeddings.token_embedding.weight"
+VOCAB = shared_model().tokenizer.vocab
+SKS, FACE = VOCAB["sks</w>"], VOCAB["face</w>"]
+PEOPLE = ["a [V] face", "a [V] face as a rock star"]
+FEATURES = 16 + 16 + 16 + 24  # of the tiny UNet: conv_in, a level, on its way to the next, that one
+
+
+def tiny_domain(model=None, seed=0, size=.3):
+    """One as pre-training might have made it: nothing in it is zero."""
+    model = model or shared_model()
+    with seeded(seed):
+        domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
+        for p in (*domain.rows, *domain.columns):
+            torch.nn.init.normal_(p, std=size)
+        torch.nn.init.normal_(domain.encoder.word.weight)
+    return domain.eval().requires_grad_(False)
+
+
+def some_photos(people, seed=5):
+    """Means of tokens."""
+    return torch.randn(people, 16, generator=generator(seed))
+
+
+def some_latent(count, seed=0):
+    return torch.randn(count, 4, 8, 8, generator=generator(seed))
+
+
+def untouched(model):
+    """Whether nothing is in force, the weights are as they were made, and none has a gradient."""
+    fresh = tiny_model()
+    for part in "unet", "text", "vae":
+        ours, theirs = (getattr(m, part).state_dict() for m in (model, fresh))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        assert all(p.grad is None and not p.requires_grad for p in getattr(model, part).parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.layers.values())
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper, written out
+
+def look_of(unet, text, tokenizer, x, t):
+    """u (1, features) of one sample: means over the pixels of whatever the way down keeps, caught where the
+    way up takes it from."""
+    kept = []
+    names = ["conv_in", "down_blocks.0.attentions.0", "down_blocks.0.downsamplers.0.conv", "down_blocks.1.resnets.0"]
+    handles = [unet.get_submodule(name).register_forward_hook(lambda *of: kept.append(of[2].mean((2, 3))))
+               for name in names]
+    unet(x, torch.tensor([t]), text(tokenizer([""])))
+    for handle in handles:
+        handle.remove()
+    return torch.cat(kept, 1)
+
+
+def written_out_e(weights, tokens, u):
+    """E (d,) of one photo's tokens (n, photo), with the weights of an Encoder, token by token."""
+    def linear(name, x):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def leaky(x):
+        return torch.where(x > 0, x, .01 * x)
+    u = leaky(linear("second", leaky(linear("first", u))))
+    mapped = [linear("both", torch.cat([token, u])) for token in tokens]
+    return linear("word", leaky(torch.stack(mapped).mean(0)))
+
+
+def written_out_context(model, e, prompt):
+    """Text features (1, n, d) of a text encoder in whose table the identifier's row is another."""
+    table = model.text.state_dict()[TABLE].clone()
+    table[SKS] = e
+    return functional_call(model.text, {TABLE: table}, (model.tokenizer([prompt.replace("[V]", "sks")]),))
+
+
+def written_out_word(model, unet, weights, seen, x, t):
+    """e of one sample: the class's word + .1·E."""
+    u = look_of(unet, model.text, model.tokenizer, x, t)[0]
+    return model.text.state_dict()[TABLE][FACE] + .1 * written_out_e(weights, seen[None], u)
+
+
+def test_the_encoder_is_the_papers_formula():
+    domain = tiny_domain()
+    tokens, u = (torch.randn(*shape, generator=generator(i)) for i, shape in enumerate([(3, 5, 16), (3, FEATURES)]))
+    got, weights = domain.encoder(tokens.mean(1), u), domain.encoder.state_dict()
+    for one, mine, its_u in zip(got, tokens, u):
+        assert torch.allclose(one, written_out_e(weights, mine, its_u), atol=1e-5)
+    assert got.shape == (3, 32) and got.std() > .1
+
+
+def test_what_is_known_of_a_photo_is_the_mean_of_its_tokens():
+    domain, photos = tiny_domain(), photo(2)
+    assert torch.allclose(domain.look(photos), encode_face(domain.vit, photos).mean(1), atol=1e-6)
+    domain.vit.bfloat16()
+    assert domain.look(photos).dtype == torch.float32
+
+
+@pytest.mark.parametrize("blocks, each", [((16, 24), 1), ((16, 24, 32), 2), ((16,), 3)])
+def test_the_width_of_u(blocks, each):
+    import unet as networks
+    kinds = ("CrossAttnDownBlock2D",) * len(blocks)
+    net = networks.UNet(networks.UNetConfig(block_out_channels=blocks, down_block_types=kinds, layers_per_block=each,
+                                            cross_attention_dim=8, attention_head_dim=2, norm_num_groups=8))
+    skips, _ = net.down(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 2, 8))
+    assert e4t.features(net.config) == sum(skip.shape[1] for skip in skips)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Offsets
+
+def test_which_layers_have_offsets():
+    names = e4t.attention(shared_model()).keys()
+    transformers = {name.rpartition(".attn")[0] for name in names}
+    assert names == {f"{block}.{attn}.{to}" for block in transformers for attn in ("attn1", "attn2")
+                     for to in ("to_q", "to_k", "to_v")}
+    every = [name for name in shared_model().layers if name.endswith("transformer_blocks.0")]
+    assert transformers == set(every) and len(every) == 4
+
+
+@torch.no_grad()
+def test_offsets_are_weights_times_one_plus_delta():
+    model, domain, x = shared_model(), tiny_domain(), some_latent(2)
+    context, t = model.context(PEOPLE), torch.tensor([3, 700])
+    deltas = {}
+    for (name, layer), rows, columns in zip(e4t.attention(model).items(), domain.rows, domain.columns):
+        delta = sum(torch.outer(rows[:, i], columns[:, i]) for i in range(3))
+        deltas[name] = (layer.weight * (1 + delta) - layer.weight).T
+    expected = Changed(model, deltas).unet(x, t, context)
+    with model.edited(e4t.offsets(model, domain.rows, domain.columns)):
+        got = model.unet(x, t, context)
+    assert torch.allclose(got, expected, atol=1e-4)
+    assert (model.unet(x, t, context) - got).norm() > .05 * got.norm()
+
+
+def test_one_layers_delta_is_the_papers():
+    """A rank-one matrix, of which every column and then every row goes through a linear map."""
+    layer = shared_model().layers["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
+    with seeded(1):
+        offset = train_e4t.Offset(layer)
+        torch.nn.init.normal_(offset.along_columns.weight)
+        torch.nn.init.normal_(offset.along_columns.bias)
+    rows, columns = offset()
+    matrix = torch.outer(offset.row(offset.vector), offset.column(offset.vector))
+    matrix = offset.along_columns(offset.along_rows(matrix.T).T)
+    assert (rows @ columns.T).shape == layer.weight.shape == (16, 32)
+    assert torch.allclose(rows @ columns.T, matrix, atol=1e-5) and matrix.std() > .1
+
+
+def test_offsets_at_delta_zero_leave_the_model_and_are_no_saddle():
+    model, x = shared_model(), some_latent(1)
+    context, t = model.context(PEOPLE[:1]), torch.tensor([500])
+    with seeded(0):
+        deltas = [train_e4t.Offset(layer) for layer in e4t.attention(model).values()]
+    factors = list(zip(*(delta() for delta in deltas)))
+    fresh = e4t.Domain(e4t.EncoderConfig(), model)
+    for rows, columns in (factors, (fresh.rows, fresh.columns)):
+        with model.edited(e4t.offsets(model, rows, columns)):
+            got = model.unet(x, t, context)
+        assert torch.equal(got, model.unet(x, t, context))
+    with model.edited(e4t.offsets(model, *factors)):
+        model.unet(x, t, context).square().mean().backward()
+    assert all(delta.along_columns.weight.grad.norm() > 0 for delta in deltas) and untouched(model)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The word
+
+def said(model, seen, encoders, prompts, x, t, **more):
+    """What the UNet is given as context under the edits, and its output."""
+    given, words = [], e4t.words(model, seen, encoders)
+    with model.edited(words | more):
+        handle = model.unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2]))
+        y = model.unet(x, t, model.context(prompts))
+        handle.remove()
+    return given[0], y
+
+
+@torch.no_grad()
+def test_the_context_is_that_of_a_table_with_another_row():
+    model, domain, x = shared_model(), tiny_domain(), some_latent(2)
+    seen, t = some_photos(2), [3, 700]
+    context, y = said(model, seen, [domain.encoder], PEOPLE, x, torch.tensor(t))
+    for i in range(2):
+        e = written_out_word(model, model.unet, domain.encoder.state_dict(), seen[i], x[i:i + 1], t[i])
+        expected = written_out_context(model, e, PEOPLE[i])
+        assert torch.allclose(context[i:i + 1], expected, atol=1e-4)
+        noise = model.unet(x[i:i + 1], torch.tensor(t[i:i + 1]), expected)
+        assert torch.allclose(y[i:i + 1], noise, atol=1e-4)
+        assert (model.context(PEOPLE[i:i + 1]) - expected).norm() > .05 * expected.norm()
+    assert untouched(model)
+
+
+@torch.no_grad()
+def test_the_word_is_another_for_each_photo_latent_and_time():
+    model, domain = shared_model(), tiny_domain()
+
+    def context(seen=5, latent=0, t=3):
+        return said(model, some_photos(1, seen), [domain.encoder], PEOPLE[:1], some_latent(1, latent), t)[0]
+    first = context()
+    assert torch.equal(first, context())
+    for other in (context(seen=6), context(latent=1), context(t=600)):
+        assert (other - first).norm() > 1e-3 * first.norm()
+
+
+@torch.no_grad()
+def test_holes_are_where_v_stands_and_nowhere_else():
+    model, domain, x = shared_model(), tiny_domain(), some_latent(4)
+    prompts = ["", "a face", "a [V] face", "[V] as [V]"]
+    with model.edited(e4t.words(model, some_photos(1), [domain.encoder])):
+        words = model.context(prompts)
+    ids = model.tokenizer([prompt.replace("[V]", "sks") for prompt in prompts])
+    assert torch.equal(words.isnan().all(2), ids == SKS) and torch.equal(words.isnan().any(2), ids == SKS)
+    assert torch.equal(words[ids != SKS], model.text.state_dict()[TABLE][ids[ids != SKS]])
+    context, _ = said(model, some_photos(1), [domain.encoder], prompts, x, torch.tensor([500]))
+    assert torch.allclose(context[:2], model.context(prompts[:2]), atol=1e-5)
+    e = written_out_word(model, model.unet, domain.encoder.state_dict(), some_photos(1)[0], x[3:], 500)
+    assert torch.allclose(context[3:], written_out_context(model, e, prompts[3]), atol=1e-4)
+    assert not torch.allclose(context[3:], model.context(prompts[3:]), atol=.01)
+
+
+@torch.no_grad()
+def test_guidance_and_a_sampler_meet_the_word_at_every_step():
+    """sample(), [negatives, prompts] in one batch, as the sampler written out with a context for each step."""
+    model, domain, seen = shared_model(), tiny_domain(), some_photos(2)
+    noise = torch.stack([torch.randn(4, 8, 8, generator=generator(i)) for i in (3, 4)])
+
+    def denoise(x, t):
+        outs = []
+        for i in range(2):
+            mine, at = x[i:i + 1], torch.tensor([t])
+            e = written_out_word(model, model.unet, domain.encoder.state_dict(), seen[i], mine, t)
+            away = model.unet(mine, at, model.context(["blurry"]))
+            towards = model.unet(mine, at, written_out_context(model, e, PEOPLE[i]))
+            outs.append(away + 3 * (towards - away))
+        return torch.cat(outs)
+    expected = model.decode(diffusion.dpmpp_2m(denoise, noise, 3)).clamp(-1, 1)
+    with model.edited(e4t.words(model, seen, [domain.encoder])):
+        got = model.sample(PEOPLE, [3, 4], steps=3, guidance=3., negative="blurry")
+    assert (got - expected).norm() < .01 * expected.norm()
+    assert (model.sample(PEOPLE, [3, 4], steps=3, negative="blurry") - got).norm() > .02 * got.norm()
+
+
+@torch.no_grad()
+def test_the_look_at_the_latent_is_through_the_edited_unet():
+    model, domain, x = shared_model(), tiny_domain(), some_latent(1)
+    changes = e4t.offsets(model, domain.rows, domain.columns)
+    context, _ = said(model, some_photos(1), [domain.encoder], PEOPLE[:1], x, torch.tensor([500]), **changes)
+    twin = tiny_model()
+    for name, change in changes.items():
+        twin.layers[name].weight += change.tensors["weight"]
+    e = written_out_word(model, twin.unet, domain.encoder.state_dict(), some_photos(1)[0], x, 500)
+    plain = written_out_word(model, model.unet, domain.encoder.state_dict(), some_photos(1)[0], x, 500)
+    assert torch.allclose(context, written_out_context(model, e, PEOPLE[0]), atol=1e-4)
+    assert not torch.allclose(context, written_out_context(model, plain, PEOPLE[0]), atol=1e-4)
+
+
+def test_v_and_its_class_have_to_be_tokens():
+    model = copy.copy(shared_model())
+    model.tokenizer = copy.copy(model.tokenizer)
+    model.tokenizer.tokens = lambda text: ["s", "ks</w>"]
+    with pytest.raises(ValueError, match='"sks" is not one token of tiny, which E4T needs'):
+        e4t.words(model, some_photos(1), [tiny_domain().encoder])
+    assert (e4t.word_id(shared_model(), "sks"), e4t.word_id(shared_model(), "face")) == (SKS, FACE)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loss
+
+def some_times(count, g):
+    """The time steps and noises of denoising_loss."""
+    u = (torch.arange(count) + torch.rand(count, generator=g)) / count
+    t = (u * 1000).long()[torch.randperm(count, generator=g)]
+    return t, torch.randn(count, 4, 8, 8, generator=g)
+
+
+def written_out_loss(model, unet, weights, seen, latent, prompts, g):
+    """Denoising under the word of each sample + .01·‖E‖², and the gradient may be taken of it. `unet`: whose
+    look at z_t it is, and who denoises, as a module."""
+    t, noise = some_times(len(latent), g)
+    losses = []
+    for i in range(len(latent)):
+        abar = diffusion.ALPHAS_CUMPROD[t[i]]
+        noisy = abar.sqrt() * latent[i:i + 1] + (1 - abar).sqrt() * noise[i:i + 1]
+        u = look_of(unet, model.text, model.tokenizer, noisy, t[i].item())[0].detach()
+        predicted = written_out_e(weights, seen[i, None], u)
+        e = model.text.state_dict()[TABLE][FACE] + .1 * predicted
+        error = unet(noisy, t[i:i + 1], written_out_context(model, e, prompts[i])) - noise[i:i + 1]
+        losses.append(error.square().mean() * min((1 - abar) / abar, 5) + .01 * predicted.square().sum())
+    return torch.stack(losses).mean()
+
+
+def test_the_loss_and_its_gradient():
+    model, domain, latent, seen = shared_model(), tiny_domain(), some_latent(2), some_photos(2)
+    encoder = copy.deepcopy(domain.encoder).requires_grad_()
+    inside = e4t.words(model, seen, [encoder])
+    with model.edited(inside):
+        denoising = denoising_loss(model, latent, PEOPLE, generator(3))
+        loss, size = e4t.total(denoising, inside["unet."])
+        loss.backward()
+    weights = {name: p.clone().requires_grad_() for name, p in domain.encoder.state_dict().items()}
+    expected = written_out_loss(model, model.unet, weights, seen, latent, PEOPLE, generator(3))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() == pytest.approx(denoising.mean().item() + .01 * size.item(), rel=1e-5)
+    assert size.item() > 1
+    for name, p in encoder.named_parameters():
+        assert (p.grad - weights[name].grad).norm() < 1e-3 * weights[name].grad.norm() + 1e-6, name
+    only, _ = e4t.total(torch.zeros(2), inside["unet."], 2.)
+    assert only.item() == pytest.approx(2 * size.item())
+    assert untouched(model)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One person
+
+def test_fine_tuning_written_out():
+    """Two steps of Adam on all of a UNet that starts at W ⊙ (1 + Δ), and on the encoder."""
+    model, domain, losses = shared_model(), tiny_domain(), []
+    tensors = e4t.fit(model, photo(), domain, steps=2, lr=1e-3, batch=2, generator=generator(4),
+                      callback=lambda step, loss: losses.append((step, loss)))
+    twin, g = tiny_model(), generator(4)
+    for (name, layer), rows, columns in zip(e4t.attention(twin).items(), domain.rows, domain.columns):
+        layer.weight *= 1 + rows @ columns.T
+    start = {name: p.clone() for name, p in twin.unet.named_parameters()}
+    twin.unet.requires_grad_()
+    weights = {name: p.clone().requires_grad_() for name, p in domain.encoder.state_dict().items()}
+    latent, seen = model.encode(photo()).repeat(2, 1, 1, 1), domain.look(photo()).expand(2, -1)
+    parameters, expected = [*twin.unet.parameters(), *weights.values()], []
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, betas=(.9, .99))
+    for _ in range(2):
+        loss = written_out_loss(model, twin.unet, weights, seen, latent, PEOPLE[:1] * 2, g)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    assert [step for step, _ in losses] == [0, 1]
+    assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
+
+    def near(ours, theirs, moved):
+        """The gradients of a few numbers are rounding, whose sign Adam makes a step of."""
+        return (ours - theirs).norm() < .1 * moved.norm() + 1e-6
+    ours = {name: p + tensors[f"unet.{name}"][0] for name, p in model.unet.named_parameters()}
+    flat = [torch.cat([state[name].detach().flatten() for name in start]) for state in
+            (ours, dict(twin.unet.named_parameters()), start)]
+    assert near(flat[0], flat[1], flat[1] - flat[2]) and (flat[1] - flat[2]).norm() > .1
+    for name, p in domain.encoder.named_parameters():
+        mine, theirs = tensors[f"encoder.{name}"][0], weights[name].detach()
+        assert near(mine, theirs, theirs - p) and (theirs - p).norm() > 0, name
+    assert torch.equal(tensors["photo"], domain.look(photo())) and untouched(model)
+    assert all(t.dtype == torch.float32 and not t.requires_grad for t in tensors.values())
+
+
+def test_fifteen_steps_move_all_of_the_unet_and_the_encoder():
+    model, domain, losses = shared_model(), tiny_domain(), []
+    tensors = e4t.fit(model, photo(), domain, lr=1e-3, callback=lambda step, loss: losses.append(loss))
+    still = e4t.fit(model, photo(), domain, 0)
+    assert len(losses) == 15 and tensors.keys() == still.keys()
+    for name, t in tensors.items():
+        assert (name == "photo") == torch.equal(t, still[name]), name
+    # without a step the UNet has its offsets, and the encoder is what it was
+    at_first = {f"encoder.{name}": p for name, p in domain.encoder.named_parameters()}
+    offsets = e4t.offsets(model, domain.rows, domain.columns)
+    at_first |= {f"{name}.weight": change.tensors["weight"] for name, change in offsets.items()}
+    for name, t in still.items():
+        expected = at_first.get(name, torch.zeros(())) if name != "photo" else t
+        assert torch.allclose(t[0], expected, atol=1e-6), name
+
+
+def test_the_defaults_of_fine_tuning():
+    model, domain = shared_model(), tiny_domain()
+    default, same, other = (e4t.fit(model, photo(), domain, *more) for more in (
+        (), (15, e4t_defaults()["lr"], 4, generator(0)), (15, e4t_defaults()["lr"], 4, generator(1))))
+    assert all(torch.equal(default[name], same[name]) for name in same)
+    assert not torch.equal(default["unet.conv_in.weight"], other["unet.conv_in.weight"])
+    assert e4t_defaults() == {"encoder": None, "steps": 15, "lr": e4t_defaults()["lr"], "batch": 4}
+
+
+def e4t_defaults():
+    parser = argparse.ArgumentParser()
+    e4t.options(parser)
+    return vars(parser.parse_args([]))
+
+
+@torch.no_grad()
+def by_hand(model, tensors, prompts, x, t):
+    """The UNet's output for one person's tensors, with their numbers in the weights themselves."""
+    twin = tiny_model()
+    for name, p in twin.unet.named_parameters():
+        p += tensors[f"unet.{name}"][0]
+    weights = {name: tensors[f"encoder.{name}"][0] for name in tiny_domain().encoder.state_dict()}
+    outs = []
+    for i, prompt in enumerate(prompts):
+        e = written_out_word(model, twin.unet, weights, tensors["photo"][0], x[i:i + 1], t)
+        outs.append(twin.unet(x[i:i + 1], torch.tensor([t]), written_out_context(model, e, prompt)))
+    return torch.cat(outs)
+
+
+@torch.no_grad()
+def test_a_person_is_sampled_as_they_were_fitted():
+    model, x = shared_model(), some_latent(2)
+    tensors = e4t.fit(model, photo(), tiny_domain(), steps=2, lr=1e-2, batch=2)
+    with model.edited(e4t.edits(tensors, model)):
+        got = model.unet(x, torch.tensor([300]), model.context(PEOPLE))
+    expected = by_hand(model, tensors, PEOPLE, x, 300)
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+    plain = model.unet(x, torch.tensor([300]), model.context(PEOPLE))
+    assert (plain - got).norm() > .1 * got.norm() and untouched(model)
+
+
+@torch.no_grad()
+def test_several_people_are_each_their_own():
+    model, domain, x = shared_model(), tiny_domain(), some_latent(4)
+    photos, g = torch.cat([photo(seed=1), photo(seed=2)]), generator(7)
+    alone = [e4t.fit(model, one, domain, 2, 1e-2, 2, g) for one in photos.split(1)]
+    both = e4t.fit(model, photos, domain, 2, 1e-2, 2, generator(7))
+    for name, t in both.items():
+        assert len(t) == 2 and all(torch.equal(t[i], one[name][0]) for i, one in enumerate(alone)), name
+    prompts = ["", "a face", *PEOPLE]  # in two groups of both
+    with model.edited(e4t.edits(both, model)):
+        together = model.unet(x, 300, model.context(prompts))
+    for i, one in enumerate(alone):
+        mine = by_hand(model, one, prompts[i::2], x[i::2], 300)
+        assert (together[i::2] - mine).norm() < 1e-3 * mine.norm()
+    other = by_hand(model, alone[1], prompts[::2], x[::2], 300)
+    assert (together[::2] - other).norm() > .02 * other.norm()
+    with model.edited(e4t.edits(both, model)), pytest.raises(ValueError, match="3 cannot be shared among 2"):
+        model.unet(x[:3], 300, model.context(prompts[:3]))
+
+
+def test_shapes_are_those_of_one_person():
+    model = shared_model()
+    tensors = e4t.fit(model, photo(), tiny_domain(), 0)
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    assert e4t.shapes(model, tensors) == found
+    for name in "photo", "encoder.second.bias":
+        damaged = {key: t for key, t in tensors.items() if key != name}
+        assert name in e4t.shapes(model, damaged)
+        assert e4t.shapes(model, tensors | {name: torch.zeros(1, 7)}) != found
+
+
+@torch.no_grad()
+def test_a_model_in_half_precision(monkeypatch):
+    half, domain = tiny_model(), tiny_domain()
+    for part in half.unet, half.text, half.vae:
+        part.bfloat16()
+    tensors = e4t.fit(half, photo(), domain, 1, 1e-3, 2)
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    with half.edited(e4t.edits(tensors, half)):
+        pictures = half.sample(PEOPLE[:1], [0], steps=2)
+    whole = shared_model()
+    with whole.edited(e4t.edits(tensors, whole)):
+        expected = whole.sample(PEOPLE[:1], [0], steps=2)
+    assert (pictures - expected).norm() < .1 * expected.norm()
