@@ -220,7 +220,7 @@ class TextTransformer(nn.Module):
 class VisionModel(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, patch = config.hidden_size, config.patch_size
+        self.config, width, patch = config, config.hidden_size, config.patch_size
         self.embeddings = nn.Module()
         self.embeddings.class_embedding = nn.Parameter(torch.randn(width))
         self.embeddings.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)

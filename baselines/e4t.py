@@ -300,7 +300,7 @@ def make_person(method, photo, args, stage):
     """Photo to Person: the encoder's word and offsets, then the fine-tuning. PersonError without encoder."""
     file = args.encoder or (HERE / "nano/e4t.safetensors" if args.model == "nano" else None)
     if file is None:
-        raise PersonError(f"no encoder for {args.model}; make one with train_e4t.py and give it with --encoder")
+        raise PersonError(f"no encoder for {args.model}: give --encoder a file of train_e4t.py")
     domain = load_domain(file, method.model)
     generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:

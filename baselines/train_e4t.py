@@ -3,10 +3,10 @@
     python -m baselines.train_e4t                       # nano's, on people that its renderer draws
     python -m baselines.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the photo of
-a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped, by the same
-command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as well; here the
-model itself stays as it is, and encoder and offsets, which start from nothing, take a higher one.
+The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the photo
+of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped, by the
+same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as well; here
+the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
 """
 import math
 import os
@@ -32,9 +32,8 @@ WATCHED = 8  # people whose pictures are measured while nano's is trained
 
 
 class Offset(nn.Module):
-    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, row·columnᵀ,
-    which a linear map along each axis changes further. The last of them starts at zero, so that Δ = 0, and the
-    rest does not, so that this is no saddle."""
+    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, and a linear map along each axis goes on from there. The last of these starts at zero, so that Δ = 0, and
+    the rest does not, so that this is no saddle."""
 
     def __init__(self, layer, width=4):
         super().__init__()
@@ -58,10 +57,11 @@ class Offset(nn.Module):
 def main(args):
     deadline = time.time() + 60 * args.minutes
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    name, nano = e4t.NANO_VIT if args.model == "nano" else args.encoder, args.model == "nano"
-    vit = e4t.load_looker(name, model)
-    if nano:
-        data, watched = people.People(model, vit, model.device), people.HeldOut(WATCHED, model.device, seeds.MONITOR)
+    source = e4t.NANO_VIT if args.model == "nano" else args.encoder
+    vit = e4t.load_looker(source, model)
+    if args.model == "nano":
+        data = people.People(model, vit, model.device, fresh=2)
+        watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
         data, watched = Photos(args.faces, model, vit, hdb.PROMPT), None
     with seeded(args.seed):
@@ -90,7 +90,7 @@ def main(args):
             for p, factor in zip((domain.rows[i], domain.columns[i]), delta()):
                 p.copy_(factor)
     file = args.save or folder / "e4t.safetensors"
-    e4t.save_domain(domain, model, name, file)
+    e4t.save_domain(domain, model, source, file)
     print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
 
 
@@ -129,8 +129,8 @@ def arguments():
         parser.error("--faces is for a model other than nano, and needed there")
     if args.encoder != ENCODER and args.model == "nano":
         parser.error("--encoder cannot be chosen for nano, which brings its own")
-    console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
-                         every=(1, 10 ** 9), seed=(0, seeds.SEEDS))
+    console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
+                         lr=(0, 1), every=(1, 10 ** 9), seed=(0, seeds.SEEDS))
     console.check_folder(parser, "--out", args.out)
     if args.save:
         console.check_folder(parser, "--save", Path(args.save).parent)

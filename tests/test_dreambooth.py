@@ -87,7 +87,8 @@ def test_edits_are_the_trained_model():
     latent, prompts = torch.randn(2, 4, 8, 8, generator=generator(3)), ["a sks face"] * 2
     with torch.no_grad(), model.edited(person):
         found = denoising_loss(model, latent, prompts, generator(5))
-    torch.testing.assert_close(found, written_out(model, weights, latent, prompts, generator(5)), rtol=1e-3, atol=0)
+    expected = written_out(model, weights, latent, prompts, generator(5))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
     plain = denoising_loss(model, latent, prompts, generator(5))
     assert ((found - plain).abs() / plain).max() > .01
 
@@ -95,8 +96,9 @@ def test_edits_are_the_trained_model():
 def test_every_setting_is_heard():
     model, face = shared_model(), photo()
     usual = {"steps": 2, "lr": 1e-3, "batch": 1, "prior": PRIOR, "prior_weight": 1.}
+    others = {"steps": 3}, {"lr": 2e-3}, {"batch": 2}, {"prior": PRIOR + 1}, {"prior_weight": .5}, {"rank": 2}
     seen = []
-    for other in {}, {"steps": 3}, {"lr": 2e-3}, {"batch": 2}, {"prior": PRIOR + 1}, {"prior_weight": .5}, {"rank": 2}:
+    for other in {}, *others:
         losses = []
         tensors = dreambooth.fit(model, face, **usual | other, generator=generator(4),
                                  callback=lambda step, loss: losses.append((step, loss)))  # noqa: B023

@@ -257,8 +257,9 @@ def test_what_an_edit_is_not_made_for_is_refused(use, can):
         use({"one": lambda layer, x, y: y})
 
 
-LAYERS = {"linear": nn.Linear(6, 5), "convolution": nn.Conv2d(3, 4, 3, 2, padding=1), "rows": nn.Embedding(9, 4),
-          "groups": nn.GroupNorm(2, 4), "norm": nn.LayerNorm(5), "unbiased": nn.Linear(6, 5, bias=False)}
+LAYERS = {"linear": nn.Linear(6, 5), "convolution": nn.Conv2d(3, 4, 3, 2, padding=1),
+          "rows": nn.Embedding(9, 4), "groups": nn.GroupNorm(2, 4), "norm": nn.LayerNorm(5),
+          "unbiased": nn.Linear(6, 5, bias=False)}
 INPUTS = {"linear": (2, 7, 6), "convolution": (2, 3, 8, 8), "groups": (2, 4, 5, 5), "norm": (2, 7, 5),
           "unbiased": (2, 7, 6)}
 
@@ -278,8 +279,8 @@ def test_a_change_is_other_parameters(kind):
                 assert torch.allclose(layer(x), expected, atol=1e-5)
         merged = {"it": copy.deepcopy(layer)}
         merge(merged, person)
-        assert torch.allclose(merged["it"](x), functional_call(
-            layer, {name: p + tensors.get(name, 0) for name, p in layer.named_parameters()}, x), atol=1e-5)
+        whole = {name: p + tensors.get(name, 0) for name, p in layer.named_parameters()}
+        assert torch.allclose(merged["it"](x), functional_call(layer, whole, x), atol=1e-5)
 
 
 def test_a_change_beside_other_edits_and_in_half_precision():
@@ -309,7 +310,7 @@ def test_an_edit_may_change_what_goes_in():
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
 
-def test_people_take_turns_in_a_batch():
+def test_what_is_shared_by_a_batch():
     people = torch.arange(6.).view(3, 2)
     assert torch.equal(shared(people, 6), torch.cat([people, people]))
     assert torch.equal(shared(people, 3), people)
