@@ -33,6 +33,8 @@ from nano.people import HeldOut
 from trainer import differences
 
 CURVE_PROMPTS = "photo", "pixar", "bark", "rock star", "professional", "king"  # nano's, of curves and --quick
+NUMBERS = {"sample_steps": (15, 30, 1, 999, "of the sampler"),
+           "guidance": (2., 7.5, -100, 100, "of the sampler")}
 SHOWN = 4  # people whose pictures are kept for the grids
 
 
@@ -185,8 +187,7 @@ def arguments():
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
     parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
     parser.add_argument("--single", help='file of train.py --iterations 1, for the row "k = 1"')
-    parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, help="3 for nano and 7.5 else, if not given")
+    console.add_numbers(parser, NUMBERS)
     parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of CLIP-I and CLIP-T")
     parser.add_argument("--dino", default="facebook/dino-vits16")
     parser.add_argument("--out", type=Path, help="folder of the results; results/ if not given")
@@ -194,10 +195,10 @@ def arguments():
     nano = args.model == "nano"
     if nano == bool(args.faces):
         parser.error("--faces is for a model other than nano, and needed there")
-    console.check_ranges(parser, args, people=(1, 10 ** 6), sample_steps=(1, 999), guidance=(-100, 100))
+    console.complete_numbers(parser, args, NUMBERS)
+    console.check_ranges(parser, args, people=(1, 10 ** 6))
     args.curves = args.curves and nano and not (args.quick or args.rows)
     args.people = args.people or (2 if args.quick else 32)
-    args.guidance = (3. if nano else 7.5) if args.guidance is None else args.guidance
     args.out = args.out or Path("runs/quick" if args.quick else "results")
     console.check_folder(parser, "--out", args.out)
     return args

@@ -43,15 +43,19 @@ from nano.judge import load_judge  # noqa: E402
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
 
 
-RANGES = {"steps": (0, 100_000), "rank": (1, 320), "lr": (0, 1), "batch": (1, 1024)}
+# Options that are numbers: on nano, elsewhere, the least, the most, what it is. Of all methods, and of this one
+COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
+          "guidance": (2., 7.5, -100, 100, "classifier-free guidance scale"),
+          "strength": (1., 1., 0, 1.5, "of the person")}
+NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone"),
+           "rank": (4, 4, 1, 320, "of the LoRA that is fine-tuned"),
+           "lr": (3e-3, 5e-4, 0, 1, "learning rate of fine-tuning"),
+           "batch": (4, 4, 1, 1024, "of fine-tuning: noises of the photo a step")}
 
 
 def options(parser):
+    """This method's options that are no numbers."""
     parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
-    parser.add_argument("--steps", type=int, default=40, help="of fine-tuning; 0: prediction alone")
-    parser.add_argument("--rank", type=int, default=4, help="of the LoRA that is fine-tuned")
-    parser.add_argument("--lr", type=float, default=3e-3, help="of fine-tuning")
-    parser.add_argument("--batch", type=int, default=4, help="of fine-tuning: noises of the photo a step")
 
 
 def maker_of(method):
@@ -70,10 +74,9 @@ def arguments(method=OURS):
                         'a rock star"; further personal files may stand before')
     parser.add_argument("--crop", type=square, metavar="X,Y,SIZE", help="in pixels; its centre if none")
     maker.options(parser)
-    parser.add_argument("--sample-steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3., help="classifier-free guidance scale")
+    numbers = maker.NUMBERS | COMMON
+    console.add_numbers(parser, numbers)
     parser.add_argument("--negative", type=console.printable, default="", help="what to avoid")
-    parser.add_argument("--strength", type=float, default=1., help="of the person, from 0 to 1.5")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="somebody else's LoRA beside the person; repeatable")
     parser.add_argument("--export", choices=["lora", "embedding"], help="also write lora.safetensors, with "
@@ -95,8 +98,8 @@ def arguments(method=OURS):
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed
 
     # nothing is out of range, or would be written where it cannot or must not be
-    console.check_ranges(parser, args, **maker.RANGES, seed=(0, 2 ** 40), sample_steps=(1, 999),
-                         guidance=(-100, 100), strength=(0, 1.5))
+    console.complete_numbers(parser, args, numbers)
+    console.check_ranges(parser, args, seed=(0, 2 ** 40))
     console.check_folder(parser, "--out", args.out)
     if args.merge is not None:
         free_folder(args.merge)
@@ -308,7 +311,7 @@ def write_pictures(pictures, shown, columns, model, args):
     if args.lora:
         settings["lora"] = ", ".join(args.lora)
     if not args.people:
-        tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).RANGES)
+        tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
         settings |= {"crop": args.crop or "central square", "method": args.method, "fine-tuning": tuning,
                      "hypernet": args.hypernet or "the model's own, if any"}
     whose, paths = args.people or [args.photo], [args.out / "sheet.png"]

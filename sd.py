@@ -76,7 +76,7 @@ class StableDiffusion:
         return self.text(self.tokenizer([named(text) for text in texts]).to(self.device))
 
     @torch.no_grad()
-    def sample(self, prompts, seeds=None, steps=25, guidance=3., negative="", size=None,
+    def sample(self, prompts, seeds=None, steps=15, guidance=2., negative="", size=None,
                sampler=diffusion.dpmpp_2m, callback=None):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, one seed for each (0, 1, … if None).
 

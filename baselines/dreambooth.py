@@ -22,8 +22,13 @@ from sd import StableDiffusion
 from trainer import fit as descend
 
 CLASS_PROMPT = "a face"
-RANGES = {"steps": (1, 100_000), "lr": (0, 1), "batch": (1, 1024), "rank": (1, 320),
-          "prior_weight": (0, 1000), "prior_pictures": (1, 10_000)}
+# On nano, elsewhere, the least, the most, what it is
+NUMBERS = {"steps": (1200, 1200, 1, 100_000, "of training"),
+           "lr": (1e-5, 1e-6, 0, 1, "learning rate"),
+           "batch": (1, 1, 1, 1024, "noises of the photo a step"),
+           "rank": (0, 0, 0, 320, "train a LoRA of this rank; 0: all weights"),
+           "prior_weight": (1., 1., 0, 1000, "of the prior preservation; 0: none"),
+           "prior_pictures": (64, 200, 1, 10_000, "of the class, drawn first")}
 
 
 @torch.no_grad()
@@ -48,11 +53,11 @@ def prior_preserving_loss(model, latent, prior, weight, generator):
     return loss[:own].mean() + (weight * loss[own:].mean() if weight else 0)
 
 
-def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=None, prior=None, prior_weight=1., generator=None,
+def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_weight=1., generator=None,
         callback=None):
     """A photo (P, 3, H, W) in [-1, 1] -> tensors for edits().
 
-    rank None: the differences of all weights, of one person (ValueError for more: each has a model of their
+    rank 0: the differences of all weights, of one person (ValueError for more: each has a model of their
     own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
     batch: noises of the photo a step, with as many class pictures beside them.
     """
@@ -119,12 +124,7 @@ def shapes(model, tensors):
 
 
 def options(parser):
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--batch", type=int, default=1, help="noises of the photo a step")
-    parser.add_argument("--rank", type=int, help="train a LoRA of this rank instead of all weights")
-    parser.add_argument("--prior-weight", type=float, default=1., help="0: no prior preservation")
-    parser.add_argument("--prior-pictures", type=int, default=64, help="of the class, drawn first")
+    """All of them are numbers."""
 
 
 def kinds(args):

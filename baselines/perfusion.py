@@ -18,8 +18,9 @@ Where s = 0, h is W·e and the gate's tail σ(−β/τ)·o*. At β → ∞ the g
 where s = 0: what lies along i* is still taken away, so the person's own word then says nothing, W·i* becoming
 0, while other words, and prompts without the person, are as if untouched.
 
-A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖² and the embedding: on SD 1.5 12,480 + 3·768,
-59 KB, in float16 30 KB (the paper's 100 KB have the keys as well); on nano 672 + 3·128, 4.2 and 2.1 KB.
+A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding and which token's it is: on
+SD 1.5 12,480 + 3·768 + 2, in float16 30 KB, in float32 59 (the paper's 100 KB have the keys as well); on nano
+544 + 3·128 + 2, 1.9 or 3.7 KB. The names in the file add 1 to 2 KB.
 """
 from typing import NamedTuple
 
@@ -52,8 +53,13 @@ THINGS = ("face person man woman child king astronaut dog cat horse bird bear ho
           "street car bicycle train boat mountain forest flower garden river sky table chair lamp book "
           "guitar shirt dress hat shoe cake pizza apple coffee").split()
 
-RANGES = {"steps": (1, 100_000), "lr": (0, 1), "embedding_lr": (0, 1), "batch": (1, 1024),
-          "beta": (-100, 100), "tau": (.001, 100)}
+# On nano, elsewhere, the least, the most, what it is
+NUMBERS = {"steps": (400, 400, 1, 100_000, "of training"),
+           "lr": (.03, .03, 0, 1, "learning rate of the values"),
+           "embedding_lr": (.006, .006, 0, 1, "learning rate of the word's embedding"),
+           "batch": (4, 16, 1, 1024, "noises of the photo a step"),
+           "beta": (.7, .7, -100, 100, "bias of the gate in sampling; higher for less of the person"),
+           "tau": (.15, .15, .001, 100, "temperature of the gate in sampling")}
 
 
 class Gated(NamedTuple):
@@ -234,9 +240,15 @@ def together(first, second):
     return joined
 
 
+def at(edits, beta, tau=SAMPLING[1]):
+    """The same edits with another β and τ."""
+    return {name: edit._replace(beta=beta, tau=tau) if isinstance(edit, Gated) else edit
+            for name, edit in edits.items()}
+
+
 def turn(edits, args, method):
-    """The same edits, beside those in the file `beside` of args, with its β and τ; what is None stays as it
-    is. UserError if the file is no person of Perfusion's, or has the same word."""
+    """The same edits, beside those in the file `beside` of args, at its β and τ. UserError if the file is no
+    person of Perfusion's, or has the same word."""
     if args.beside:
         person = load_person(args.beside, method)
         if person.made_by != "perfusion":
@@ -246,25 +258,14 @@ def turn(edits, args, method):
             raise UserError(f"{args.beside}: both people are called {person.identifier}; make one of them "
                             "with another --identifier")
         edits = together(edits, other)
-    knobs = {name: getattr(args, name) for name in ("beta", "tau") if getattr(args, name) is not None}
-    return {name: edit._replace(**knobs) if isinstance(edit, Gated) else edit for name, edit in edits.items()}
+    return at(edits, args.beta, args.tau)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
 def options(parser):
-    parser.add_argument("--steps", type=int, default=400, help="of training")
-    parser.add_argument("--lr", type=float, default=.03, help="of the values")
-    parser.add_argument("--embedding-lr", type=float, default=.006, help="of the word's embedding")
-    parser.add_argument("--batch", type=int, default=4, help="noises of the photo a step")
     parser.add_argument("--identifier", default=IDENTIFIER, metavar="WORD", help="a rare token")
-
-
-def knobs(parser):
-    parser.add_argument("--beta", type=float, help=f"bias of the gate, {SAMPLING[0]} if not given; lower "
-                        "for more likeness, higher for more of the prompt")
-    parser.add_argument("--tau", type=float, help=f"temperature of the gate, {SAMPLING[1]} if not given")
     parser.add_argument("--with", dest="beside", metavar="FILE", help="a second person, in the prompt by the "
                         "--identifier that they were made with")
 

@@ -22,11 +22,15 @@ from hdb import PROMPT
 from trainer import fit as descend
 
 LAYER = "text.text_model.embeddings.token_embedding"
-CLASS = "face"  # the word of PROMPT that the person is one of
-TOKEN = "<sks>"  # the identifier in a file for other programs
-SPREAD = .1     # of the vectors after the first around it, in standard deviations of its numbers
+CLASS = "face"   # the word of PROMPT that the person is one of
+SPREAD = .1      # of the vectors after the first around it, in standard deviations of its numbers
+TOKEN = "<sks>"  # the identifier in other programs, which know "sks" already
 
-RANGES = {"steps": (1, 100_000), "lr": (0, 1), "batch": (1, 1024), "tokens": (1, 75)}
+# On nano, elsewhere, the least, the most, what it is
+NUMBERS = {"steps": (1000, 5000, 1, 100_000, "of training the vectors"),
+           "lr": (5e-3, 5e-3, 0, 1, "learning rate"),
+           "batch": (2, 2, 1, 1024, "noises of the photo a step"),
+           "tokens": (1, 1, 1, 75, "how many vectors the person is")}
 
 
 class Rows(NamedTuple):
@@ -54,7 +58,7 @@ def only_token(model, word):
     """The id of the one token that a word is. UserError, which is a ValueError, if it is not one."""
     tokens = model.tokenizer.tokens(word)
     if len(tokens) != 1:
-        raise UserError(f'"{word}" is not one token of {model.name}, which Textual Inversion needs')
+        raise UserError(f'"{word}" is not one token of {model.name}')
     return model.tokenizer.vocab[tokens[0]]
 
 
@@ -64,7 +68,7 @@ def room(model, prompt=""):
     return model.tokenizer.max_length - 2 - rest  # start and end
 
 
-def fit(model, photo, steps=1000, lr=5e-3, batch=2, tokens=1, generator=None, callback=None):
+def fit(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
     """The vectors that draw the person of a photo: {"vectors": (P, tokens, d)}, float32.
 
     photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. Everybody starts at
@@ -104,15 +108,18 @@ def shapes(model, tensors):
 
 
 def options(parser):
-    parser.add_argument("--steps", type=int, default=1000, help="of training the vectors")
-    parser.add_argument("--lr", type=float, default=5e-3, help="of training the vectors")
-    parser.add_argument("--batch", type=int, default=2, help="noises of the photo a step")
-    parser.add_argument("--tokens", type=int, default=1, help="how many vectors the person is")
+    """All of them are numbers."""
 
 
 def kinds(args):
     """What the edits of a person made here are."""
     return [Rows]
+
+
+def person(tensors, base):
+    """The Person with one person's {"vectors": (1, N, d)}, for the model called `base`."""
+    words = identifier(tensors["vectors"].shape[1])
+    return Person(tensors=tensors, made_by="textual_inversion", base=base, identifier=words)
 
 
 def make_person(method, photo, args, stage):
@@ -121,8 +128,7 @@ def make_person(method, photo, args, stage):
     with stage.progress(args.steps) as show:
         tensors = fit(method.model, photo, args.steps, args.lr, args.batch, args.tokens, generator, show)
     stage(f"learnt a word in {args.steps} steps, learning rate {args.lr:g}, {args.tokens} vectors")
-    return Person(tensors=tensors, made_by="textual_inversion", base=args.model,
-                  identifier=identifier(args.tokens))
+    return person(tensors, args.model)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,8 +146,8 @@ def save_embedding(tensors, path, token=TOKEN):
 
 
 def load_embedding(path, model):
-    """The vectors in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
-    is emb_params: {"vectors": (1, N, d)}, float32, on the device of `model`. PersonError for all else."""
+    """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
+    is emb_params; float32, on the device of `model`. PersonError for all else."""
     tensors, _ = read_tensors(path)
     if len(tensors) != 1:
         sdxl = {"clip_g", "clip_l"} <= tensors.keys()
@@ -159,7 +165,7 @@ def load_embedding(path, model):
         raise PersonError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
                           f"{room(model)}")
     check_numbers({"the embedding": vectors}, path)
-    return {"vectors": vectors.float().to(model.device)}
+    return person({"vectors": vectors.float().to(model.device)}, model.name)
 
 
 def is_embedding(path):

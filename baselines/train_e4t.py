@@ -3,10 +3,10 @@
     python -m baselines.train_e4t                       # nano's, on people that its renderer draws
     python -m baselines.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the photo
-of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped, by the
-same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as well; here
-the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
+The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the
+photo of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped,
+by the same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as
+well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
 """
 import math
 import os
@@ -32,8 +32,9 @@ WATCHED = 8  # people whose pictures are measured while nano's is trained
 
 
 class Offset(nn.Module):
-    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, and a linear map along each axis goes on from there. The last of these starts at zero, so that Δ = 0, and
-    the rest does not, so that this is no saddle."""
+    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, to which
+    two more are applied, one along each axis. The last of them starts at zero, so that Δ = 0, and nothing
+    else does, so that this is no saddle."""
 
     def __init__(self, layer, width=4):
         super().__init__()
@@ -70,7 +71,7 @@ def main(args):
 
     folder = Path(args.out) / args.name
     of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
-    trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr,
+    trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr, warmup=20,
                       deadline=deadline, muon=True, of=of)
     for step in trainer:
         # train.py's people
@@ -115,11 +116,11 @@ def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano brings its own")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--every", type=int, default=250, help="steps between measures of watched people")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--every", type=int, default=100, help="steps between measures of watched people")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="e4t", help="of this run's folder in --out")
     parser.add_argument("--out", default="runs")

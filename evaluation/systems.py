@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from baselines import dreambooth, perfusion
+from baselines import dreambooth, perfusion, textual_inversion
 from edits import scale
 from files.person import MAKERS, Person
 
@@ -50,29 +50,35 @@ def shared_prior(model):
     return dreambooth.class_pictures(model, 64, torch.Generator().manual_seed(0))
 
 
+def usual(module, nano, *names, **others):
+    """A module's usual settings of these names, on nano or elsewhere, and others."""
+    return {name: module.NUMBERS[name][0 if nano else 1] for name in names} | others
+
+
 def rows(nano, single=None):
-    """The rows of the paper's tables: on nano with rates that were the best of several on validation people,
-    else with published ones. single: a method whose hypernetwork was trained at s = 1, for the row "k =
-    1"."""
-    def rate(here, published):
-        return {"lr": here if nano else published}
+    """The rows of the paper's tables: on nano at rates that were the best of several on validation people, else
+    at published ones. single: a method whose hypernetwork was trained at s = 1, for the row "k = 1"."""
+    def prior(steps, lr, **others):
+        return prior_preserving(steps=steps, lr=lr[0 if nano else 1], **others)
     fast = {} if nano else {"lr": 5e-4}
+    inverted = usual(textual_inversion, nano, "steps", "lr", "batch")
+    gated = usual(perfusion, nano, "steps", "lr", "embedding_lr", "batch")
     jobs = [
         Job("HyperDreamBooth", partial(ours, **fast)),
-        Job("DreamBooth", prior_preserving(steps=1200, **rate(1e-5, 1e-6)), 1),
-        Job("Textual Inversion", theirs("textual_inversion", **({} if nano else {"steps": 5000}))),
-        Job("LoRA DreamBooth", prior_preserving(steps=400 if nano else 800, rank=4, **rate(1e-3, 1e-4))),
-        Job("Perfusion", theirs("perfusion")),
+        Job("DreamBooth", prior(1200, (1e-5, 1e-6)), 1),
+        Job("Textual Inversion", theirs("textual_inversion", **inverted)),
+        Job("LoRA DreamBooth", prior(400 if nano else 800, (1e-3, 1e-4), rank=4)),
+        Job("Perfusion", theirs("perfusion", **gated)),
         Job("E4T", theirs("e4t"), 1),
-        Job("DreamBooth-Agg-1", prior_preserving(steps=400, **rate(2e-5, 3e-6)), 1),
-        Job("DreamBooth-Agg-2", prior_preserving(steps=40, **rate(5e-5, 3e-5)), 1),
+        Job("DreamBooth-Agg-1", prior(400, (2e-5, 3e-6)), 1),
+        Job("DreamBooth-Agg-2", prior(40, (5e-5, 3e-5)), 1),
         Job("No Hyper", partial(ours, predict=False, **fast)),
         Job("Only Hyper", partial(ours, steps=0)),
         Job("k = 1", lambda method, photo, generator: ours(single, photo, generator, **fast)),
         Job("the model itself", lambda method, photo, generator: Person())]
     absent = {"k = 1"} if single is None else set()
-    if not nano:  # there is no hypernetwork, and no encoder for tuning, of SD 1.5's yet
-        absent |= {"E4T"}
+    if not nano:  # there is no encoder for tuning of SD 1.5's yet
+        absent.add("E4T")
     return [job for job in jobs if job.system not in absent]
 
 

@@ -32,6 +32,22 @@ def parser(description, model):
     return options
 
 
+def add_numbers(parser, table):
+    """Options that are numbers. table: name -> (usual on nano, usual elsewhere, least, most, help)."""
+    for name, (nano, elsewhere, _, _, what) in table.items():
+        usual = f"{nano:g}" if nano == elsewhere else f"{nano:g} on nano, {elsewhere:g} elsewhere"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(nano), default=argparse.SUPPRESS,
+                            help=f"{what} ({usual})")
+
+
+def complete_numbers(parser, args, table):
+    """Give the options of add_numbers that were not given their usual values; argparse's error if one is out of
+    range."""
+    for name, (nano, elsewhere, *_) in table.items():
+        vars(args).setdefault(name, nano if args.model == "nano" else elsewhere)
+    check_ranges(parser, args, **{name: (low, high) for name, (_, _, low, high, _) in table.items()})
+
+
 def check_ranges(parser, args, **ranges):
     """argparse's error if an option of `args` is not within its (low, high); None and no option pass."""
     for name, (low, high) in ranges.items():

@@ -91,7 +91,7 @@ def load_person(path, method):
             ("layers" in differ, f"{made}whose personal layers are other than {model.name}'s (there "
              f"{note.get('layer_set')}; here {ours['layer_set']}); give the model with --model"),
             (differ.keys() == {"basis_checksum"}, f"{made}and seed {note.get('basis_seed')} made another "
-             f"basis there than here ({other}): the file was altered, or this torch draws other random numbers"),
+             f"basis there than here ({other}): the file was altered, or torch draws other random numbers"),
             (differ, f"{made}with another basis: {other}")):
         if wrong:
             raise PersonError(f"{path}: {what}")

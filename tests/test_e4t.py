@@ -1,29 +1,31 @@
-"""baselines/e4t.py and its pre-training by numbers, on a tiny model: against other weights and other words."""
+"""baselines/e4t.py and its pre-training by numbers, on a tiny model: against other weights, other words."""
 import argparse
 import copy
+import inspect
 import json
-import math
 import warnings
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import VIT, Changed, generator, photo, shared_model, tiny_hypernet, tiny_model
+from tiny import Changed, generator, photo, shared_model, tiny_hypernet, tiny_model
 from torch.func import functional_call
 
 import diffusion
 import hdb
 from baselines import e4t, train_e4t
 from diffusion import denoising_loss
-from edits import Change
-from files import console
+from files import console, images
 from files.checkpoints import LoadError
+from files.layouts import HERE
 from files.person import PersonError
-from nano import seeds
+from files.photos import Photos
+from nano import people, seeds
 from trainer import Trainer, seeded
+from unet import UNet, UNetConfig
 from vit import encode_face
 
 TABLE = "text_model.embeddings.token_embedding.weight"
@@ -31,6 +33,14 @@ VOCAB = shared_model().tokenizer.vocab
 SKS, FACE = VOCAB["sks</w>"], VOCAB["face</w>"]
 PEOPLE = ["a [V] face", "a [V] face as a rock star"]
 FEATURES = 16 + 16 + 16 + 24  # of the tiny UNet: conv_in, a level, on its way to the next, that one
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch):
+    """The paper's s and λ, which are not so near to 1 and 0 as nano's."""
+    assert (e4t.STRENGTH, e4t.LAMBDA) == (1., 1e-4)
+    monkeypatch.setattr(e4t, "STRENGTH", .1)
+    monkeypatch.setattr(e4t, "LAMBDA", .01)
 
 
 def tiny_domain(model=None, seed=0, size=.3):
@@ -71,7 +81,8 @@ def look_of(unet, text, tokenizer, x, t):
     """u (1, features) of one sample: means over the pixels of whatever the way down keeps, caught where the
     way up takes it from."""
     kept = []
-    names = ["conv_in", "down_blocks.0.attentions.0", "down_blocks.0.downsamplers.0.conv", "down_blocks.1.resnets.0"]
+    names = ("conv_in", "down_blocks.0.attentions.0", "down_blocks.0.downsamplers.0.conv",
+             "down_blocks.1.resnets.0")
     handles = [unet.get_submodule(name).register_forward_hook(lambda *of: kept.append(of[2].mean((2, 3))))
                for name in names]
     unet(x, torch.tensor([t]), text(tokenizer([""])))
@@ -107,7 +118,8 @@ def written_out_word(model, unet, weights, seen, x, t):
 
 def test_the_encoder_is_the_papers_formula():
     domain = tiny_domain()
-    tokens, u = (torch.randn(*shape, generator=generator(i)) for i, shape in enumerate([(3, 5, 16), (3, FEATURES)]))
+    tokens = torch.randn(3, 5, 16, generator=generator(1))
+    u = torch.randn(3, FEATURES, generator=generator(2))
     got, weights = domain.encoder(tokens.mean(1), u), domain.encoder.state_dict()
     for one, mine, its_u in zip(got, tokens, u):
         assert torch.allclose(one, written_out_e(weights, mine, its_u), atol=1e-5)
@@ -123,10 +135,9 @@ def test_what_is_known_of_a_photo_is_the_mean_of_its_tokens():
 
 @pytest.mark.parametrize("blocks, each", [((16, 24), 1), ((16, 24, 32), 2), ((16,), 3)])
 def test_the_width_of_u(blocks, each):
-    import unet as networks
-    kinds = ("CrossAttnDownBlock2D",) * len(blocks)
-    net = networks.UNet(networks.UNetConfig(block_out_channels=blocks, down_block_types=kinds, layers_per_block=each,
-                                            cross_attention_dim=8, attention_head_dim=2, norm_num_groups=8))
+    net = UNet(UNetConfig(block_out_channels=blocks, down_block_types=("DownBlock2D",) * len(blocks),
+                          layers_per_block=each, cross_attention_dim=8, attention_head_dim=2,
+                          norm_num_groups=8))
     skips, _ = net.down(torch.zeros(1, 4, 8, 8), 0, torch.zeros(1, 2, 8))
     assert e4t.features(net.config) == sum(skip.shape[1] for skip in skips)
 
@@ -246,7 +257,7 @@ def test_holes_are_where_v_stands_and_nowhere_else():
 
 @torch.no_grad()
 def test_guidance_and_a_sampler_meet_the_word_at_every_step():
-    """sample(), [negatives, prompts] in one batch, as the sampler written out with a context for each step."""
+    """sample(), [negatives, prompts] in one batch, as the sampler written out, a context for each step."""
     model, domain, seen = shared_model(), tiny_domain(), some_photos(2)
     noise = torch.stack([torch.randn(4, 8, 8, generator=generator(i)) for i in (3, 4)])
 
@@ -300,8 +311,7 @@ def some_times(count, g):
 
 
 def written_out_loss(model, unet, weights, seen, latent, prompts, g):
-    """Denoising under the word of each sample + .01·‖E‖², and the gradient may be taken of it. `unet`: whose
-    look at z_t it is, and who denoises, as a module."""
+    """Denoising under each sample's word + .01·‖E‖². `unet`: whose look at z_t it is, and who denoises."""
     t, noise = some_times(len(latent), g)
     losses = []
     for i in range(len(latent)):
@@ -331,8 +341,6 @@ def test_the_loss_and_its_gradient():
     assert size.item() > 1
     for name, p in encoder.named_parameters():
         assert (p.grad - weights[name].grad).norm() < 1e-3 * weights[name].grad.norm() + 1e-6, name
-    only, _ = e4t.total(torch.zeros(2), inside["unet."], 2.)
-    assert only.item() == pytest.approx(2 * size.item())
     assert untouched(model)
 
 
@@ -345,7 +353,7 @@ def test_fine_tuning_written_out():
     tensors = e4t.fit(model, photo(), domain, steps=2, lr=1e-3, batch=2, generator=generator(4),
                       callback=lambda step, loss: losses.append((step, loss)))
     twin, g = tiny_model(), generator(4)
-    for (name, layer), rows, columns in zip(e4t.attention(twin).items(), domain.rows, domain.columns):
+    for layer, rows, columns in zip(e4t.attention(twin).values(), domain.rows, domain.columns):
         layer.weight *= 1 + rows @ columns.T
     start = {name: p.clone() for name, p in twin.unet.named_parameters()}
     twin.unet.requires_grad_()
@@ -390,21 +398,6 @@ def test_fifteen_steps_move_all_of_the_unet_and_the_encoder():
     for name, t in still.items():
         expected = at_first.get(name, torch.zeros(())) if name != "photo" else t
         assert torch.allclose(t[0], expected, atol=1e-6), name
-
-
-def test_the_defaults_of_fine_tuning():
-    model, domain = shared_model(), tiny_domain()
-    default, same, other = (e4t.fit(model, photo(), domain, *more) for more in (
-        (), (15, e4t_defaults()["lr"], 4, generator(0)), (15, e4t_defaults()["lr"], 4, generator(1))))
-    assert all(torch.equal(default[name], same[name]) for name in same)
-    assert not torch.equal(default["unet.conv_in.weight"], other["unet.conv_in.weight"])
-    assert e4t_defaults() == {"encoder": None, "steps": 15, "lr": e4t_defaults()["lr"], "batch": 4}
-
-
-def e4t_defaults():
-    parser = argparse.ArgumentParser()
-    e4t.options(parser)
-    return vars(parser.parse_args([]))
 
 
 @torch.no_grad()
@@ -477,3 +470,252 @@ def test_a_model_in_half_precision(monkeypatch):
     with whole.edited(e4t.edits(tensors, whole)):
         expected = whole.sample(PEOPLE[:1], [0], steps=2)
     assert (pictures - expected).norm() < .1 * expected.norm()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The file
+
+@pytest.fixture
+def looker(monkeypatch):
+    """A tiny ViT wherever one is looked for: by which name, and on which device."""
+    asked, vit = [], tiny_hypernet(1, 1).vit
+
+    def load_vit(source, device):
+        asked.append((source, device))
+        return vit
+    monkeypatch.setattr(e4t, "load_vit", load_vit)
+    return asked
+
+
+@pytest.fixture
+def file(tmp_path, looker):
+    e4t.save_domain(tiny_domain(), shared_model(), "some/vit", tmp_path / "e4t.safetensors")
+    return tmp_path / "e4t.safetensors"
+
+
+def test_what_was_pre_trained_comes_back_in_half_precision(file, looker):
+    domain, back = tiny_domain(), e4t.load_domain(file, shared_model())
+    assert looker == [("some/vit", torch.device("cpu"))] and back.config == domain.config
+    assert not back.training and not any(p.requires_grad for p in back.parameters())
+    stored = load_file(file)
+    assert stored.keys() == {name for name in back.state_dict() if not name.startswith("vit.")}
+    for name, t in domain.state_dict().items():
+        assert torch.equal(back.state_dict()[name], t if name.startswith("vit.") else t.half().float()), name
+        assert name not in stored or stored[name].dtype == torch.float16
+    assert torch.allclose(back.look(photo()), domain.look(photo()))
+    note = safe_open(file, "pt").metadata()
+    assert note["model"] == "tiny" and shared_model().checksums.items() <= note.items()
+
+
+def alter(file, tensors=None, settings=None, **note):
+    """Give the file other tensors, settings or metadata; without those that are None."""
+    found = safe_open(file, "pt").metadata()
+    found |= {"config": json.dumps(json.loads(found["config"]) | (settings or {}))} | note
+    tensors = load_file(file) | (tensors or {})
+    tensors, found = ({k: v for k, v in pairs.items() if v is not None} for pairs in (tensors, found))
+    save_file(tensors, file, found)
+
+
+BIAS = "encoder.word.bias"
+
+
+@pytest.mark.parametrize("tensors, settings, note, words", [
+    ({}, {}, {"config": None}, "not a file of baselines/train_e4t.py"),
+    ({}, {}, {"config": "{"}, "not a file of baselines/train_e4t.py"),
+    ({}, {}, {"config": "3"}, "not a file of baselines/train_e4t.py"),
+    ({}, {}, {"vit": None}, "not a file of baselines/train_e4t.py"),
+    ({}, {}, {"vit_checksum": None}, "not a file of baselines/train_e4t.py"),
+    ({}, {"width": "2"}, {}, "width cannot be '2'"),
+    ({}, {"photo": -2}, {}, "photo cannot be -2"),
+    ({}, {"width": 21}, {}, "expected"),
+    ({BIAS: None}, {}, {}, f"no tensor for {BIAS}"),
+    ({BIAS: torch.zeros(3)}, {}, {}, rf"tensor {BIAS} has shape \(3,\), expected \(32,\)"),
+    ({"rows.24": torch.zeros(3)}, {}, {}, "surplus tensor rows.24"),
+    ({BIAS: torch.full((32,), torch.nan)}, {}, {}, "infinite or NaN"),
+    ({}, {}, {"vit_checksum": "00000000"}, "another encoder of photos than the one that is now some/vit"),
+])
+def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, words):
+    alter(file, tensors, settings, **note)
+    with pytest.raises(LoadError, match=words) as info:
+        e4t.load_domain(file, shared_model())
+    assert "\n" not in str(info.value) and str(file) in str(info.value)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for text, words in ((None, "No such file"), ("hello", "not safetensors")):
+        if text:
+            (tmp_path / "e4t.safetensors").write_text(text)
+        with pytest.raises(LoadError, match=words):
+            e4t.load_domain(tmp_path / "e4t.safetensors", shared_model())
+
+
+def test_another_models_weights_are_warned_of(file):
+    other = tiny_model()
+    other.name = "other"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        e4t.load_domain(file, other)
+    torch.nn.init.ones_(next(other.text.parameters()))
+    with pytest.warns(UserWarning, match="trained for tiny, whose text weights are other than other's here"):
+        e4t.load_domain(file, other)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command lines
+
+class Stage(list):
+    """Notes what is printed, and how often the bar moves."""
+    __call__ = list.append
+    moved = 0
+
+    @contextmanager
+    def progress(self, steps):
+        def show(step, loss):
+            self.moved += 1
+        yield show
+
+
+def test_a_person_of_the_command_line(file):
+    method, stage = hdb.HyperDreamBooth(shared_model()), Stage()
+    given = options("--encoder", str(file), "--steps", "2", "--batch", "3")
+    args = SimpleNamespace(**given, model="tiny", seed=6)
+    person = e4t.make_person(method, photo(), args, stage)
+    domain = e4t.load_domain(file, method.model)
+    expected = e4t.fit(method.model, photo(), domain, 2, args.lr, 3, generator(6))
+    assert person.tensors.keys() == expected.keys() and stage.moved == 2
+    assert all(torch.equal(t, expected[name]) for name, t in person.tensors.items())
+    assert (person.made_by, person.base) == ("e4t", "tiny") and len(stage) == 1
+
+
+def test_another_model_needs_an_encoder():
+    method = hdb.HyperDreamBooth(shared_model())
+    args = SimpleNamespace(**options(), model="tiny", seed=6)
+    with pytest.raises(PersonError, match="no encoder for tiny: give --encoder a file of train_e4t.py"):
+        e4t.make_person(method, photo(), args, Stage())
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    e4t.options(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_the_options_are_fits_defaults():
+    names = inspect.signature(e4t.fit).parameters
+    assert options() == {"encoder": None} | {name: names[name].default for name in ("steps", "lr", "batch")}
+    assert options()["steps"] == 15 and e4t.RANGES.keys() == options().keys() - {"encoder"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pre-training
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, looker):
+    """Runs train_e4t.py here on a tiny model and two photos: (loss, denoising, size) of its steps."""
+    for name in "ab":
+        images.save(images.to_pil(photo(seed=ord(name))[0]), tmp_path / "faces" / f"{name}.png")
+
+    def run(*arguments, model="tiny"):
+        steps, update = [], Trainer.update
+
+        def record(trainer, loss, **numbers):
+            update(trainer, loss, **numbers)
+            steps.append((loss.item(), *(n.item() for n in numbers.values())))
+        monkeypatch.setattr(Trainer, "update", record)
+        monkeypatch.setattr(hdb, "load", lambda *_: tiny_model())
+        common = ["--device", "cpu", "--out", tmp_path, "--batch", 2, "--model", model]
+        common += ["--faces", tmp_path / "faces", "--encoder", "some/vit"] if model == "tiny" else []
+        monkeypatch.setattr("sys.argv", ["train_e4t.py", *map(str, [*common, *arguments])])
+        monkeypatch.setattr(train_e4t, "model_name", str)
+        train_e4t.main(train_e4t.arguments())
+        monkeypatch.setattr(Trainer, "update", update)
+        return steps
+    return run
+
+
+def test_training_moves_the_encoder_and_the_offsets_alone(train, tmp_path):
+    steps = train("--steps", 2)
+    for loss, denoising, size in steps:
+        assert loss == pytest.approx(denoising + e4t.LAMBDA * size, rel=1e-4) and size > 0
+    state = load_file(tmp_path / "e4t/state.safetensors")
+    kinds = {tuple(name.split(".")[:2]) for name in state if name.startswith("now.")}
+    assert len(steps) == 2 and kinds == {("now", "encoder"), ("now", "offsets")}
+    domain = e4t.load_domain(tmp_path / "e4t/e4t.safetensors", shared_model())
+    with seeded(0):
+        start = e4t.Domain(e4t.EncoderConfig(16), shared_model())
+    for name, p in domain.encoder.named_parameters():
+        assert not torch.equal(p, start.encoder.get_parameter(name).half().float()), name
+    for name, p in domain.encoder.named_parameters():
+        assert torch.equal(p, state[f"ema.encoder.{name}"].half().float()), name
+    for rows, columns in zip(domain.rows, domain.columns):
+        assert (rows @ columns.T).abs().max() > 0
+    # the photos' tokens, latents and one prompt, at the first step
+    model, g = shared_model(), generator(seeds.seed(0, 0, seeds.HYPERNET))
+    data = Photos(tmp_path / "faces", model, domain.vit, hdb.PROMPT)
+    who, view = data.draw(2, g)
+    weights = dict(start.encoder.named_parameters())
+    seen = data.features[who].float().mean(1)
+    latent, prompts = data.latents[who, view], [hdb.PROMPT] * 2
+    expected = written_out_loss(model, model.unet, weights, seen, latent, prompts, g)
+    assert steps[0][0] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_training_goes_on_where_it_was_stopped(train, tmp_path):
+    whole = train("--steps", 2, "--name", "whole")
+    assert train("--steps", 2, "--minutes", 0, "--name", "parts") == []
+    assert train("--steps", 2, "--name", "parts", "--save", tmp_path / "here.safetensors") == whole
+    assert len(train("--steps", 3, "--name", "parts")) == 1
+    first, second = load_file(tmp_path / "whole/e4t.safetensors"), load_file(tmp_path / "here.safetensors")
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
+    (tmp_path / "faces").rename(tmp_path / "others")
+    with pytest.raises(console.UserError, match="of another run .*faces"):
+        train("--steps", 4, "--name", "parts", "--faces", tmp_path / "others")
+
+
+def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, looker):
+    model, vit, made = shared_model(), tiny_hypernet(1, 1).vit, []
+
+    class Watched:
+        photos = photo(2)
+
+        def measure(self, model, edits, style, noises, steps):
+            made.append((style, list(noises), steps))
+            with model.edited(edits):
+                pictures = model.sample(PEOPLE, noises, steps=1)
+            return pictures, torch.tensor([.25, .5]), torch.tensor([1., 0.])
+
+    def drawn(*given, **more):
+        made.append((given[1:], more))
+        return Photos(tmp_path / "faces", model, vit, hdb.PROMPT)
+    brings = SimpleNamespace(vit=vit)
+    monkeypatch.setattr(e4t, "load_hypernet", lambda file, model: made.append(file) or brings)
+    monkeypatch.setattr(people, "People", drawn)
+    monkeypatch.setattr(people, "HeldOut", lambda *given: made.append(given) or Watched())
+    train("--steps", 3, "--every", 2, model="nano")
+    file, (given, _), watched, *measures = made
+    assert file == HERE / "nano/hypernet.safetensors" and looker == []
+    assert given == (vit, model.device)
+    assert watched == (8, model.device, seeds.MONITOR)
+    assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star")] * 2  # after 2 steps and 3
+    lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert lines[0]["likeness rock star"] == .375 and lines[0]["style photo"] == .5
+    assert safe_open(tmp_path / "e4t/e4t.safetensors", "pt").metadata()["vit"] == "nano/hypernet.safetensors"
+
+
+@pytest.mark.parametrize("arguments, why", [
+    (["--encoder", "x/y"], "--encoder cannot be chosen"),
+    (["--steps", 0], "--steps must be"),
+    (["--batch", 0], "--batch must be"),
+    (["--lr", "nan"], "--lr must be"),
+    (["--every", 0], "--every must be"),
+    (["--seed", 10 ** 30], "--seed must be"),
+    (["--faces", "nano"], "--faces is for a model other"),
+    (["--model", "somewhere"], "needed there"),
+    (["--out", "README.md/runs"], "is a file"),
+    (["--save", "nano"], "is a folder"),
+])
+def test_what_a_user_did_wrong_is_one_clear_line(refusal, monkeypatch, arguments, why):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(train_e4t, "__name__", "train_e4t")
+    assert why in refusal(train_e4t, *arguments)

@@ -1,12 +1,9 @@
 """baselines/perfusion.py by numbers, on a tiny model: against the paper's formulas, token by token."""
-import argparse
-import inspect
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import generator, photo, shared_model, tiny_model
+from tiny import Stage, generator, photo, shared_model, tiny_model
 from torch.func import functional_call
 
 import clip
@@ -467,6 +464,8 @@ def test_two_people_are_gram_schmidt_of_their_directions():
     for h, token in zip(ours[0].flatten(0, 1), e.flatten(0, 1)):
         expected = written_out(layer.weight, token, [(i[0], o[0]), (i[1], o[1])], c_inverse, .6, .2)
         assert torch.allclose(h, expected, atol=1e-3)
+    other = {"layer": edit[1]["layer"]._replace(beta=.1, tau=.9)}
+    assert together(edit[0], other)["layer"][3:] == (.6, .2)  # the first's
     one_by_one = edit[1]["layer"](layer, e, edit[0]["layer"](layer, e, layer(e)))
     assert (ours[0] - one_by_one).abs().max() > .1  # which is more than the sum
     three = together(together(*edit), {"layer": one(some(8, seed=5), some(5, seed=6), c_inverse)})["layer"]
@@ -495,7 +494,7 @@ def test_two_people_in_a_model_have_a_word_each():
 
 
 def args(**given):
-    return SimpleNamespace(**{"beta": None, "tau": None, "beside": None} | given)
+    return SimpleNamespace(**{"beta": .7, "tau": .15, "beside": None} | given)
 
 
 def test_the_knobs_turn_every_gate():
@@ -535,34 +534,6 @@ def test_the_second_person_comes_from_a_file(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line's part
-
-def test_options_have_the_defaults_of_fit_and_ranges():
-    parser = argparse.ArgumentParser()
-    perfusion.options(parser)
-    options = vars(parser.parse_args([]))
-    defaults = {name: p.default for name, p in inspect.signature(fit).parameters.items()}
-    assert options == {name: defaults[name] for name in options} and len(options) == 5
-    perfusion.knobs(parser)
-    given = parser.parse_args(["--beta", ".5", "--tau", ".2", "--with", "x", "--identifier", "rock"])
-    assert (given.beta, given.tau, given.beside, given.identifier) == (.5, .2, "x", "rock")
-    given = vars(parser.parse_args([]))
-    assert [given[name] for name in ("beta", "tau", "beside")] == [None] * 3
-    assert perfusion.RANGES.keys() <= given.keys()
-    assert all(low <= given[name] <= high for name, (low, high) in perfusion.RANGES.items() if given[name])
-
-
-class Stage:
-    def __init__(self):
-        self.said, self.losses = [], []
-
-    def __call__(self, what):
-        self.said.append(what)
-
-    @contextmanager
-    def progress(self, steps):
-        self.steps = steps
-        yield lambda step, loss: self.losses.append(loss)
-
 
 def test_a_person_is_made_as_the_options_say():
     model, stage = shared_model(), Stage()

@@ -1,4 +1,5 @@
 """A randomly filled Stable Diffusion so small that tests take milliseconds, and one changed by hand."""
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -74,3 +75,18 @@ def generator(seed=0):
 def photo(people=1, seed=1):
     """(people, 3, 64, 64) in [-1, 1]."""
     return torch.rand(people, 3, 64, 64, generator=generator(seed)) * 2 - 1
+
+
+class Stage:
+    """Stands for personalize.Stages: what a command line would show."""
+
+    def __init__(self):
+        self.said, self.steps, self.losses = [], None, []
+
+    def __call__(self, what):
+        self.said.append(what)
+
+    @contextmanager
+    def progress(self, steps):
+        self.steps = steps
+        yield lambda step, loss: self.losses.append(loss)

@@ -1,0 +1,123 @@
+"""The compared systems on the command line: the same options, errors and outputs as personalize.py, and
+persons that it samples again."""
+import inspect
+from functools import partial
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+import baselines
+import personalize
+from files import console
+from files.person import MAKERS
+
+OPTIONS = {"dreambooth": ["--prior-pictures", 1], "textual_inversion": [], "perfusion": [], "e4t": []}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A command line here, by method: what it printed, on both streams."""
+    def run(method, *arguments):
+        monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, arguments), "--device", "cpu"])
+        try:
+            console.run(personalize.main, partial(personalize.arguments, method))
+        except SystemExit:
+            pass
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+    return run
+
+
+def test_every_module_is_a_method():
+    files = {file.stem for file in personalize.HERE.glob("baselines/*.py")} - {"__init__", "train_e4t"}
+    assert files == MAKERS.keys() == OPTIONS.keys() and baselines.e4t is MAKERS["e4t"]
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_what_is_usual_on_nano_is_what_fit_does(method):
+    defaults = {name: p.default for name, p in inspect.signature(MAKERS[method].fit).parameters.items()}
+    usual = {name: row[0] for name, row in MAKERS[method].NUMBERS.items()}
+    shared = usual.keys() & defaults
+    assert {"steps", "lr", "batch"} <= shared
+    assert {name: defaults[name] for name in shared} == {name: usual[name] for name in shared}
+    for nano, elsewhere, least, most, what in MAKERS[method].NUMBERS.values():
+        assert least <= nano <= most and least <= elsewhere <= most and type(nano) is type(elsewhere) and what
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_one_photo_to_a_person_and_their_picture_again(tmp_path, run, method):
+    prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
+    said = run(method, "nano/example.png", *prompt, "--steps", 1, *OPTIONS[method], "--out", tmp_path / "a")
+    assert "person.safetensors" in said and said.count("likeness") == 1 and "seed 7" in said, said
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {"0.png", "sheet.png", "person.safetensors"}
+    told = Image.open(tmp_path / "a/0.png").text
+    assert told["method"] == method and told["fine-tuning"].startswith("steps 1, lr ")
+    with safe_open(tmp_path / "a/person.safetensors", "pt") as f:
+        assert f.metadata()["made_by"] == method and "basis_seed" not in f.metadata()
+    for again in "hyperdreambooth", method:
+        said = run(again, tmp_path / "a/person.safetensors", *prompt, "--out", tmp_path / again)
+        assert "done" in said, said
+        one, other = (Image.open(tmp_path / name / "0.png").tobytes() for name in ("a", again))
+        assert max(abs(x - y) for x, y in zip(one, other)) <= 1
+
+
+def test_people_of_several_methods_in_one_call(tmp_path, run):
+    few = "[V] face", "--sample-steps", 1
+    for method in "textual_inversion", "hyperdreambooth":
+        run(method, "nano/example.png", *few, "--steps", 1, "--out", tmp_path / method)
+    people = [tmp_path / f"{method}/person.safetensors" for method in ("textual_inversion", "hyperdreambooth")]
+    assert "done" in run("hyperdreambooth", *people, *few, "--out", tmp_path / "both")
+    assert Image.open(tmp_path / "both/1.png").text["person"] == str(people[1])
+
+
+def test_an_embedding_goes_to_other_programs_and_comes_back(tmp_path, run):
+    prompt = "[V] face as a king", "--sample-steps", 1, "--seed", 7
+    said = run("textual_inversion", "nano/example.png", *prompt, "--steps", 1, "--tokens", 2, "--export",
+               "embedding", "--out", tmp_path / "a")
+    assert 'the prompt says "<sks>"' in said, said
+    with safe_open(tmp_path / "a/embedding.safetensors", "pt") as f:
+        assert f.get_slice("<sks>").get_shape() == [2, 128]
+    run("hyperdreambooth", tmp_path / "a/embedding.safetensors", *prompt, "--out", tmp_path / "b")
+    one, other = (Image.open(tmp_path / name / "0.png").tobytes() for name in "ab")
+    assert max(abs(x - y) for x, y in zip(one, other)) <= 1
+
+
+def test_a_lora_of_dreambooths_goes_to_other_programs(tmp_path, run):
+    few = "--steps", 1, "--prior-weight", 0, "--sample-steps", 1, "--out", tmp_path
+    run("dreambooth", "nano/example.png", "[V] face", *few, "--rank", 2, "--export", "lora", "--strength", .5)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as f:
+        assert f.metadata()["ss_network_dim"] == "2"
+
+
+def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
+    prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
+    run("dreambooth", "nano/example.png", *prompt, "--steps", 1, "--prior-weight", 0, "--lr", .001,
+        "--merge", tmp_path / "merged", "--out", tmp_path / "a")
+    run("hyperdreambooth", "nano/example.png", *prompt, "--steps", 1, "--lr", 0,
+        "--model", tmp_path / "merged", "--out", tmp_path / "b")
+    one, other = (Image.open(tmp_path / name / "0.png").tobytes() for name in "ab")
+    assert max(abs(x - y) for x, y in zip(one, other)) <= 4
+
+
+@pytest.mark.parametrize("method, arguments, why", [
+    ("textual_inversion", ["--strength", .5], "--strength needs edits that are LowRank or Change"),
+    ("perfusion", ["--strength", .5], "--strength needs"),
+    ("e4t", ["--merge", "out/merged"], "--merge needs"),
+    ("dreambooth", ["--export", "lora"], "needs edits that are LowRank, this person's are Change"),
+    ("dreambooth", ["--export", "embedding"], "--export embedding needs edits that are Rows"),
+    ("hyperdreambooth", ["--export", "embedding"], "--export embedding needs"),
+    ("dreambooth", ["--rank", -1], "--rank must be"), ("perfusion", ["--tau", 0], "--tau must be"),
+    ("textual_inversion", ["--tokens", 76], "--tokens must be"), ("e4t", ["--lr", -1], "--lr must be")])
+def test_what_cannot_be_is_said_before_the_work(run, method, arguments, why):
+    said = run(method, "nano/example.png", "[V] face", *arguments, "--out", "out/never")
+    assert why in said.splitlines()[-1] and "loaded" not in said
+
+
+def test_a_person_of_an_unknown_method(tmp_path, run):
+    few = "--steps", 1, "--sample-steps", 1
+    run("textual_inversion", "nano/example.png", "[V] face", *few, "--out", tmp_path)
+    file = tmp_path / "person.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"textual_inversion", b"textual_inverzion"))
+    said = run("hyperdreambooth", file, "[V] face")
+    assert "made by textual_inverzion, a method that is not known here" in said
