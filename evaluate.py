@@ -12,6 +12,7 @@ each table. What is measured already is not measured again: a run that was stopp
 command, and other rows can be added.
 """
 import csv
+import itertools
 import json
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from files import console, images
 from files.checkpoints import checksum, read_json
 from files.layouts import HERE, model_name
 from files.person import save_person
-from files.photos import photo_files
+from files.photos import read_photos
 from nano import seeds
 from nano.people import HeldOut
 from trainer import differences
@@ -166,8 +167,7 @@ def check_run(args, method):
 def faces(args, model):
     """The first photos (P, 3, H, W) of the folder."""
     side = 8 * model.unet.config.sample_size
-    files = photo_files(args.faces)[:args.people]
-    return torch.cat([images.read(file, side) for file in files]).to(model.device)
+    return torch.cat([*itertools.islice(read_photos(args.faces, side), args.people)]).to(model.device)
 
 
 def chosen(args, jobs):
@@ -192,12 +192,10 @@ def arguments():
     parser.add_argument("--dino", default="facebook/dino-vits16")
     parser.add_argument("--out", type=Path, help="folder of the results; results/ if not given")
     args = parser.parse_args()
-    nano = args.model == "nano"
-    if nano == bool(args.faces):
-        parser.error("--faces is for a model other than nano, and needed there")
+    console.check_faces(parser, args)
     console.complete_numbers(parser, args, NUMBERS)
     console.check_ranges(parser, args, people=(1, 10 ** 6))
-    args.curves = args.curves and nano and not (args.quick or args.rows)
+    args.curves = args.curves and args.model == "nano" and not (args.quick or args.rows)
     args.people = args.people or (2 if args.quick else 32)
     args.out = args.out or Path("runs/quick" if args.quick else "results")
     console.check_folder(parser, "--out", args.out)

@@ -188,8 +188,7 @@ def arguments():
     parser.add_argument("--out", default="runs")
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     args = parser.parse_args()
-    if (args.model == "nano") == bool(args.faces):
-        parser.error("--faces is for a model other than nano, and needed there")
+    console.check_faces(parser, args)
     # nano's people come from ranges that must not meet
     steps, seed = (seeds.STEPS, seeds.SEEDS) if args.model == "nano" else (10 ** 9, 2 ** 40)
     console.check_ranges(parser, args, steps=(1, steps), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
@@ -200,10 +199,7 @@ def arguments():
     if not args.alpha and not args.beta:
         parser.error("--alpha and --beta cannot both be 0")
     console.check_folder(parser, "--out", args.out)
-    if args.save:
-        console.check_folder(parser, "--save", Path(args.save).parent)
-        if Path(args.save).is_dir():
-            parser.error(f"--save {args.save} is a folder, not a file")
+    console.check_file(parser, "--save", args.save)
     return args
 
 

@@ -27,8 +27,10 @@ SPREAD = .1      # of the vectors after the first around it, in standard deviati
 TOKEN = "<sks>"  # the identifier in other programs, which know "sks" already
 
 # On nano, elsewhere, the least, the most, what it is
-NUMBERS = {"steps": (1000, 5000, 1, 100_000, "of training the vectors"),
-           "lr": (5e-3, 5e-3, 0, 1, "learning rate"),
+# (nano's: the mean likeness of four people as rock stars and Pixar characters is .46, .56, .60 and .59 after
+# 300 steps of 5e-3, 1e-2, 2e-2 and 5e-2; with 2e-2 it is .46 after 100 steps and .57 after 600)
+NUMBERS = {"steps": (300, 5000, 1, 100_000, "of training the vectors"),
+           "lr": (2e-2, 5e-3, 0, 1, "learning rate"),
            "batch": (2, 2, 1, 1024, "noises of the photo a step"),
            "tokens": (1, 1, 1, 75, "how many vectors the person is")}
 

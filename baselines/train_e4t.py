@@ -126,17 +126,13 @@ def arguments():
     parser.add_argument("--out", default="runs")
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     args = parser.parse_args()
-    if (args.model == "nano") == bool(args.faces):
-        parser.error("--faces is for a model other than nano, and needed there")
+    console.check_faces(parser, args)
     if args.encoder != ENCODER and args.model == "nano":
         parser.error("--encoder cannot be chosen for nano, which brings its own")
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
                          lr=(0, 1), every=(1, 10 ** 9), seed=(0, seeds.SEEDS))
     console.check_folder(parser, "--out", args.out)
-    if args.save:
-        console.check_folder(parser, "--save", Path(args.save).parent)
-        if Path(args.save).is_dir():
-            parser.error(f"--save {args.save} is a folder, not a file")
+    console.check_file(parser, "--save", args.save)
     return args
 
 

@@ -41,8 +41,8 @@ def add_numbers(parser, table):
 
 
 def complete_numbers(parser, args, table):
-    """Give the options of add_numbers that were not given their usual values; argparse's error if one is out of
-    range."""
+    """Give the options of add_numbers that were not given their usual values; argparse's error if one is out
+    of range."""
     for name, (nano, elsewhere, *_) in table.items():
         vars(args).setdefault(name, nano if args.model == "nano" else elsewhere)
     check_ranges(parser, args, **{name: (low, high) for name, (_, _, low, high, _) in table.items()})
@@ -54,6 +54,20 @@ def check_ranges(parser, args, **ranges):
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+
+
+def check_faces(parser, args):
+    """argparse's error unless there is a folder of photos for every model but nano, which draws its own."""
+    if (args.model == "nano") == bool(args.faces):
+        parser.error("--faces is for a model other than nano, and needed there")
+
+
+def check_file(parser, option, file):
+    """argparse's error unless this file, if any is given, can be written, as far as can be told."""
+    if file:
+        check_folder(parser, option, Path(file).parent)
+        if Path(file).is_dir():
+            parser.error(f"{option} {file} is a folder, not a file")
 
 
 def check_folder(parser, option, folder):

@@ -1,4 +1,6 @@
 """A folder of face photos, one person each, as training pairs for Eq. 2."""
+import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -7,25 +9,40 @@ from tqdm import tqdm
 from files import images
 from vit import encode_face
 
-ENDS = ".jpg", ".jpeg", ".png", ".webp", ".bmp"
+
+def read_photos(folder, side):
+    """Every picture in a folder and those below it, by path, as images.read gives it: yields (1, 3, side,
+    side). Names what it skipped in a warning at the end. ImageError for a folder that isn't there or holds
+    none."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
+    skipped = []
+    for file in tqdm(files, desc="photos"):
+        try:
+            photo = images.read(file, side)
+        except images.ImageError as error:
+            skipped.append(str(error).removeprefix(f"{folder}{os.sep}"))
+        else:
+            yield photo
+    if len(skipped) == len(files):
+        raise images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
+    if skipped:
+        count = f"{len(skipped)} of {len(files)} files are not used"
+        warnings.warn(f"{folder}: {count}{told(skipped)}", stacklevel=2)
 
 
-def photo_files(folder):
-    """The paths of all photos in a folder, by name. ImageError for one that isn't there or holds none."""
-    files = sorted(p for p in Path(folder).glob("[!.]*") if p.suffix.lower() in ENDS)
-    if not files:
-        raise images.ImageError(f"{folder}: no such folder, or it holds no photos ({', '.join(ENDS)})")
-    return files
+def told(skipped):
+    """The first few reasons."""
+    return "".join(f"; {reason}" for reason in skipped[:3]) + ("; …" if skipped[3:] else "")
 
 
 class Photos:
     """The photos' features (P, n, d), on the CPU, latents (P, 1, 4, h, w) and `prompt`. A mirrored one counts
-    as another person's. ImageError for a folder that isn't there or holds none, and for a bad photo."""
+    as another person's. ImageError for a folder that isn't there or holds none; others are skipped."""
 
     def __init__(self, folder, model, vit, prompt):
         self.prompt, features, latents = prompt, [], []
-        for file in tqdm(photo_files(folder), desc="photos"):
-            photo = images.read(file, 8 * model.unet.config.sample_size).to(model.device)
+        for photo in read_photos(folder, 8 * model.unet.config.sample_size):
+            photo = photo.to(model.device)
             for view in photo, photo.flip(3):
                 features.append(encode_face(vit, view).half().cpu())  # of 15,000 people they would fill a GPU
                 latents.append(model.encode(view))

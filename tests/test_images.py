@@ -3,7 +3,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import IFDRational
 
 from files import images
 
@@ -86,6 +87,61 @@ def test_exif_rotation(tmp_path):
     exif[0x0112] = 6  # to be shown turned a quarter clockwise: the left half goes up
     photo = images.read(picture(tmp_path / "a.jpg", exif=exif), 64)
     assert photo[0, 0, :20].mean() > .8 and photo[0, 2, 44:].mean() > .8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_beside_damaged_exif(tmp_path, orientation):
+    """The same picture, stored in eight ways. Another tag has a fraction without a denominator."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 80, 3), np.uint8))
+    back = images.TURNS | {6: images.TURNS[8], 8: images.TURNS[6]}
+    stored = upright if orientation == 1 else upright.transpose(back[orientation])
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = orientation, IFDRational(72)
+    blob = exif.tobytes()
+    stored.save(tmp_path / "a.png", exif=blob.replace((72).to_bytes(4, "little"), (0).to_bytes(4, "little")))
+    upright.save(tmp_path / "b.png")
+    assert torch.equal(images.read(tmp_path / "a.png", 64), images.read(tmp_path / "b.png", 64))
+
+
+def test_exif_that_is_not_to_be_read_is_none(tmp_path):
+    picture(tmp_path / "a.jpg")
+    picture(tmp_path / "b.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(40))
+    assert torch.equal(images.read(tmp_path / "a.jpg", 64), images.read(tmp_path / "b.jpg", 64))
+
+
+def swapped_profile():
+    """sRGB, with the primaries of red and green changed over."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("RGB", "a.png"), ("RGBA", "a.png"), ("P", "a.png"), ("RGB", "a.tiff")])
+def test_a_colour_profile_is_honoured(tmp_path, mode, name):
+    plain = Image.new("RGB", (80, 80), (40, 120, 60))
+    stored = plain.quantize(2) if mode == "P" else plain.convert(mode)
+    stored.save(tmp_path / name, icc_profile=swapped_profile())
+    photo = (images.read(tmp_path / name, 64) + 1) * 127.5
+    assert (photo - torch.tensor([120., 40, 60]).view(3, 1, 1)).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("profile", [b"", b"nothing", swapped_profile()[:200], swapped_profile()[:-400]])
+def test_a_damaged_profile_is_as_none(tmp_path, profile):
+    Image.new("RGB", (80, 80), (40, 120, 60)).save(tmp_path / "a.png", icc_profile=profile)
+    photo = (images.read(tmp_path / "a.png", 64) + 1) * 127.5
+    assert (photo - torch.tensor([40., 120, 60]).view(3, 1, 1)).abs().max() <= 1.01
+
+
+def test_a_profile_of_another_kind_of_picture_is_as_none(tmp_path):
+    Image.new("L", (80, 80), 90).save(tmp_path / "a.png", icc_profile=swapped_profile())  # of three colours
+    photo = (images.read(tmp_path / "a.png", 64) + 1) * 127.5
+    assert (photo - 90).abs().max() <= 1.01
+
+
+def test_a_heic_photo_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(images.ImageError, match="HEIC photo; pip install pillow-heif"):
+        images.read(tmp_path / "a.heic", 64)
 
 
 def test_centre_and_chosen_crop(tmp_path):

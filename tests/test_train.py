@@ -226,10 +226,15 @@ def test_a_folder_of_photos(runs, tmp_path):
     folder.mkdir()
     with pytest.raises(images.ImageError, match="holds no photos"):
         Photos(folder, model, vit, hdb.PROMPT)
-    for name in "ab":
-        images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / f"{name}.png")
+    for name in "a.png", "below/deeper/b.png", ".hidden.png":
+        images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / name)
     (folder / "notes.txt").write_text("not a photo")
-    data = Photos(folder, model, vit, hdb.PROMPT)
+    images.save(images.to_pil(torch.zeros(3, 60, 60)), folder / "below/small.png")
+    with pytest.warns(UserWarning) as told:
+        data = Photos(folder, model, vit, hdb.PROMPT)
+    message = str(told[0].message)
+    assert message.startswith(f"{folder}: 2 of 4 files are not used; below/small.png: 60 pixels a side is")
+    assert "; notes.txt: cannot be read as a picture" in message
     who, view = data.draw(5, torch.Generator().manual_seed(0))
     assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)
     assert len(data.features) == 4  # two photos and their mirror images
