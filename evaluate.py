@@ -59,32 +59,31 @@ def main(args):
         few = torch.arange(min(len(photos), systems.PEOPLE))
         work += [(job, few, CURVE_PROMPTS) for job in systems.curves()]
     table = Table(args.out / "scores.csv", 5, ("system", "knob", "value", "person", "prompt", *scores.names))
+    costs = Table(args.out / "costs.csv", 1, ("system", "seconds", "bytes"))
     with tqdm(total=sum(len(group) for _, group, _ in work), unit="person") as bar:
         for job, group, some in work:
             bar.set_description(" ".join(map(str, (job.system, job.knob, *job.values[:1]))))
-            measure(job, group, some, method, photos, scores, table, args)
+            measure(job, group, some, method, photos, scores, table, costs, args)
             bar.update(len(group))
 
-    # one person alone, by the clock
-    costs = Table(args.out / "costs.csv", 1, ("system", "seconds", "bytes"))
+    # one person alone, by the clock, of systems that were measured side by side
     for job in tqdm(jobs, desc="costs"):
         if (job.system,) not in costs:
-            costs.add((job.system, *cost(job, method, photos[:1])))
+            fit(job, torch.tensor([0]), method, photos, costs)
     for path in report.write(args.out, scores):
         print(f"  {path}")
     print((args.out / "tables.md").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def measure(job, group, prompts, method, photos, scores, table, args):
+def measure(job, group, prompts, method, photos, scores, table, costs, args):
     """Fit the people of `group` by one system, sample every prompt at every value of its knob, and add the
     scores to the table."""
     keys = {(job.system, job.knob, value, person, prompt)
             for value in job.values for person in group.tolist() for prompt in prompts}
     if all(key in table for key in keys):
         return
-    person = job.fit(method, photos[group], torch.Generator().manual_seed(int(group[0])))
-    edits = person.edits(method)
+    edits = fit(job, group, method, photos, costs).edits(method)
     for value in job.values:
         mine = job.turn(edits, value)
         for prompt in prompts:
@@ -104,16 +103,18 @@ def measure(job, group, prompts, method, photos, scores, table, args):
             images.save(images.to_pil(photos[who]), report.picture(args.out, "photo", who, ""))
 
 
-def cost(job, method, photo):
-    """Seconds to make one person of a photo, and bytes of their file."""
+def fit(job, group, method, photos, costs):
+    """The Person of P people; of one alone, seconds and the file's bytes are added to `costs`."""
     start = time.perf_counter()
-    person = job.fit(method, photo, torch.Generator().manual_seed(0))
-    seconds = time.perf_counter() - start
-    if not person.stored():
-        return 0., 0
-    with TemporaryDirectory() as folder:
-        save_person(person, method, Path(folder, "person"))
-        return seconds, Path(folder, "person").stat().st_size
+    person = job.fit(method, photos[group], torch.Generator().manual_seed(int(group[0])))
+    seconds, size = time.perf_counter() - start, 0
+    if len(group) == 1 and not job.knob:
+        if person.stored():
+            with TemporaryDirectory() as folder:
+                save_person(person, method, Path(folder, "person"))
+                size = Path(folder, "person").stat().st_size
+        costs.add((job.system, seconds, size))
+    return person
 
 
 class Table:

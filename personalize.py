@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import hdb  # noqa: E402
-from baselines import textual_inversion  # noqa: E402
+from baselines import registry, textual_inversion  # noqa: E402, F401
 from edits import LINEAR, LowRank, canonical, join, named, scale, stack  # noqa: E402
 from files import console, images  # noqa: E402
 from files.checkpoints import open_tensors  # noqa: E402

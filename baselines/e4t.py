@@ -36,7 +36,9 @@ CLASS = "face"   # the word that [V] is an instance of
 # are, but one that shows a person is longer: Textual Inversion has a likeness of .6 at .9, of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
 NANO_VIT = "nano/hypernet.safetensors"  # has nano's encoder of photos
-RANGES = {"steps": (0, 100_000), "lr": (0, 1), "batch": (1, 1024)}
+NUMBERS = {"steps": (15, 15, 0, 100_000, "of fine-tuning; 0: the encoder alone"),
+           "lr": (2e-4, 1.6e-5, 0, 1, "learning rate"),
+           "batch": (4, 16, 1, 1024, "noises of the photo a step")}
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def total(denoising, word):
 # ------------------------------------------------------------------------------------------------------------
 # One person
 
-def fit(model, photo, domain, steps=15, lr=3e-4, batch=4, generator=None, callback=None):
+def fit(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
     """Photos (P, 3, H, W) in [-1, 1] -> tensors for edits(): all of the UNet, from W' on, and the encoder
     after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
 
@@ -292,9 +294,6 @@ def load_looker(source, model):
 
 def options(parser):
     parser.add_argument("--encoder", metavar="FILE", help="of train_e4t.py; nano brings its own")
-    parser.add_argument("--steps", type=int, default=15, help="of fine-tuning; 0: the encoder alone")
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--batch", type=int, default=4, help="noises of the photo a step")
 
 
 def kinds(args):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-import baselines
+from baselines import e4t, registry  # noqa: F401
 import personalize
 from files import console
 from files.person import MAKERS
@@ -30,8 +30,9 @@ def run(monkeypatch, capsys):
 
 
 def test_every_module_is_a_method():
-    files = {file.stem for file in personalize.HERE.glob("baselines/*.py")} - {"__init__", "train_e4t"}
-    assert files == MAKERS.keys() == OPTIONS.keys() and baselines.e4t is MAKERS["e4t"]
+    files = {file.stem for file in personalize.HERE.glob("baselines/*.py")}
+    methods = files - {"__init__", "registry", "train_e4t"}
+    assert methods == MAKERS.keys() == OPTIONS.keys() and e4t is MAKERS["e4t"]
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -66,7 +67,7 @@ def test_people_of_several_methods_in_one_call(tmp_path, run):
     few = "[V] face", "--sample-steps", 1
     for method in "textual_inversion", "hyperdreambooth":
         run(method, "nano/example.png", *few, "--steps", 1, "--out", tmp_path / method)
-    people = [tmp_path / f"{method}/person.safetensors" for method in ("textual_inversion", "hyperdreambooth")]
+    people = [tmp_path / method / "person.safetensors" for method in ("textual_inversion", "hyperdreambooth")]
     assert "done" in run("hyperdreambooth", *people, *few, "--out", tmp_path / "both")
     assert Image.open(tmp_path / "both/1.png").text["person"] == str(people[1])
 

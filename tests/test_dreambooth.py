@@ -5,7 +5,7 @@ from tiny import generator, photo, shared_model, tiny_model
 from torch.func import functional_call
 
 import hdb
-from baselines import dreambooth
+from baselines import dreambooth, registry  # noqa: F401
 from diffusion import ALPHAS_CUMPROD, denoising_loss
 from edits import Change, LowRank, fresh_lora
 from files.person import Person, PersonError, load_person, save_person

@@ -575,35 +575,38 @@ class Stage(list):
         yield show
 
 
+def options(*arguments, model="tiny"):
+    """What personalize.py knows of a command line when it calls make_person."""
+    parser = argparse.ArgumentParser()
+    parser.set_defaults(model=model, seed=6)
+    e4t.options(parser)
+    console.add_numbers(parser, e4t.NUMBERS)
+    args = parser.parse_args(map(str, arguments))
+    console.complete_numbers(parser, args, e4t.NUMBERS)
+    return args
+
+
 def test_a_person_of_the_command_line(file):
     method, stage = hdb.HyperDreamBooth(shared_model()), Stage()
-    given = options("--encoder", str(file), "--steps", "2", "--batch", "3")
-    args = SimpleNamespace(**given, model="tiny", seed=6)
+    args = options("--encoder", file, "--steps", 2, "--batch", 3)
     person = e4t.make_person(method, photo(), args, stage)
     domain = e4t.load_domain(file, method.model)
-    expected = e4t.fit(method.model, photo(), domain, 2, args.lr, 3, generator(6))
+    expected = e4t.fit(method.model, photo(), domain, 2, 1.6e-5, 3, generator(6))
     assert person.tensors.keys() == expected.keys() and stage.moved == 2
     assert all(torch.equal(t, expected[name]) for name, t in person.tensors.items())
     assert (person.made_by, person.base) == ("e4t", "tiny") and len(stage) == 1
+    assert {type(edit) for edit in e4t.edits(person.tensors, method.model).values()} == set(e4t.kinds(args))
 
 
 def test_another_model_needs_an_encoder():
-    method = hdb.HyperDreamBooth(shared_model())
-    args = SimpleNamespace(**options(), model="tiny", seed=6)
     with pytest.raises(PersonError, match="no encoder for tiny: give --encoder a file of train_e4t.py"):
-        e4t.make_person(method, photo(), args, Stage())
-
-
-def options(*arguments):
-    parser = argparse.ArgumentParser()
-    e4t.options(parser)
-    return vars(parser.parse_args(arguments))
+        e4t.make_person(hdb.HyperDreamBooth(shared_model()), photo(), options(), Stage())
 
 
 def test_the_options_are_fits_defaults():
-    names = inspect.signature(e4t.fit).parameters
-    assert options() == {"encoder": None} | {name: names[name].default for name in ("steps", "lr", "batch")}
-    assert options()["steps"] == 15 and e4t.RANGES.keys() == options().keys() - {"encoder"}
+    names, nano = inspect.signature(e4t.fit).parameters, options(model="nano")
+    assert all(getattr(nano, name) == names[name].default for name in e4t.NUMBERS)
+    assert (nano.encoder, nano.steps) == (None, 15)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The experiment: what is counted, what is measured again, and what the tables say of it."""
 import csv
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from edits import Change
 from evaluation import report, scores, systems
 from files import images
 from files.console import UserError
-from files.person import Person
+from files.person import Person, save_person
 from nano import faces
 from vit import ViT, encode_face
 
@@ -41,6 +42,10 @@ def settings(folder):
     return SimpleNamespace(out=folder, sample_steps=1, guidance=1.)
 
 
+def costs(folder):
+    return evaluate.Table(folder / "costs.csv", 1, ("system", "seconds", "bytes"))
+
+
 def table(folder):
     columns = "system", "knob", "value", "person", "prompt", *Simple.names
     return evaluate.Table(folder / "scores.csv", 5, columns)
@@ -49,7 +54,7 @@ def table(folder):
 def test_everybody_is_drawn_once_under_their_own_noise(tmp_path):
     method, faces_ = hdb.HyperDreamBooth(shared_model()), photo(3)
     both = job(), torch.tensor([0, 2]), ["photo", "king"], method, faces_, Simple()
-    files = table(tmp_path), settings(tmp_path)
+    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
     evaluate.measure(*both, *files)
     rows = report.read(tmp_path / "scores.csv")
     assert [(row["person"], row["prompt"]) for row in rows] == [
@@ -63,7 +68,7 @@ def test_everybody_is_drawn_once_under_their_own_noise(tmp_path):
     # measured already: nobody is fitted again
     def never(method, photo, generator):
         raise AssertionError
-    files = table(tmp_path), settings(tmp_path)
+    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
     evaluate.measure(job(never), *both[1:], *files)
     with pytest.raises(AssertionError):
         evaluate.measure(job(never), torch.tensor([1]), *both[2:], *files)
@@ -82,7 +87,7 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
     fitted = []
     some = job(fit, knob="strength", values=(0., .5), turn=turn)
     method = hdb.HyperDreamBooth(model)
-    files = table(tmp_path), settings(tmp_path)
+    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
     evaluate.measure(some, torch.tensor([0]), ["photo"], method, photo(1), Simple(), *files)
     rows = report.read(tmp_path / "scores.csv")
     assert fitted == [1]
@@ -92,6 +97,21 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
         expected = method.sample(["a [V] face"], mine, [0], steps=1, guidance=1.).mean().item()
         assert float(row["likeness"]) == pytest.approx(expected, abs=1e-4)
     assert rows[0]["likeness"] != rows[1]["likeness"]
+
+
+def test_what_one_person_costs(tmp_path):
+    method, known = hdb.HyperDreamBooth(shared_model()), costs(tmp_path)
+
+    def slow(method, photo, generator):
+        time.sleep(.05)
+        return Person(torch.zeros(len(photo), *method.lidb.shape))
+    evaluate.fit(job(slow), torch.tensor([0, 1]), method, photo(2), known)
+    assert report.read(tmp_path / "costs.csv") == []  # people side by side
+    evaluate.fit(job(slow), torch.tensor([1]), method, photo(2), known)
+    (row,) = report.read(tmp_path / "costs.csv")
+    save_person(Person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
+    assert row["system"] == "nobody" and .05 <= float(row["seconds"]) < 5
+    assert int(row["bytes"]) == (tmp_path / "person").stat().st_size
 
 
 def test_a_table_goes_on_where_it_was(tmp_path):
