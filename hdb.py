@@ -8,6 +8,7 @@ loss that trains the predictor.
     with model.edited(join(method.lidb.factors(theta), relaxed)):
         pictures = model.sample(["a [V] face as a rock star"], seeds=[0])
 """
+import itertools
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -22,6 +23,11 @@ from trainer import fit
 from vit import encode_face
 
 PROMPT = "a [V] face"
+
+
+def several(photo):
+    """One photo each (P, 3, H, W) as several (P, 1, 3, H, W); several as they are."""
+    return photo if photo.dim() == 5 else photo[:, None]
 
 
 class HyperDreamBooth:
@@ -40,14 +46,17 @@ class HyperDreamBooth:
 
     @torch.no_grad()
     def predict(self, photo, iterations=None):
-        """A photo (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, r·(a + b)), by the hypernetwork (Eq. 3).
+        """A photo (B, 3, H, W) in [-1, 1] -> θ̂ (B, layers, r·(a + b)), by the hypernetwork (Eq. 3); of N
+        photos each, (B, N, 3, H, W), the mean.
 
         iterations: s, the hypernetwork's own if None. ValueError where there is no hypernetwork.
         """
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
-        features = encode_face(self.hypernet.vit, photo).to(self.hypernet.bias.dtype)
-        return self.hypernet.refine(features, iterations).float()
+        photos = several(photo)
+        features = encode_face(self.hypernet.vit, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
+        theta = self.hypernet.refine(features, iterations).float()
+        return theta.unflatten(0, photos.shape[:2]).mean(1)
 
     @contextmanager
     def hyper_loss(self, theta_hat, latent, prompts, generator, theta=None, alpha=1., beta=0.):
@@ -85,15 +94,23 @@ class HyperDreamBooth:
         step.
 
         photo (P, 3, H, W) in [-1, 1], theta (P, layers, size) or None for none; P people are fine-tuned side
-        by side, each on their own photo. Returns the LoRA's edits alone; join() them with the prediction's.
-        callback(step, loss) after every step.
+        by side, each on their own photo, or on N photos, (P, N, 3, H, W), which take turns. Returns the
+        LoRA's edits alone; join() them with the prediction's. callback(step, loss) after every step.
         """
         generator = generator or torch.Generator().manual_seed(0)
-        people = len(photo)
-        latent = self.model.encode(photo).detach().repeat(batch, 1, 1, 1)
+        photos = several(photo)
+        people, count = photos.shape[:2]
+        latents = self.model.encode(photos.flatten(0, 1)).detach().unflatten(0, (people, count))
+        turns = itertools.cycle(range(count))
+
+        def latent():
+            """Of everybody, `batch` times in turn: (batch·P, 4, h, w)."""
+            which = [next(turns) for _ in range(batch)]
+            return latents[:, which].transpose(0, 1).flatten(0, 1)
+
         predicted = {} if theta is None else detach(self.lidb.factors(theta))
         relaxed = fresh_lora(self.layers, rank, generator, people)
-        fit(lambda: denoising_loss(self.model, latent, [PROMPT] * people, generator).mean(),
+        fit(lambda: denoising_loss(self.model, latent(), [PROMPT] * people, generator).mean(),
             [factor for pair in relaxed.values() for factor in pair], steps, lr,
             lambda: self.model.edited(join(predicted, relaxed)), callback)
         return detach(relaxed)

@@ -42,7 +42,7 @@ def over_people(rows, name):
 
 
 def summary(rows, scores):
-    """heading -> (mean, standard error) of a system's pictures, all of one setting."""
+    """heading -> (mean, standard error) over people of a system's pictures, all of one setting."""
     plain = [row for row in rows if row["prompt"] == scores.plain]
     styled = [row for row in rows if row["prompt"] != scores.plain]
     if "likeness" not in scores.names:
@@ -61,20 +61,23 @@ def write(folder, scores):
         settings[row["system"], row["knob"], row["value"]].append(row)
     found = {key: summary(some, scores) for key, some in settings.items()}
     main = {system: values for (system, knob, _), values in found.items() if not knob}
-    people, prompts = ({row[name] for row in rows if not row["knob"]} for name in ("person", "prompt"))
-    parts = [f"{len(people)} people × {len(prompts)} prompts; ± is the standard error over people."]
+    count = {key: len({row["person"] for row in some}) for key, some in settings.items()}
+    prompts = {row["prompt"] for row in rows if not row["knob"]}
+    parts = [f"{len(prompts)} prompts a person; ± is the standard error over people."]
     paths = [folder / "tables.md"]
     for title, systems in TABLES.items():
         here = [system for system in systems if system in main]
         if here:
-            parts += [f"**{title}**", table({system: main[system] for system in here}, costs)]
+            people = {system: count[system, "", ""] for system in here}
+            parts += [f"**{title}**", table({system: main[system] for system in here}, people, costs)]
             number = title.split(",")[0].lower().replace(" ", "_")
             paths += grid(folder, here, scores, folder / f"{number}.png")
     curves = {key: values for key, values in found.items() if key[1]}
     for system, knob in dict.fromkeys(key[:2] for key in curves):
-        points = {f"{knob} = {value}": curves[key] for key in curves if key[:2] == (system, knob)
-                  for value in [key[2]]}
-        parts += [f"**{system}, by {knob}**", table(points, {})]
+        here = [key for key in curves if key[:2] == (system, knob)]
+        points = {f"{knob} = {key[2]}": curves[key] for key in here}
+        people = {f"{knob} = {key[2]}": count[key] for key in here}
+        parts += [f"**{system}, by {knob}**", table(points, people, {})]
     (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if "likeness" in scores.names:
         scatter(main, curves, folder / "scatter.png")
@@ -82,14 +85,15 @@ def write(folder, scores):
     return paths
 
 
-def table(rows, costs):
-    """Markdown of name -> summary, with seconds and size where they are known, and the paper's figures."""
+def table(rows, people, costs):
+    """Markdown of name -> summary, with how many people it is of, seconds and size where they are known, and
+    the paper's figures."""
     paper = any(name in PAPER for name in rows)
-    heads = ["", *next(iter(rows.values()))] + (["seconds", "KB"] if costs else [])
+    heads = ["", "people", *next(iter(rows.values()))] + (["seconds", "KB"] if costs else [])
     heads += [f"paper: {metric}" if metric == METRICS[0] else metric for metric in METRICS] if paper else []
     lines = [heads, ["---"] * len(heads)]
     for name, values in rows.items():
-        line = [name, *(f"{value:.3f} ± {error:.3f}" for value, error in values.values())]
+        line = [name, str(people[name]), *(f"{value:.3f} ± {error:.3f}" for value, error in values.values())]
         if costs:
             seconds, size = (float(costs[name][key]) if name in costs else 0 for key in ("seconds", "bytes"))
             line += [f"{seconds:.1f}", f"{size / 1000:,.1f}"]

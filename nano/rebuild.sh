@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuild the miniature's weights from nothing:  nano/rebuild.sh [vae text unet judge encoder hypernet]
+# Rebuild the miniature's weights from nothing:  nano/rebuild.sh [vae text unet judge encoder hypernet e4t]
 #
 # All of them if none is named, in this order, as each needs those before it (the judge none). What is stopped
 # goes on where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,
@@ -22,13 +22,15 @@ rebuild() {
             python nano/pretrain.py encoder --steps 6700 --batch 64 --lr 1.5e-3 ;;
         hypernet)  # 170 minutes
             python train.py --steps 8300 --batch 24 --lr 6e-4 --save nano/hypernet.safetensors ;;
+        e4t)  # 12 minutes
+            python -m baselines.train_e4t --steps 600 --batch 16 --lr 3e-3 --save nano/e4t.safetensors ;;
         *)
-            echo "rebuild.sh: no part $1; there are vae text unet judge encoder hypernet" >&2
+            echo "rebuild.sh: no part $1; there are vae text unet judge encoder hypernet e4t" >&2
             exit 2 ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- vae text unet judge encoder hypernet
+[ $# -gt 0 ] || set -- vae text unet judge encoder hypernet e4t
 for part; do
     rebuild "$part"
 done

@@ -170,9 +170,9 @@ def test_a_report_of_tables_grids_and_a_scatter(tmp_path):
     assert [path.name for path in paths] == names
     assert all(path.stat().st_size for path in paths)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
-    assert text.startswith("2 people × 11 prompts")
+    assert text.startswith("11 prompts a person")
     third = text.split("**Table 3")[1]
-    assert "| HyperDreamBooth | 0.500 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in third
+    assert "| HyperDreamBooth | 2 | 0.500 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in third
     assert "| 2.5 | 183.0 | 0.655 | 0.473 | 0.577 | 0.286 |" in third and "| No Hyper |" in third
     assert "**HyperDreamBooth, by steps**" in text and "| steps = 5 |" in text and "E4T" not in text
 

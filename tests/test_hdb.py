@@ -64,6 +64,8 @@ def test_the_prediction_is_eq_3_on_the_features_of_the_photo(method):
     few = tiny_hypernet(*method.lidb.shape, iterations=2)  # s of the configuration, in use as in training
     predicted = hdb.HyperDreamBooth(method.model, few.requires_grad_()).predict(photos)
     assert torch.allclose(predicted, net.refine(features, 2), atol=1e-5) and not predicted.requires_grad
+    both = method.predict(photo(6).unflatten(0, (2, 3)))  # of three photos each, the mean
+    assert torch.allclose(both, method.predict(photo(6)).unflatten(0, (2, 3)).mean(1), atol=1e-5)
     half = copy.deepcopy(net)
     for name, p in half.named_parameters():
         p.data = p.data if name.startswith("vit.") else p.data.bfloat16()
@@ -165,9 +167,10 @@ def test_a_few_steps_of_target_fitting_written_out(method):
 # Rank-relaxed fast fine-tuning
 
 def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, seed, prompt="a sks face"):
-    """LoRA beside a frozen ΔW, by Adam with weights W + ΔW + A·B put into the network by hand. One person."""
+    """LoRA beside a frozen ΔW, by Adam with weights W + ΔW + A·B put into the network by hand. One person,
+    whose photos (N, 3, H, W) take turns."""
     layers, g = hdb.HyperDreamBooth(model).layers, generator(seed)
-    latent = model.encode(photos).repeat(batch, 1, 1, 1)
+    latents = model.encode(photos)
     pairs = {}
     for name, layer in layers.items():
         a = torch.randn(1, layer.in_features, rank, generator=g) / layer.in_features ** .5
@@ -177,6 +180,7 @@ def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, se
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(steps):
         count = batch
+        latent = latents[[(step * batch + i) % len(latents) for i in range(batch)]]
         u = (torch.arange(count) + torch.rand(count, generator=g)) / count
         t = (u * 1000).long()[torch.randperm(count, generator=g)]
         noise = torch.randn(latent.shape, generator=g)
@@ -194,14 +198,16 @@ def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, se
     return pairs, losses
 
 
-@pytest.mark.parametrize("with_prediction", [True, False])
-def test_fine_tuning_written_out(method, with_prediction):
+@pytest.mark.parametrize("with_prediction, photos", [(True, 1), (False, 1), (True, 3)])
+def test_fine_tuning_written_out(method, with_prediction, photos):
+    faces = photo(photos)
     theta = some_theta(method, size=1.) if with_prediction else None
     predicted = deltas(method.lidb.factors(theta)) if with_prediction else {}
     losses = []
-    relaxed = method.fine_tune(photo(), theta, steps=3, rank=3, lr=1e-2, batch=4, generator=generator(8),
-                               callback=lambda step, loss: losses.append((step, loss)))
-    pairs, expected = written_out_fine_tuning(method.model, photo(), predicted, 3, 3, 1e-2, 4, 8)
+    given = faces if photos == 1 else faces[None]
+    relaxed = method.fine_tune(given, theta, steps=3, rank=3, lr=1e-2, batch=4, generator=generator(8),
+                               callback=lambda *told: losses.append(told))
+    pairs, expected = written_out_fine_tuning(method.model, faces, predicted, 3, 3, 1e-2, 4, 8)
     assert [step for step, _ in losses] == [0, 1, 2]
     assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
     assert relaxed.keys() == method.layers.keys() and untouched(method)
@@ -210,7 +216,7 @@ def test_fine_tuning_written_out(method, with_prediction):
         at_first = fresh_lora(method.layers, 3, generator(8))
         ours, theirs, start = (torch.cat([getattr(edits[k], side).detach().flatten() for k in pairs])
                                for edits in (relaxed, pairs, at_first))
-        assert (ours - theirs).norm() < .05 * (theirs - start).norm()
+        assert (ours - theirs).norm() < (.05 if photos == 1 else .2) * (theirs - start).norm()
 
 
 def test_the_reference_is_one_that_sees_the_prediction_and_the_prompt(method):
@@ -279,6 +285,15 @@ def test_people_fine_tuned_side_by_side_do_not_mix(method):
     assert off[:, 0].mean() < .01 and off[:, 1].min() > .1
 
 
+def test_people_with_several_photos_each_do_not_mix(method):
+    faces = photo(4).unflatten(0, (2, 2))
+    both = method.fine_tune(faces, steps=1, rank=2, batch=2, lr=1e-2, generator=generator(1))
+    other = torch.stack([faces[0], photo(2, seed=5)])
+    changed = method.fine_tune(other, steps=1, rank=2, batch=2, lr=1e-2, generator=generator(1))
+    same = [torch.allclose(both[k].b[0], changed[k].b[0], atol=1e-5) for k in both]
+    assert all(same) and not all(torch.allclose(both[k].b[1], changed[k].b[1], atol=1e-5) for k in both)
+
+
 def test_a_known_start_comes_to_a_known_optimum():
     """fit() on ‖x·(W + ΔW + A·B) − x·(W + ΔW*)‖²: the relaxed factors become what the prediction lacks."""
     layers = {"one": torch.nn.Linear(6, 5)}
@@ -338,7 +353,7 @@ def test_the_defaults_of_sampling(method):
     person = method.lidb.factors(some_theta(method).requires_grad_())
     assert not method.sample(["a face"], person, steps=1).requires_grad
     default = model.sample(["a face", "a face as a rock star"])
-    same = model.sample(["a face", "a face as a rock star"], [0, 1], 25, 3., "", (64, 64), diffusion.dpmpp_2m)
+    same = model.sample(["a face", "a face as a rock star"], [0, 1], 15, 2., "", (64, 64), diffusion.dpmpp_2m)
     assert torch.equal(default, same) and default.abs().max() <= 1
     assert torch.equal(method.sample(["a face"]), model.sample(["a face"]))
 
