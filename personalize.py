@@ -2,6 +2,7 @@
 
     python personalize.py nano/example.png "[V] face as a rock star"
     python personalize.py me.jpg "[V] face as a king" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+    python personalize.py a.jpg b.jpg more/ "[V] face as a king"    # photos, or folders, of one person
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
 
@@ -38,12 +39,13 @@ from files.layouts import HERE, model_name  # noqa: E402
 from files.lora import export_lora, load_lora  # noqa: E402
 from files.merged import free_folder, merge_to_folder  # noqa: E402
 from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person  # noqa: E402
+from files.photos import read_photos  # noqa: E402
 from nano.judge import load_judge  # noqa: E402
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
 
 
-# Options that are numbers: on nano, elsewhere, the least, the most, what it is. Of all methods, and of this one
+# Options that are numbers: on nano, elsewhere, the least, the most, what it is. Of all methods, and of this
 COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
           "guidance": (2., 7.5, -100, 100, "classifier-free guidance scale"),
           "strength": (1., 1., 0, 1.5, "of the person")}
@@ -69,9 +71,10 @@ def arguments(method=OURS):
     maker = maker_of(method)
     parser = console.parser(maker.__doc__, model_name)
     parser.set_defaults(hypernet=None, method=method)
-    parser.add_argument("photo", help="a picture of one face, or a personal file (.safetensors)")
+    parser.add_argument("photo", help="a picture of one face, a folder of such pictures of one person, or a "
+                        "personal file (.safetensors)")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
-                        'a rock star"; further personal files may stand before')
+                        'a rock star"; further photos of the person, or personal files, may stand before')
     parser.add_argument("--crop", type=square, metavar="X,Y,SIZE", help="in pixels; its centre if none")
     maker.options(parser)
     numbers = maker.NUMBERS | COMMON
@@ -87,10 +90,12 @@ def arguments(method=OURS):
     parser.add_argument("--out", default="out", type=Path)
     args = parser.parse_args()
 
-    # personal files may be several, before the prompts
-    args.people = [args.photo] if is_personal(args.photo) else []
-    while args.people and len(args.prompts) > 1 and is_personal(args.prompts[0]):
-        args.people.append(args.prompts.pop(0))
+    # personal files, or photos, may be several, before the prompts
+    personal, given = is_personal(args.photo), [args.photo]
+    another = is_personal if personal else is_photo
+    while len(args.prompts) > 1 and another(args.prompts[0]):
+        given.append(args.prompts.pop(0))
+    args.people, args.photos = (given, []) if personal else ([], given)
     args.prompts = [console.printable(prompt) for prompt in args.prompts]
     for prompt in args.prompts:
         if is_personal(prompt) or os.path.isfile(prompt):
@@ -108,13 +113,15 @@ def arguments(method=OURS):
             parser.error("--merge and --out must be two folders, --out not in the other")
     if len(args.people) > 1 and (args.export or args.merge):
         parser.error("--export and --merge take one person")
+    if len(args.photos) > 1 and (args.crop or method != OURS):
+        parser.error("several photos cannot have one --crop" if args.crop else f"{method} takes one photo")
 
     outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * max(1, len(args.people))))]
     outputs += [f"{args.export}.safetensors"] if args.export else []
     outputs += [] if args.people else PERSONAL
     written = [(args.out / name).resolve() for name in outputs]
     loras = [lora_and_strength(text)[0] for text in args.lora]
-    for given in (args.photo, *args.people, *loras, args.hypernet):
+    for given in (*args.photos, *args.people, *loras, args.hypernet):
         if given and Path(given).resolve() in written:
             parser.error(f"{given} would be overwritten; give another folder with --out")
     return args
@@ -135,6 +142,10 @@ def check_kinds(args, kinds):
 
 def is_personal(text):
     return text.endswith(".safetensors") or is_person(text)
+
+
+def is_photo(text):
+    return os.path.exists(text) and not is_personal(text)
 
 
 def square(text):
@@ -164,7 +175,7 @@ def main(args):
     for path in args.people:
         open_tensors(path)
     if not args.people:
-        images.read(args.photo, images.SMALLEST, args.crop)
+        read(args, images.SMALLEST)
         check_kinds(args, maker.kinds(args))
     stage = Stages()
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
@@ -180,8 +191,8 @@ def main(args):
         people = [read_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
     else:
-        photo = images.read(args.photo, 8 * model.unet.config.sample_size, args.crop).to(model.device)
-        person = maker.make_person(method, photo, args, stage)
+        photo = read(args, 8 * model.unet.config.sample_size).to(model.device)
+        person = maker.make_person(method, photo if len(photo) == 1 else photo[None], args, stage)
         if not all(t.isfinite().all() for t in person.stored().values()):
             raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
         # as the file keeps it, so that the pictures are the same again from there
@@ -219,10 +230,18 @@ def main(args):
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
     if args.model == "nano" and photo is not None:  # the miniature has a judge
-        scores = load_judge().likeness(shown[1:], photo.cpu().expand(len(shown) - 1, -1, -1, -1))
+        drawn, judge = shown[len(photo):], load_judge()
+        scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in photo.cpu()]).mean(0)
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
             print(f"  likeness {score:+.2f}  {name}")
     stage(f"done, seed {args.seed}")
+
+
+def read(args, side):
+    """All photos of the person (N, 3, side, side)."""
+    every = (read_photos(path, side) if os.path.isdir(path) else [images.read(path, side, args.crop)]
+             for path in args.photos)
+    return torch.cat([photo for some in every for photo in some])
 
 
 def read_person(path, method):
@@ -253,7 +272,7 @@ def make_person(method, photo, args, stage):
     theta, relaxed = None, {}
     if method.hypernet:
         theta = method.predict(photo)
-        stage(f"predicted {theta.numel():,} personal weights from {args.photo}")
+        stage(f"predicted {theta.numel():,} personal weights from {', '.join(args.photos)}")
     elif not args.steps:
         raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
                           "--hypernet or --steps")
@@ -314,7 +333,7 @@ def write_pictures(pictures, shown, columns, model, args):
         tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
         settings |= {"crop": args.crop or "central square", "method": args.method, "fine-tuning": tuning,
                      "hypernet": args.hypernet or "the model's own, if any"}
-    whose, paths = args.people or [args.photo], [args.out / "sheet.png"]
+    whose, paths = args.people or [", ".join(args.photos)], [args.out / "sheet.png"]
     for i, picture in enumerate(pictures):
         paths.append(args.out / f"{i}.png")
         images.save(images.to_pil(picture), paths[-1], prompt=args.prompts[i // len(whose)],

@@ -16,7 +16,7 @@ def read_photos(folder, side):
     none."""
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     skipped = []
-    for file in tqdm(files, desc="photos"):
+    for file in tqdm(files, desc="photos", delay=1):
         try:
             photo = images.read(file, side)
         except images.ImageError as error:

@@ -93,6 +93,7 @@ def test_a_lora_of_dreambooths_goes_to_other_programs(tmp_path, run):
 
 def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
     prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
+    prompt = *prompt, "--guidance", 2
     run("dreambooth", "nano/example.png", *prompt, "--steps", 1, "--prior-weight", 0, "--lr", .001,
         "--merge", tmp_path / "merged", "--out", tmp_path / "a")
     run("hyperdreambooth", "nano/example.png", *prompt, "--steps", 1, "--lr", 0,
@@ -108,6 +109,7 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
     ("dreambooth", ["--export", "lora"], "needs edits that are LowRank, this person's are Change"),
     ("dreambooth", ["--export", "embedding"], "--export embedding needs edits that are Rows"),
     ("hyperdreambooth", ["--export", "embedding"], "--export embedding needs"),
+    ("dreambooth", ["nano/example.png", "[V] face"], "stands where a prompt is expected"),
     ("dreambooth", ["--rank", -1], "--rank must be"), ("perfusion", ["--tau", 0], "--tau must be"),
     ("textual_inversion", ["--tokens", 76], "--tokens must be"), ("e4t", ["--lr", -1], "--lr must be")])
 def test_what_cannot_be_is_said_before_the_work(run, method, arguments, why):

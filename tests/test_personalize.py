@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import hdb
 import personalize
+from files import images
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +47,8 @@ def test_one_photo_to_a_person(tmp_path):
 @pytest.mark.parametrize("arguments, why", [
     (["none.png", "[V] face"], "no such file"),
     (["README.md", "[V] face"], "cannot be read as a picture"),
-    (["nano", "[V] face"], "a folder"),
+    (["baselines", "[V] face"], "no such folder, or it holds no photos; __init__.py: cannot be read"),
+    (["nano/example.png", "nano/example.png", "[V] face", "--crop", "0,0,90"], "cannot have one --crop"),
     (["nano/example.png", "[V] face", "--crop", "100,100,100"], "does not lie inside"),
     (["nano/example.png", "[V] face", "--crop", "1,2"], "three whole numbers"),
     (["nano/example.png", "[V] face", "--crop", "0,0,20"], "too small"),
@@ -65,7 +69,7 @@ def test_one_photo_to_a_person(tmp_path):
     (["nano/example.png", "[V] face", "--merge", "out"], "--out not in the other"),
     (["nano/example.png", "[V] face", "--device", "privateuseone"], "device privateuseone: not available"),
     (["/dev/null", "[V] face"], "not a file"),
-    (["nano/example.png", "nano/example.png", "[V] face"], "stands where a prompt is expected"),
+    (["nano/example.png", "[V] face", "nano/example.png"], "stands where a prompt is expected"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
     (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
@@ -94,13 +98,32 @@ def test_a_model_without_a_hypernetwork_says_so(tmp_path):
     assert "nothing would be personal; give --hypernet or --steps" in nothing.stderr
 
 
+def test_several_photos_of_one_person(tmp_path):
+    for i, crop in enumerate(((0, 0, 128, 128), (10, 10, 120, 120))):
+        (tmp_path / "more").mkdir(exist_ok=True)
+        with Image.open(ROOT / "nano/example.png") as picture:
+            picture.crop(crop).save(tmp_path / f"more/{i}.png")
+    done = run("nano/example.png", tmp_path / "more", "[V] face", "--steps", 1, "--sample-steps", 1,
+               "--seed", 7, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out/sheet.png").size == (5 * 128, 128)  # three photos, prediction, prompt
+    assert "predicted 7,584 personal weights" in done.stdout and done.stdout.count("likeness") == 2
+    assert Image.open(tmp_path / "out/0.png").text["person"] == f"nano/example.png, {tmp_path / 'more'}"
+    model = hdb.load("nano", "cpu")
+    method = hdb.HyperDreamBooth(model, hdb.load_hypernet(ROOT / "nano/hypernet.safetensors", model))
+    files = ROOT / "nano/example.png", tmp_path / "more/0.png", tmp_path / "more/1.png"
+    theta = method.predict(torch.cat([images.read(file, 128) for file in files])[None])
+    kept = load_file(tmp_path / "out/person.safetensors")["theta"]
+    assert (kept.float() - theta).abs().max() < 2e-3 * theta.abs().max()
+
+
 def difference(one, two):
     """The greatest one between two pictures' bytes."""
     return max(abs(x - y) for x, y in zip(Image.open(one).tobytes(), Image.open(two).tobytes()))
 
 
 def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
-    few = ["--sample-steps", 2, "--seed", 7]
+    few = ["--sample-steps", 2, "--guidance", 2, "--seed", 7]
     for name, crop in (("a", "0,0,128"), ("b", "10,10,100")):
         made = run("nano/example.png", "[V] face as a king", "--steps", 1, *few, "--crop", crop,
                    "--out", tmp_path / name)
@@ -143,8 +166,8 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
 def test_a_person_written_before_is_the_same_today(tmp_path):
     """tests/reference/person.safetensors was made, and drawn, by the version of 2026-11-24."""
     reference = ROOT / "tests/reference"
-    again = run(reference / "person.safetensors", "[V] face as a king", "--sample-steps", 2, "--seed", 7,
-                "--out", tmp_path)
+    again = run(reference / "person.safetensors", "[V] face as a king", "--sample-steps", 2, "--guidance", 3,
+                "--seed", 7, "--out", tmp_path)
     assert again.returncode == 0 and "warning" not in again.stderr, again.stderr
     ours, before = (Image.open(file).tobytes() for file in (tmp_path / "0.png", reference / "person.png"))
     assert max(abs(x - y) for x, y in zip(ours, before, strict=True)) <= 1  # 0 on the machine that drew it
