@@ -17,7 +17,7 @@ import torch
 from diffusion import denoising_loss
 from edits import detach, fresh_lora, join
 from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
-from lidb import LiDB, personal_layers
+from lidb import LiDB, personal_layers, unet_layers
 from sd import load  # noqa: F401
 from trainer import fit
 from vit import encode_face
@@ -90,8 +90,8 @@ class HyperDreamBooth:
 
     def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
         """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and a LoRA of a
-        higher rank is trained beside it with the denoising loss on the one photo, `batch` noises of it a
-        step.
+        higher rank is trained beside it in the UNet, with the denoising loss on the one photo, `batch` noises
+        of it a step.
 
         photo (P, 3, H, W) in [-1, 1], theta (P, layers, size) or None for none; P people are fine-tuned side
         by side, each on their own photo, or on N photos, (P, N, 3, H, W), which take turns. Returns the
@@ -109,7 +109,9 @@ class HyperDreamBooth:
             return latents[:, which].transpose(0, 1).flatten(0, 1)
 
         predicted = {} if theta is None else detach(self.lidb.factors(theta))
-        relaxed = fresh_lora(self.layers, rank, generator, people)
+        # A text encoder that is trained on the one prompt as well forgets what other prompts say: of 16 people
+        # on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
+        relaxed = fresh_lora(unet_layers(self.layers), rank, generator, people)
         fit(lambda: denoising_loss(self.model, latent(), [PROMPT] * people, generator).mean(),
             [factor for pair in relaxed.values() for factor in pair], steps, lr,
             lambda: self.model.edited(join(predicted, relaxed)), callback)

@@ -24,6 +24,11 @@ def personal_layers(unet, text):
     return found
 
 
+def unet_layers(layers):
+    """Of these layers the UNet's."""
+    return {name: layer for name, layer in layers.items() if name.startswith("unet.")}
+
+
 class LiDB:
     """Eq. 1: ΔW = A_aux · A_train · B_train · B_aux, with only A_train (a, r) and B_train (r, b) trained, for
     every layer at once.
