@@ -5,8 +5,8 @@ pictures that the model itself draws of the class keep it from forgetting what a
     python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 2e-5               # Agg-1
     python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 1e-3 --rank 4      # LoRA
 
-Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA in the UNet; and
-half of every batch is prior preservation. A person is as large as the model.
+Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on HyperDreamBooth's
+layers; and half of every batch is prior preservation. A person is as large as the model.
 """
 import copy
 
@@ -17,7 +17,7 @@ from diffusion import denoising_loss
 from edits import Change, LowRank, fresh_lora
 from files.person import Person
 from hdb import PROMPT
-from lidb import personal_layers, unet_layers
+from lidb import personal_layers
 from sd import StableDiffusion
 from trainer import fit as descend
 
@@ -68,7 +68,7 @@ def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_we
         return prior_preserving_loss(trained, latent, prior, prior_weight, generator)
 
     if rank:
-        lora = fresh_lora(lora_layers(model), rank, generator, len(photo))
+        lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
         factors = {f"{name}.{ab}": t for name, edit in lora.items() for ab, t in zip("AB", edit)}
         descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback)
         return {name: t.detach() for name, t in factors.items()}
@@ -77,11 +77,6 @@ def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_we
     trained = trainable_copy(model)
     descend(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback)
     return differences(model, trained)
-
-
-def lora_layers(model):
-    """The UNet's layers of HyperDreamBooth, as fast fine-tuning has them."""
-    return unet_layers(personal_layers(model.unet, model.text))
 
 
 def trainable_copy(model):
@@ -122,7 +117,7 @@ def shapes(model, tensors):
     if not next(iter(tensors), "").endswith((".A", ".B")):
         return {name: (1, *p.shape) for name, p in parameters(model).items()}
     expected = {}
-    for name, layer in lora_layers(model).items():
+    for name, layer in personal_layers(model.unet, model.text).items():
         rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
         expected |= {f"{name}.A": (1, layer.in_features, rank), f"{name}.B": (1, rank, layer.out_features)}
     return expected

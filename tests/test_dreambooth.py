@@ -9,7 +9,7 @@ from baselines import dreambooth, registry  # noqa: F401
 from diffusion import ALPHAS_CUMPROD, denoising_loss
 from edits import Change, LowRank, fresh_lora
 from files.person import Person, PersonError, load_person, save_person
-from lidb import personal_layers, unet_layers
+from lidb import personal_layers
 
 PRIOR = torch.randn(5, 4, 8, 8, generator=generator(8))
 
@@ -113,7 +113,7 @@ def test_a_lora_takes_people_side_by_side():
     model, faces = shared_model(), photo(2)
     tensors = dreambooth.fit(model, faces, steps=2, lr=1e-2, rank=3, prior=PRIOR, generator=generator(4))
     person = dreambooth.edits(tensors, model)
-    layers = unet_layers(personal_layers(model.unet, model.text))
+    layers = personal_layers(model.unet, model.text)
     assert person.keys() == layers.keys() and all(isinstance(edit, LowRank) for edit in person.values())
     start = fresh_lora(layers, 3, generator(4), people=2)
     for name, (a, b) in person.items():
