@@ -54,7 +54,7 @@ def main(args):
     prompts = [*scores.prompts]
     if args.quick:
         prompts = [name for name in prompts if name in CURVE_PROMPTS] if nano else prompts[:6]
-    work = [(job, group, prompts) for job in jobs for group in torch.arange(len(photos)).split(job.people)]
+    work = [(job, group, prompts) for job in jobs for group in groups(len(photos), job.people)]
     if args.curves:
         few = torch.arange(min(len(photos), systems.PEOPLE))
         work += [(job, few, CURVE_PROMPTS) for job in systems.curves()]
@@ -66,13 +66,18 @@ def main(args):
             measure(job, group, some, method, photos, scores, table, costs, args)
             bar.update(len(group))
 
-    # one person alone, by the clock, of systems that were measured side by side
+    # what was measured by another call, without costs
     for job in tqdm(jobs, desc="costs"):
         if (job.system,) not in costs:
             fit(job, torch.tensor([0]), method, photos, costs)
     for path in report.write(args.out, scores):
         print(f"  {path}")
     print((args.out / "tables.md").read_text(encoding="utf-8"))
+
+
+def groups(count, size):
+    """Of so many people the first alone, to be timed, the others side by side."""
+    return [group for group in (torch.arange(1), *torch.arange(1, count).split(size)) if len(group)]
 
 
 @torch.no_grad()

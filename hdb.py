@@ -90,9 +90,9 @@ class HyperDreamBooth:
 
     def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
         """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and a LoRA of a
-        higher rank is trained beside it, in the UNet, with the denoising loss on the one photo, `batch` noises
-        of it a step. Without a prediction the text encoder is trained as well, since nothing else tells it
-        that [V] is somebody.
+        higher rank is trained beside it, in the UNet, with the denoising loss on the one photo, `batch`
+        noises of it a step. Without a prediction the text encoder is trained as well, since nothing else
+        tells it that [V] is somebody.
 
         photo (P, 3, H, W) in [-1, 1], theta (P, layers, size) or None for none; P people are fine-tuned side
         by side, each on their own photo, or on N photos, (P, N, 3, H, W), which take turns. Returns the
@@ -110,8 +110,8 @@ class HyperDreamBooth:
             return latents[:, which].transpose(0, 1).flatten(0, 1)
 
         predicted = {} if theta is None else detach(self.lidb.factors(theta))
-        # A text encoder that is trained on the one prompt as well forgets what other prompts say: of 16 people
-        # on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
+        # A text encoder that is trained on the one prompt as well forgets what other prompts say: of 16
+        # people on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
         layers = self.layers if theta is None else unet_layers(self.layers)
         relaxed = fresh_lora(layers, rank, generator, people)
         fit(lambda: denoising_loss(self.model, latent(), [PROMPT] * people, generator).mean(),

@@ -3,10 +3,10 @@ pictures that the model itself draws of the class keep it from forgetting what a
 
     python -m baselines.dreambooth face.png "[V] face as a king"
     python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 2e-5               # Agg-1
-    python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 1e-3 --rank 4      # LoRA
+    python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 5e-4 --rank 4      # LoRA
 
-Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on HyperDreamBooth's
-layers; and half of every batch is prior preservation. A person is as large as the model.
+Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
+HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
 """
 import copy
 

@@ -114,6 +114,14 @@ def test_what_one_person_costs(tmp_path):
     assert int(row["bytes"]) == (tmp_path / "person").stat().st_size
 
 
+@pytest.mark.parametrize("count, size, expected", [
+    (1, 8, [1]), (2, 8, [1, 1]), (4, 2, [1, 2, 1]), (9, 8, [1, 8])])
+def test_groups_are_everybody_the_first_alone(count, size, expected):
+    found = evaluate.groups(count, size)
+    assert [len(group) for group in found] == expected
+    assert torch.cat(found).tolist() == list(range(count))
+
+
 def test_a_table_goes_on_where_it_was(tmp_path):
     first = evaluate.Table(tmp_path / "new/a.csv", 2, ("a", "b", "c"))
     first.add((1, .25, 3.14159265))
