@@ -79,7 +79,7 @@ def rows(nano, single=None):
         Job("HyperDreamBooth", partial(ours, **fast)),
         Job("DreamBooth", prior(1200, (1e-5, 1e-6)), 1),
         Job("Textual Inversion", theirs("textual_inversion", **inverted)),
-        Job("LoRA DreamBooth", prior(400 if nano else 800, (1e-3, 1e-4), rank=4)),
+        Job("LoRA DreamBooth", prior(400 if nano else 800, (5e-4, 1e-4), rank=4)),
         Job("Perfusion", theirs("perfusion", **gated)),
         Job("E4T", tuned, 1),
         Job("DreamBooth-Agg-1", prior(400, (2e-5, 3e-6)), 1),
