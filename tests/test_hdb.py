@@ -205,7 +205,7 @@ def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, se
 @pytest.mark.parametrize("with_prediction, photos", [(True, 1), (False, 1), (True, 3)])
 def test_fine_tuning_written_out(method, with_prediction, photos):
     faces = photo(photos)
-    theta = some_theta(method, size=1.) if with_prediction else None
+    theta = some_theta(method, size=.3) if with_prediction else None
     predicted = deltas(method.lidb.factors(theta)) if with_prediction else {}
     losses = []
     given = faces if photos == 1 else faces[None]
@@ -213,7 +213,7 @@ def test_fine_tuning_written_out(method, with_prediction, photos):
                                callback=lambda *told: losses.append(told))
     pairs, expected = written_out_fine_tuning(method.model, faces, predicted, 3, 3, 1e-2, 4, 8)
     assert [step for step, _ in losses] == [0, 1, 2]
-    assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
+    assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-5)
     assert relaxed.keys() == pairs.keys() and untouched(method)
     assert not any(t.requires_grad for pair in relaxed.values() for t in pair)
     for side in "a", "b":
@@ -221,15 +221,15 @@ def test_fine_tuning_written_out(method, with_prediction, photos):
         at_first = fresh_lora(layers, 3, generator(8))
         ours, theirs, start = (torch.cat([getattr(edits[k], side).detach().flatten() for k in pairs])
                                for edits in (relaxed, pairs, at_first))
-        assert (ours - theirs).norm() < (.05 if photos == 1 else .2) * (theirs - start).norm()
+        assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
 
 
 def test_the_reference_is_one_that_sees_the_prediction_and_the_prompt(method):
     """What the comparison above would miss if losses did not depend on them."""
-    predicted = deltas(method.lidb.factors(some_theta(method, size=1.)))
+    predicted = deltas(method.lidb.factors(some_theta(method, size=.3)))
     first = [written_out_fine_tuning(method.model, photo(), p, 1, 3, 1e-2, 4, 8, prompt)[1][0]
              for p, prompt in ((predicted, "a sks face"), ({}, "a sks face"), (predicted, "a face"))]
-    assert abs(first[1] / first[0] - 1) > .01 and abs(first[2] / first[0] - 1) > .003
+    assert abs(first[1] / first[0] - 1) > .01 and abs(first[2] / first[0] - 1) > 5e-4
 
 
 def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
