@@ -1,9 +1,9 @@
 """The paper's experiment, measured again: every system on the same people, prompts and noises.
 
-    python evaluate.py                     # on nano: 32 test people, 11 prompts; the curves; hours on two
-    cores python evaluate.py --quick             # 2 people, 6 prompts, no curves: ten minutes python
-    evaluate.py --rows "Only Hyper" Perfusion --people 8 python evaluate.py --model
-    stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
+    python evaluate.py             # on nano: 32 test people, 11 prompts, and the curves; hours on two cores
+    python evaluate.py --quick                       # 2 people, 6 prompts, no curves: ten minutes
+    python evaluate.py --rows "Only Hyper" Perfusion --people 8
+    python evaluate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
 On nano the judge says of every picture whose it is and in which style (evaluation/scores.py); elsewhere the
 paper's metrics are computed. --out gets scores.csv, a line for each picture; costs.csv, seconds and bytes of
@@ -45,7 +45,7 @@ def main(args):
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if nano else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
     single = args.single and hdb.HyperDreamBooth(model, hdb.load_hypernet(args.single, model))
-    photos = HeldOut(args.people, model.device, seeds.TEST).photos if nano else faces(args, model)
+    photos = drawn(args.people, model.device) if nano else faces(args, model)
     scores = Judged(model.device) if nano else Paper(args.clip, args.dino, model.device)
     jobs = chosen(args, systems.rows(nano, single))
     check_run(args, method)
@@ -96,7 +96,7 @@ def measure(job, group, prompts, method, photos, scores, table, costs, args):
             noises = [1000 * list(scores.prompts).index(prompt) + who for who in group.tolist()]
             pictures = method.sample([scores.prompts[prompt]] * len(group), mine, noises,
                                      steps=args.sample_steps, guidance=args.guidance)
-            found = scores(pictures, photos[group], prompt)
+            found = scores(pictures, photos[group, job.judged_by], prompt)
             for i, who in enumerate(group.tolist()):
                 numbers = (found[name][i].item() for name in scores.names)
                 table.add((job.system, job.knob, value, who, prompt, *numbers))
@@ -105,13 +105,14 @@ def measure(job, group, prompts, method, photos, scores, table, costs, args):
                     images.save(images.to_pil(pictures[i]), file)
     for who in group.tolist():
         if who < SHOWN:
-            images.save(images.to_pil(photos[who]), report.picture(args.out, "photo", who, ""))
+            images.save(images.to_pil(photos[who, 0]), report.picture(args.out, "photo", who, ""))
 
 
 def fit(job, group, method, photos, costs):
     """The Person of P people; of one alone, seconds and the file's bytes are added to `costs`."""
     start = time.perf_counter()
-    person = job.fit(method, photos[group], torch.Generator().manual_seed(int(group[0])))
+    given = photos[group, 0] if job.photos == 1 else photos[group, :job.photos]
+    person = job.fit(method, given, torch.Generator().manual_seed(int(group[0])))
     seconds, size = time.perf_counter() - start, 0
     if len(group) == 1 and not job.knob:
         if person.stored():
@@ -170,10 +171,16 @@ def check_run(args, method):
         raise console.UserError(f"{args.out}: measured otherwise ({'; '.join(differ)}); give another --out")
 
 
+def drawn(people, device):
+    """Photos (P, N, 3, H, W) of test people; the curve over photos needs all."""
+    held = HeldOut(people, device, seeds.TEST)
+    return torch.cat([held.photos[:, None], held.again(systems.PHOTOS)], 1)
+
+
 def faces(args, model):
-    """The first photos (P, 3, H, W) of the folder."""
+    """The first photos (P, 1, 3, H, W) of the folder."""
     side = 8 * model.unet.config.sample_size
-    return torch.cat([*itertools.islice(read_photos(args.faces, side), args.people)]).to(model.device)
+    return torch.stack([*itertools.islice(read_photos(args.faces, side), args.people)]).to(model.device)
 
 
 def chosen(args, jobs):

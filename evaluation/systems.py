@@ -12,17 +12,21 @@ from files.layouts import HERE
 from files.person import MAKERS, Person
 
 PEOPLE = 8  # side by side, where a method takes several
+PHOTOS = 8  # of everybody, beside the first
 
 
 class Job(NamedTuple):
     """One row of a table: fit(method, photo (P, 3, H, W), generator) -> Person of P people. Or points of a
-    curve: with `turn`, the fitted person's edits at each of the values, turn(edits, value) -> edits."""
+    curve: with `turn`, the fitted person's edits at each of the values, turn(edits, value) -> edits. With
+    several `photos` it gets (P, photos, 3, H, W); the pictures are judged by the photo numbered judged_by."""
     system: str
     fit: Callable
     people: int = PEOPLE
     knob: str = ""
     values: tuple = ("",)
     turn: Callable = lambda edits, value: edits
+    photos: int = 1
+    judged_by: int = 0
 
 
 def ours(method, photo, generator, steps=40, predict=True, iterations=None, **settings):
@@ -102,8 +106,10 @@ def curves():
 
     def beta(edits, value):
         return perfusion.at(edits, beta=value)
+    several = [Job("HyperDreamBooth", ours, PEOPLE, "photos", (n,), photos=n, judged_by=PHOTOS)
+               for n in (1, 2, 4, 8)]
     alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "s", (s,))
              for s in (1, 2, 3, 4, 6)]
-    return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *alone,
+    return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *several, *alone,
             Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),
             Job("Perfusion", theirs("perfusion"), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]

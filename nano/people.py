@@ -75,7 +75,13 @@ class HeldOut:
     def __init__(self, count, device, first):
         self.judge = load_judge(device)
         self.identity = faces.identities(range(first, first + count))
+        self.first, self.device = first, device
         self.photos = photos(self.identity, torch.Generator().manual_seed(first), device)
+
+    def again(self, count):
+        """`count` further photos (P, count, 3, 128, 128) of everybody."""
+        generator = torch.Generator().manual_seed(self.first + 1)
+        return torch.stack([photos(self.identity, generator, self.device) for _ in range(count)], 1)
 
     @torch.no_grad()
     def measure(self, model, edits, style, seeds, who=slice(None), **options):

@@ -52,7 +52,7 @@ def table(folder):
 
 
 def test_everybody_is_drawn_once_under_their_own_noise(tmp_path):
-    method, faces_ = hdb.HyperDreamBooth(shared_model()), photo(3)
+    method, faces_ = hdb.HyperDreamBooth(shared_model()), photo(3)[:, None]
     both = job(), torch.tensor([0, 2]), ["photo", "king"], method, faces_, Simple()
     files = table(tmp_path), costs(tmp_path), settings(tmp_path)
     evaluate.measure(*both, *files)
@@ -88,7 +88,7 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
     some = job(fit, knob="strength", values=(0., .5), turn=turn)
     method = hdb.HyperDreamBooth(model)
     files = table(tmp_path), costs(tmp_path), settings(tmp_path)
-    evaluate.measure(some, torch.tensor([0]), ["photo"], method, photo(1), Simple(), *files)
+    evaluate.measure(some, torch.tensor([0]), ["photo"], method, photo(1)[None], Simple(), *files)
     rows = report.read(tmp_path / "scores.csv")
     assert fitted == [1]
     assert [(row["knob"], row["value"]) for row in rows] == [("strength", "0"), ("strength", "0.5")]
@@ -105,13 +105,35 @@ def test_what_one_person_costs(tmp_path):
     def slow(method, photo, generator):
         time.sleep(.05)
         return Person(torch.zeros(len(photo), *method.lidb.shape))
-    evaluate.fit(job(slow), torch.tensor([0, 1]), method, photo(2), known)
+    evaluate.fit(job(slow), torch.tensor([0, 1]), method, photo(2)[:, None], known)
     assert report.read(tmp_path / "costs.csv") == []  # people side by side
-    evaluate.fit(job(slow), torch.tensor([1]), method, photo(2), known)
+    evaluate.fit(job(slow), torch.tensor([1]), method, photo(2)[:, None], known)
     (row,) = report.read(tmp_path / "costs.csv")
     save_person(Person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
     assert row["system"] == "nobody" and .05 <= float(row["seconds"]) < 5
     assert int(row["bytes"]) == (tmp_path / "person").stat().st_size
+
+
+def test_several_photos_are_given_and_another_judges(tmp_path):
+    given, judged, faces_ = [], [], photo(6).unflatten(0, (2, 3))
+
+    def fit(method, photo, generator):
+        given.append(photo)
+        return Person()
+
+    class Noting(Simple):
+        def __call__(self, pictures, photos, prompt):
+            judged.append(photos)
+            return super().__call__(pictures, photos, prompt)
+    some = job(fit, knob="photos", values=(2,), photos=2, judged_by=2)
+    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
+    method = hdb.HyperDreamBooth(shared_model())
+    evaluate.measure(some, torch.tensor([1, 0]), ["photo"], method, faces_, Noting(), *files)
+    assert torch.equal(given[0], faces_[[1, 0], :2]) and torch.equal(judged[0], faces_[[1, 0], 2])
+    shown = evaluate.drawn(2, "cpu")
+    assert shown.shape == (2, 1 + systems.PHOTOS, 3, 128, 128)
+    likeness = scores.Judged("cpu")(shown[:, 0], shown[:, systems.PHOTOS], "photo")["likeness"]
+    assert (likeness > .7).all() and not torch.equal(shown[:, 0], shown[:, 1])
 
 
 @pytest.mark.parametrize("count, size, expected", [
