@@ -25,7 +25,7 @@ import hdb
 from evaluation import report, systems
 from evaluation.scores import Judged, Paper
 from files import console, images
-from files.checkpoints import checksum, read_json
+from files.checkpoints import checksum, read_json, write_text
 from files.layouts import HERE, model_name
 from files.person import save_person
 from files.photos import read_photos
@@ -166,7 +166,7 @@ def check_run(args, method):
     file = args.out / "run.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
-        file.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        write_text(json.dumps(ours, indent=2) + "\n", file)
     elif differ := differences(read_json(file), ours):
         raise console.UserError(f"{args.out}: measured otherwise ({'; '.join(differ)}); give another --out")
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from files import images
+from files.checkpoints import write_text
 
 # The paper's: Face Rec., DINO, CLIP-I, CLIP-T
 PAPER = {"HyperDreamBooth": (.655, .473, .577, .286), "DreamBooth": (.618, .441, .546, .282),
@@ -78,7 +79,7 @@ def write(folder, scores):
         points = {f"{knob} = {key[2]}": curves[key] for key in here}
         people = {f"{knob} = {key[2]}": count[key] for key in here}
         parts += [f"**{system}, by {knob}**", table(points, people, {})]
-    (folder / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text("\n\n".join(parts) + "\n", folder / "tables.md")
     if "likeness" in scores.names:
         scatter(main, curves, folder / "scatter.png")
         paths.append(folder / "scatter.png")

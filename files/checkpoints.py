@@ -4,7 +4,7 @@ import json
 import os
 import re
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,18 +140,44 @@ def checksum(module):
     return f"{zlib.crc32(sample.cpu().view(torch.uint8).numpy(), zlib.crc32(shapes.encode())):08x}"
 
 
-def write(tensors, path, metadata=None):
-    """Save tensors as a safetensors file at `path`, with its folder, so that nobody ever sees half of one."""
+@contextmanager
+def whole_file(path):
+    """A temporary path beside `path`, whose folder is made, that takes its place when the block ends: whole,
+    and on the disk before its name is, so that nobody ever sees half of a file, even after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Have the disk hold what was written to a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems cannot, of folders
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(tensors, path, metadata=None):
+    """Save tensors as a safetensors file at `path`, as whole_file does."""
+    with whole_file(path) as temporary:
         # as readable as any other file; safetensors writes for the owner alone
         temporary.touch()
         mode = temporary.stat().st_mode
         note = metadata and {k: printable(v) for k, v in metadata.items()}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, note)
         temporary.chmod(mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def write_text(text, path):
+    """Write a text file, as whole_file does."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

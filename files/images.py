@@ -7,18 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
+from files.checkpoints import whole_file
 from files.console import UserError, printable
 
 with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener
     register_heif_opener()
+try:  # optional: to find faces
+    from cv2 import CascadeClassifier, data
+    DETECTOR = CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
+except ImportError:
+    DETECTOR = None
 
-SMALLEST, LARGEST = 64, 12_000  # pixels a side
+SMALLEST = 64          # pixels a side of a face
+ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
+# Megapixels that take at most 5 s and 500 MB: any, and JPEGs, which can be decoded to a fraction
+LARGEST, LARGEST_JPEG = 50, 120
+ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
 REASONS = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a photo",
            NotImplementedError: "an HEIC photo; pip install pillow-heif to have those read",
-           Image.DecompressionBombError: f"too large to be a photo; at most {LARGEST} pixels a side"}
+           Image.DecompressionBombError: f"too large; at most {LARGEST} megapixels, {LARGEST_JPEG} as a JPEG "
+           "without --crop X,Y,SIZE"}
 
 # EXIF's orientation -> what puts the picture upright
 TURNS = dict(zip(range(2, 9), (
@@ -31,18 +42,15 @@ class ImageError(UserError):
     """Why a file cannot be used as a photo, in one line for the user."""
 
 
-def read(path, side, crop=None):
+def read(path, side, crop="center"):
     """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in sRGB, transparency
-    over white, its central square, or the square `crop` = (x, y, size) in pixels, resized. ImageError for
-    what is no picture, too small, too large, or a crop outside."""
+    over white, and cut to a square, which is resized: its "center", one about its largest "face", or
+    (x, y, size) in pixels. Of a JPEG that was cut off what is there is used, with a warning. ImageError for
+    what is no picture, too small, too large, a crop outside, or a square that isn't whole."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         raise ImageError(f"{path}: not a file; save the photo into one")  # reading a pipe may never end
     try:
-        # LARGEST is the limit here, and damage either raises or does no harm
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
-            if max(file.size) > LARGEST:
-                raise Image.DecompressionBombError
-            image = in_srgb(upright(file), file.info.get("icc_profile"))
+        image, whole = opened(path, reduced=not isinstance(crop, tuple))
     except Exception as error:  # PIL's decoders raise many kinds for damaged files
         damage = (str(error) or type(error).__name__).splitlines()[0]
         kind = NotImplementedError if is_heic(path) else type(error)
@@ -50,13 +58,81 @@ def read(path, side, crop=None):
         raise ImageError(f"{path}: {reason}") from None
     width, height = image.size
     size = min(width, height)
-    x, y, size = crop or ((width - size) // 2, (height - size) // 2, size)
+    named = {"face": about_face, "center": lambda *_: None}
+    found = named[crop](image, path) if isinstance(crop, str) else crop
+    x, y, size = found or ((width - size) // 2, (height - size) // 2, size)
     if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
         raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} pixels")
     if size < SMALLEST:
         raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
-    image = image.crop((x, y, x + size, y + size)).resize((side, side), Image.Resampling.LANCZOS)
+    image = in_srgb(image.crop((x, y, x + size, y + size)), image.info.get("icc_profile"))
+    if not whole and ends_grey(image):
+        raise ImageError(f"{path}: the file was cut off, and the face with it; copy or download it again")
+    image = image.resize((side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def opened(path, reduced):
+    """The picture at `path`, upright, and whether all of it is there: a JPEG may end early. `reduced`: where
+    it is large, decoded to a fraction of its pixels. Raises what PIL raises."""
+    # the limits are these here, and damage either raises or does no harm
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+        jpeg = file.format in ("JPEG", "MPO")
+        if file.width * file.height > (LARGEST_JPEG if jpeg and reduced else LARGEST) * 10 ** 6:
+            raise Image.DecompressionBombError
+        if reduced:
+            file.draft(None, (ENOUGH, ENOUGH))
+        try:
+            file.load()
+            whole = True
+        except OSError:
+            if not jpeg or ImageFile.LOAD_TRUNCATED_IMAGES:
+                raise
+            whole = False
+        if whole:
+            means = reduced and file.mode in ("L", "LA", "RGB", "RGBA", "CMYK")  # others' pixels have no mean
+            times = min(file.size) // ENOUGH if means else 1
+            return upright(file.reduce(times) if times > 1 else file), True
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        image, _ = opened(path, reduced)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    warnings.warn(f"{path}: the file was cut off; what there is of it is used", stacklevel=4)
+    return image, False
+
+
+def ends_grey(image):
+    """Whether rows, or columns, at a border of an RGB image are the grey that decoders put for missing data."""
+    grey = np.all(np.asarray(image) == 128, axis=2)
+    return bool(grey[:2].all() or grey[-2:].all() or grey[:, :2].all() or grey[:, -2:].all())
+
+
+def about_face(image, path):
+    """The square (x, y, size) of a portrait, head and shoulders, about the largest face in a PIL image. None,
+    and a warning, where there is none or OpenCV isn't installed."""
+    if DETECTOR is None:
+        warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have the '
+                      "face found, or give --crop", stacklevel=3)
+        return None
+    small = to_rgb(image).convert("L")
+    small.thumbnail((640, 640))
+    grey = np.array(small)
+    least = max(24, min(grey.shape) // 10)
+    found = sorted(DETECTOR.detectMultiScale(grey, 1.1, 4, minSize=(least, least)), key=lambda box: box[2])
+    if not len(found):
+        warnings.warn(f"{path}: no face is found; the central square is used, or give --crop", stacklevel=3)
+        return None
+    if len(found) > 1:
+        warnings.warn(f"{path}: {len(found)} faces; the largest is used, or give --crop", stacklevel=3)
+
+    # a portrait is ROOM faces wide, the face a little below its middle; inside the picture, where it can be
+    scale = image.width / small.width
+    x, y, face, _ = (int(n) * scale for n in found[-1])
+    size = min(ROOM * face, *image.size)
+    corner = x + face / 2 - size / 2, y + face / 2 - size * .523
+    x, y = (min(max(0, at), whole - size) for at, whole in zip(corner, image.size))
+    return int(x), int(y), int(size)
 
 
 def is_heic(path):
@@ -72,7 +148,7 @@ def upright(image):
     turn = None
     with suppress(Exception):  # Pillow's parsers raise many kinds
         turn = TURNS.get(image.getexif().get(0x0112))
-    return image.copy() if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
 
 
 def in_srgb(image, profile):
@@ -115,14 +191,8 @@ def save(image, path, **settings):
     info = PngImagePlugin.PngInfo()
     for key, value in settings.items():
         info.add_itxt(key, printable(str(value)))
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole_file(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def sheet(pictures, columns):

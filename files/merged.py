@@ -1,6 +1,7 @@
 """A model folder with a person merged into its weights, which other programs load as any model."""
 import copy
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +10,7 @@ import torch
 
 from clip import END, START
 from edits import merge
-from files.checkpoints import read_json, write
+from files.checkpoints import read_json, write, write_text
 from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
 from files.person import PersonError, check_numbers
 from files.tokenizers import write_tokenizer
@@ -17,7 +18,7 @@ from files.tokenizers import write_tokenizer
 
 def free_folder(out):
     """The Path of a folder to write that doesn't exist yet or is empty; PersonError if it is taken."""
-    out = Path(out).resolve()
+    out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PersonError(f"{out}: exists already; give a new or an empty folder")
     return out
@@ -44,8 +45,7 @@ def merge_to_folder(model, edits, source, out):
             weights = {key: merged.get(f"{part}.{key}", t).to(dtype) for key, t in weights.items()}
             write(weights, new / folder / f"{PARTS[folder].stem}.safetensors", {"format": "pt"})
         for file, config in config_files(model, source).items():
-            (new / file).parent.mkdir(exist_ok=True)
-            (new / file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_text(json.dumps(config, indent=2) + "\n", new / file)
         write_tokenizer(model.tokenizer, new / "tokenizer")
         if out.exists():
             out.rmdir()

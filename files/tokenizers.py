@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from clip import Tokenizer
-from files.checkpoints import LoadError, read_json
+from files.checkpoints import LoadError, read_json, write_text
 
 
 def vocabulary_in(folder):
@@ -54,5 +54,5 @@ def write_tokenizer(tokenizer, folder):
     """Write vocab.json and merges.txt, as other programs read them, into an existing folder."""
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
     vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
-    Path(folder, "vocab.json").write_text(vocab, encoding="utf-8")
-    Path(folder, "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    write_text(vocab, Path(folder, "vocab.json"))
+    write_text("\n".join(merges) + "\n", Path(folder, "merges.txt"))

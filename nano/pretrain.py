@@ -25,7 +25,7 @@ import diffusion  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
 from files import console, images  # noqa: E402
-from files.checkpoints import build, checksum, write  # noqa: E402
+from files.checkpoints import build, checksum, write, write_text  # noqa: E402
 from files.layouts import place  # noqa: E402
 from files.tokenizers import write_tokenizer  # noqa: E402
 from nano import faces, seeds  # noqa: E402
@@ -56,7 +56,7 @@ def psnr(a, b):
 def save(module, file):
     """Write the weights of a module to `file` in nano/, with its config.json beside them."""
     write({k: v.half() for k, v in module.state_dict().items()}, HERE / file)
-    (HERE / file).with_name("config.json").write_text(json.dumps(asdict(module.config), indent=1) + "\n")
+    write_text(json.dumps(asdict(module.config), indent=1) + "\n", (HERE / file).with_name("config.json"))
 
 
 def restore(module, file, prefix=""):

@@ -3,7 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from PIL.TiffImagePlugin import IFDRational
 
 from files import images
@@ -75,6 +75,45 @@ def test_a_large_photo_is_no_bomb(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         images.read(picture(tmp_path / "a.png"), 64)
+
+
+@pytest.mark.parametrize("name, factor", [("a.jpg", 4), ("a.png", 4), ("b.png", 1)])
+def test_no_more_is_decoded_than_is_needed(tmp_path, monkeypatch, name, factor):
+    """Of a large picture a fraction, unless the crop counts its pixels."""
+    monkeypatch.setattr(images, "ENOUGH", 64)
+    mode = "P" if factor == 1 else "RGB"  # pixels that are no colours have no mean
+    path = picture(tmp_path / name, mode, size=(80 * 4, 70 * 4))
+    image, whole = images.opened(path, reduced=True)
+    assert image.size == (80 * 4 // factor, 70 * 4 // factor) and whole
+    assert images.opened(path, reduced=False)[0].size == (320, 280)
+    photo = images.read(path, 64)
+    assert photo[0, 0, :, :20].mean() > .8 and photo[0, 2, :, 44:].mean() > .8
+    assert images.read(path, 64, (160, 0, 160))[0, 2].mean() > .9
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_jpeg_that_was_cut_off(tmp_path, orientation):
+    """It is used if what is missing lies outside the square, and refused otherwise."""
+    noise = np.random.default_rng(0).integers(0, 255, (60, 30, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).resize((120, 240)).save(tmp_path / "a.jpg", exif=exif)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "most.jpg").write_bytes(data[:len(data) * 85 // 100])
+    (tmp_path / "half.jpg").write_bytes(data[:len(data) // 2])
+    with pytest.warns(UserWarning, match="most.jpg: the file was cut off; what there is of it is used"):
+        most = images.read(tmp_path / "most.jpg", 64)
+    assert torch.equal(most, images.read(tmp_path / "a.jpg", 64))
+    with pytest.warns(UserWarning), pytest.raises(images.ImageError, match="cut off, and the face with it"):
+        images.read(tmp_path / "half.jpg", 64)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    (tmp_path / "head.jpg").write_bytes(data[:100])
+    with pytest.raises(images.ImageError, match="cannot be read as a picture"):
+        images.read(tmp_path / "head.jpg", 64)
+    Image.fromarray(noise).resize((120, 240)).save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:9000])
+    with pytest.raises(images.ImageError, match="cannot be read as a picture"):
+        images.read(tmp_path / "half.png", 64)
 
 
 def test_transparent_is_white(tmp_path):
@@ -153,13 +192,43 @@ def test_centre_and_chosen_crop(tmp_path):
             images.read(path, 64, crop)
 
 
+class Detector:
+    """Finds these boxes (x, y, width, height) of a picture 640 pixels wide."""
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def detectMultiScale(self, grey, *_, minSize):
+        assert grey.shape == (480, 640) and minSize == (48, 48)
+        return self.boxes
+
+
+@pytest.mark.parametrize("boxes, square, said", [
+    ([(200, 200, 100, 100)], (320, 311, 360), None),
+    ([(400, 200, 80, 80), (200, 200, 100, 100), (0, 0, 50, 50)], (320, 311, 360), "3 faces; the largest"),
+    ([(0, 0, 100, 100)], (0, 0, 360), None),                # in a corner: moved inside
+    ([(100, 100, 300, 300)], (20, 0, 960), None),           # larger than the picture: all of its height
+    ([], (160, 0, 960), "no face is found; the central square"),
+    (None, (160, 0, 960), "pip install \"opencv-python-headless<5\"")])
+def test_the_square_about_the_largest_face(tmp_path, monkeypatch, boxes, square, said):
+    noise = np.random.default_rng(0).integers(0, 255, (960, 1280, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "DETECTOR", None if boxes is None else Detector(*boxes))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        photo = images.read(tmp_path / "a.png", 64, "face")
+    assert torch.equal(photo, images.read(tmp_path / "a.png", 64, square))
+    assert [said in str(warning.message) for warning in told] == [True] * (said is not None)
+    assert torch.equal(images.read(tmp_path / "a.png", 64), images.read(tmp_path / "a.png", 64, (160, 0, 960)))
+
+
 def test_refusals_are_one_line(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.jpg").touch()
     picture(tmp_path / "whole.png", size=(200, 200))
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
     picture(tmp_path / "small.png", size=(40, 300))
-    Image.new("1", (images.LARGEST + 1, 70)).save(tmp_path / "huge.png")
+    Image.new("1", (images.LARGEST * 10 ** 6 // 70 + 1, 70)).save(tmp_path / "huge.png")
     for name, why in [
             ("text.png", "cannot be read"), ("empty.jpg", "cannot be read"), ("half.png", "cannot be read"),
             ("none.png", "no such file"), ("small.png", "too small"), ("huge.png", "too large"),
