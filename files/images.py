@@ -3,7 +3,6 @@ import io
 import os
 import warnings
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,7 +102,7 @@ def opened(path, reduced):
 
 
 def ends_grey(image):
-    """Whether rows, or columns, at a border of an RGB image are the grey that decoders put for missing data."""
+    """Whether rows, or columns, at a border of an RGB image are the grey that stands for missing data."""
     grey = np.all(np.asarray(image) == 128, axis=2)
     return bool(grey[:2].all() or grey[-2:].all() or grey[:, :2].all() or grey[:, -2:].all())
 
@@ -112,8 +111,8 @@ def about_face(image, path):
     """The square (x, y, size) of a portrait, head and shoulders, about the largest face in a PIL image. None,
     and a warning, where there is none or OpenCV isn't installed."""
     if DETECTOR is None:
-        warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have the '
-                      "face found, or give --crop", stacklevel=3)
+        warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have '
+                      "the face found, or give --crop", stacklevel=3)
         return None
     small = to_rgb(image).convert("L")
     small.thumbnail((640, 640))

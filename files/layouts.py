@@ -32,7 +32,7 @@ PARTS = {
 # what single files have besides: the noise schedule's tables, which follow from two numbers, the training's
 # moving average, and what ComfyUI keeps of CLIP's comparison with pictures
 EXTRAS = re.compile(r"(betas|alphas_cumprod(_prev)?|(sqrt|log_one_minus|posterior)_\w+)$|model_ema\."
-                    r"|cond_stage_model\.(logit_scale|text_projection)$")
+                    r"|cond_stage_model\.(logit_scale|text_projection)$|logvar$")
 
 # settings that leave the tensors' names and shapes as they are but change the result: what our code does
 IMPLEMENTED = {
@@ -47,6 +47,7 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": 
             "num_train_timesteps": 1000, "trained_betas": None}
 
 ONLY = "only Stable Diffusion 1.x is implemented"
+OTHER_FAMILIES = "an SDXL", "a Stable Diffusion 2", "a diffusion transformer"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
 OTHERS = {  # what a file without our prefixes is: the first pattern that one of its keys begins with
@@ -197,12 +198,19 @@ def from_file(file):
     """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. LoadError
     for a file of another kind, which it names, or with a surplus tensor."""
     with open_tensors(file) as f:
-        shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+        note, shapes = f.metadata() or {}, {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     prefixes = tuple(part.prefix for part in PARTS.values())
-    if not all(any(key.startswith(prefix) for key in shapes) for prefix in prefixes):
+    lacking = [name for name, part in PARTS.items() if not any(key.startswith(part.prefix) for key in shapes)]
+    if lacking:
         kinds = (what for pattern, what in OTHERS.items() if any(re.match(pattern, key) for key in shapes))
         what = next(kinds, f"no model known here (a tensor of it: {next(iter(shapes), None)}); {WHOLE}")
+        if len(lacking) == 1 and not what.startswith(OTHER_FAMILIES):
+            average = any(key.startswith("model_ema.") for key in shapes)
+            what = (f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…)"
+                    + "; of that it has the moving average alone" * average + f"; {WHOLE}")
         raise LoadError(f"{file}: {what}")
+    if predicts_v(file, note, shapes):
+        raise LoadError(f"{file}: a model that predicts v; only one that predicts the noise is implemented")
     channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())[1:2]
     if channels not in ((4,), ()):
         raise LoadError(f"{file}: {INPAINTING.format(*channels)}")
@@ -216,6 +224,16 @@ def from_file(file):
     plans = {key: (part.config(), [file], partial(rename, part)) for key, part in PARTS.items()}
     beside = vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer")
     return plans, beside or fetch_vocabulary(file)
+
+
+def predicts_v(file, note, keys):
+    """Whether a single file says that it predicts v: in its metadata, by a key, or in the .yaml beside it."""
+    settings, said = Path(file).with_suffix(".yaml"), ""
+    if settings.is_file():
+        with open(settings, "rb") as f:
+            said = f.read(100_000).decode(errors="replace")
+    return (note.get("modelspec.prediction_type", "") in ("v", "v_prediction") or "v_pred" in keys
+            or re.search(r"parameterization:\s*[\"']?v\b", said) is not None)
 
 
 def fetch_vocabulary(file):

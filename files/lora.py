@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from edits import LowRank, adaptable_layers, low_rank
 from files.checkpoints import write
+from files.compvis import unet_to_compvis
 from files.person import PersonError, check_numbers, read_tensors
 
 CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
@@ -21,16 +22,24 @@ RENAMES = {
     r"\.alpha$": ":alpha", r"[._]lora(_linear_layer)?[._](down|up)\.weight$": r":\2",
     r"\.lora_A(\.\w+)?\.weight$": ":down", r"\.lora_B(\.\w+)?\.weight$": ":up", r"\.processor\.": ".",
     r"\.to_out:": ".to_out.0:", r"self_attn\.to_(q|k|v|out)(\.0)?:": r"self_attn.\1_proj:",
-    r"^((unet|text|text_encoder|base_model\.model)\.|lora_(unet|te1?)_)?(text_model[._])?": "", r"\.": "_"}
+    r"^((unet|text|text_encoder|base_model\.model|model\.diffusion_model)\.|lora_(unet|te1?)_)?"
+    r"(text_model[._])?": "", r"\.": "_"}
 FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
-    r"^lora_te2_|^text_encoder_2\.|_input_blocks_|_output_blocks_|label_emb|add_embedding": "a LoRA for SDXL",
+    r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|(1|s[._]\d)[._]transformer_blocks[._][1-9]":
+        "a LoRA for SDXL",
+    r"motion_modules|temporal_transformer": "an AnimateDiff motion LoRA, for videos",
     r"lora_unet_(double|single|joint)_|transformer\.(single_)?transformer_": "a diffusion transformer's LoRA",
     r"\.hada_|\.lokr_|\.oft_|\.(a1|b1|on_input)\b|\.boft_": "LoHa, LoKr, OFT or (IA)³, not LoRA",
     r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
     r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
     r"^bundle_emb\.": "a LoRA with an embedding bundled in, which is not implemented",
     r"^emb_params$|^string_to_param": "a textual inversion, not a LoRA",
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a whole model, not a LoRA"}
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.(?!.*lora)": "a whole model, not a LoRA"}
+# PEFT's settings of what is a plain LoRA on weights that are as they were: others change the base as well
+PLAIN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+         "bias": ("none",), **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False,)),
+         **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters", "arrow_config",
+                          "trainable_token_indices", "alora_invocation_tokens"), (None, [], {}))}
 
 
 def export_lora(edits, path, metadata=None, dtype=torch.float32):
@@ -64,7 +73,8 @@ def load_lora(path, model, strength=1.0):
     # each key is one of a layer's two matrices or its alpha
     layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
     known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
-    places = {plain(f"{name}:{role}"): (name, role) for name in known for role in roles}
+    places = {plain(f"{called}:{role}"): (name, role) for name in known for role in roles
+              for called in (name, unet_to_compvis(name.removeprefix("unet.")))}  # or as in single files
     problems, found = defaultdict(list), defaultdict(dict)  # what -> keys, layer -> role -> key
     for key, t in tensors.items():
         name, role = places.get(plain(key), (None, None))
@@ -130,12 +140,30 @@ def peft_scales(path, note, tensors, edits):
         config = {} if kept is None else dict(json.loads(kept))
         for name, (a, _) in edits.items():
             (part, inner), rank = name.split(".", 1), a.shape[2]
+            check_plain(config, PREFIXES[part])
             patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
                                            for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
-            special = (v for key, v in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", inner))
+            special = (v for key, v in (patterns or {}).items() if named_by(key, inner))
             alpha = next(special, usual)
             scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise PersonError(f"{path}: PEFT's settings make no sense or are not readable, in its metadata or in "
                           f"{file.name} beside it ({error})") from None
     return scales
+
+
+def check_plain(config, prefix):
+    """ValueError for a setting in PEFT's `config`, where it may have a prefix, of what is not in PLAIN."""
+    for key, plain_ones in PLAIN.items():
+        value = config.get(f"{prefix}.{key}", config.get(key, plain_ones[0]))
+        if not any(value is one or value == one and type(value) is type(one) for one in plain_ones):
+            raise ValueError(f"{key} is {value!r}, so it is more than a plain LoRA, or its base was changed")
+
+
+def named_by(pattern, layer):
+    """Whether PEFT's pattern, a regular expression, means this layer: all of its name or the end after a dot.
+    transformers 5 has no text_model. ValueError for one that could take for ever to match."""
+    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3 or len(pattern) > 200:
+        raise ValueError(f"the pattern {pattern[:50]!r} is too involved")
+    names = layer, layer.removeprefix("text_model.")
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)

@@ -11,9 +11,9 @@ from vit import encode_face
 
 
 def read_photos(folder, side, crop="center"):
-    """Every picture in a folder and those below it, by path, as images.read gives it, cut like all: yields
-    (1, 3, side, side). Names what it skipped in a warning at the end. ImageError for a folder that isn't there or holds
-    none."""
+    """Every picture in a folder and those below it, by path, as images.read gives it, all cut alike: yields
+    (1, 3, side, side). Names what it skipped in a warning at the end. ImageError for a folder that isn't
+    there or holds none."""
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     skipped = []
     for file in tqdm(files, desc="photos", delay=1):

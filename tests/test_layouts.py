@@ -384,12 +384,30 @@ def test_a_folder_with_a_name_like_a_hub_id(monkeypatch, tmp_path):
     (["model.diffusion_model.input_blocks.0.0.weight"], "a UNet alone"),
     (["encoder.conv_in.bias", "decoder.conv_in.bias"], "a VAE alone"),
     (["text_model.encoder.layers.0.layer_norm1.bias"], "a text encoder alone"),
+    (["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"],
+     "without its vae (first_stage_model.…)"),
+    (["model_ema.diffusion_modelinput_blocks00weight", "cond_stage_model.transformer.text_model.x",
+      "first_stage_model.decoder.conv_in.bias"], "without its unet (model.diffusion_model.…); of that it has"),
     (["blocks.0.weight"], "blocks.0.weight"),
     ([], "no model known"),
 ])
 def test_other_files(tmp_path, keys, words):
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", tmp_path / "x.safetensors", words)
+
+
+def test_single_files_that_predict_v(file):
+    tensors = load_file(file)
+    for note, more in ({"modelspec.prediction_type": "v"}, {}), ({}, {"v_pred": torch.zeros(0)}):
+        save_file(tensors | more, file, note)
+        refused(file, "predicts v")
+    save_file(tensors, file, {"modelspec.prediction_type": "epsilon"})
+    sd.load(file, "cpu")
+    settings = file.with_suffix(".yaml")
+    settings.write_text('model:\n  params:\n    parameterization: "v"\n')
+    refused(file, "predicts v")
+    settings.write_text('model:\n  params:\n    parameterization: "eps"\n    very: 1\n')
+    sd.load(file, "cpu")
 
 
 def test_single_inpainting_file(file):

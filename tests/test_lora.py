@@ -145,7 +145,11 @@ def z(*shape):
     ({f"{KEY}.lokr_w1": z(4, 4)}, ["LoKr"]),
     ({f"{KEY}.dora_scale": z(16, 1)}, ["DoRA"]),
     ({"lora_te2_text_model_encoder_layers_0_mlp_fc1.alpha": z()}, ["SDXL", "lora_te2_"]),
-    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": z(2, 640)}, ["SDXL"]),
+    ({"lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_q.lora_down.weight": z(2, 640)}, ["SDXL"]),
+    ({"unet.down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight": z(2, 640)}, ["SDXL"]),
+    ({"down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor."
+      "to_q_lora.down.weight": z(2, 9)}, ["AnimateDiff motion LoRA"]),
+    ({"model.diffusion_model.input_blocks.0.0.weight": z(2, 4)}, ["whole model"]),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": z(2, 9)}, ["diffusion transformer"]),
     ({"cond_stage_model.transformer.text_model.embeddings.position_ids": z(1, 77)}, ["whole model"]),
     ({"bundle_emb.x.string_to_param.*": z(1, 768)}, ["embedding bundled in"]),
@@ -155,6 +159,68 @@ def test_a_lora_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, wo
     good = {f"{KEY}.lora_down.weight": z(2, 16), f"{KEY}.lora_up.weight": z(16, 2)} if tensors else {}
     save_file({k: t for k, t in (good | tensors).items() if t is not None}, path)
     refused(lambda: load_lora(path, method().model), str(path), *words)
+
+
+def test_names_of_single_files(tmp_path):
+    """ComfyUI reads LoRAs whose layers are called as in the original checkpoints."""
+    tensors = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q": LAYER,
+               "lora_unet_middle_block_1_proj_in": "unet.mid_block.attentions.0.proj_in",
+               "lora_unet_output_blocks_3_1_transformer_blocks_0_ff_net_2":
+                   "unet.up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"}
+    layers = method().model.layers
+    theirs = {}
+    for key, name in tensors.items():
+        (n_out, n_in), end = layers[name].weight.shape[:2], layers[name].weight.shape[2:]
+        theirs[f"{key}.lora_down.weight"] = torch.randn(2, n_in, *end)
+        theirs[f"{key}.lora_up.weight"] = torch.randn(n_out, 2, *end)
+    save_file(theirs, tmp_path / "x.safetensors")
+    found = load_lora(tmp_path / "x.safetensors", method().model)
+    assert found.keys() == set(tensors.values())
+    for key, name in tensors.items():
+        down, up = (theirs[f"{key}.lora_{which}.weight"].flatten(1) for which in ("down", "up"))
+        assert torch.allclose(found[name].a[0] @ found[name].b[0], (up @ down).T, atol=1e-5)
+
+
+def peft_text(tmp_path, **settings):
+    """A PEFT adapter of a text encoder whose names are transformers 5's, with these settings."""
+    key = "base_model.model.encoder.layers.0.self_attn.q_proj"
+    width = method().model.text.config.hidden_size
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(width, 2)}
+    save_file(tensors, tmp_path / "their.safetensors")
+    usual = {"peft_type": "LORA", "lora_alpha": 2, "r": 2, "init_lora_weights": True, "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(usual | settings))
+    return tmp_path / "their.safetensors"
+
+
+@pytest.mark.parametrize("pattern, scale", [
+    ("^encoder.layers.0.self_attn.q_proj", 5.), ("q_proj", 5.), ("encoder.layers.0.self_attn.q_proj", 5.),
+    ("^text_model.encoder.layers.0.self_attn.q_proj", 5.), (r"layers\.\d+\.self_attn\.q_proj", 5.),
+    ("^layers.0.self_attn.q_proj", 1.), ("proj", 1.), ("k_proj", 1.)])
+def test_pefts_patterns(tmp_path, pattern, scale):
+    found = load_lora(peft_text(tmp_path, alpha_pattern={pattern: 10}), method().model)
+    (edit,) = found.values()
+    assert edit.b[0, 0, 0] == scale and edit.a[0, 0, 0] == 1
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*.*.*.*.*q", "q" * 201])
+def test_patterns_that_would_take_for_ever(tmp_path, pattern):
+    path = peft_text(tmp_path, alpha_pattern={pattern: 10})
+    refused(lambda: load_lora(path, method().model), "too involved")
+
+
+@pytest.mark.parametrize("settings", [
+    *({"init_lora_weights": how} for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", 1)),
+    {"use_dora": True}, {"bias": "all"}, {"lora_bias": True}, {"modules_to_save": ["x"]}, {"peft_type": "LOHA"},
+    {"layer_replication": [[0, 4]]}, {"use_qalora": True}, {"trainable_token_indices": [3]}])
+def test_pefts_that_are_more_than_a_plain_lora(tmp_path, settings):
+    refused(lambda: load_lora(peft_text(tmp_path, **settings), method().model), *settings, "plain LoRA")
+
+
+@pytest.mark.parametrize("settings", [
+    {"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"init_lora_weights": "eva"},
+    {"modules_to_save": None}, {"layer_replication": None}, {"trainable_token_indices": None}])
+def test_pefts_that_are_plain_loras(tmp_path, settings):
+    assert len(load_lora(peft_text(tmp_path, **settings), method().model)) == 1
 
 
 def test_an_adapter_of_the_unet_alone(tmp_path):
