@@ -116,7 +116,7 @@ class HyperDreamBooth:
         relaxed = fresh_lora(layers, rank, generator, people)
         fit(lambda: denoising_loss(self.model, latent(), [PROMPT] * people, generator).mean(),
             [factor for pair in relaxed.values() for factor in pair], steps, lr,
-            lambda: self.model.edited(join(predicted, relaxed)), callback)
+            lambda: self.model.edited(join(predicted, relaxed)), callback, keep=True)
         return detach(relaxed)
 
     def sample(self, prompts, edits=None, seeds=None, **options):

@@ -129,19 +129,23 @@ def fit_targets(method, data, args, file, whose, deadline):
             raise LoadError(f"{file}: fitted for others ({'; '.join(differ)}); remove it, or go on as before")
 
     saved = time.time()
-    for first in tqdm(range(len(theta), count, args.batch), desc="targets"):
-        who = torch.arange(first, min(first + args.batch, count))
-        generator = torch.Generator().manual_seed(args.seed + first)
-        pictures = partial(some_pictures, data, who, generator)
-        fitted = method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)
-        theta = torch.cat([theta, fitted.cpu()])
-        late = time.time() > deadline and len(theta) < count
-        if late or len(theta) == count or time.time() - saved > 120:
-            write({"theta": theta}, file, whose)
-            saved = time.time()
-        if late:
-            print(f"stopped with the targets of {len(theta)} of {count} people; the same command goes on")
-            raise SystemExit
+    with console.deferred_stop() as stop:
+        for first in tqdm(range(len(theta), count, args.batch), desc="targets"):
+            who = torch.arange(first, min(first + args.batch, count))
+            generator = torch.Generator().manual_seed(args.seed + first)
+            pictures = partial(some_pictures, data, who, generator)
+            fitted = method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)
+            theta = torch.cat([theta, fitted.cpu()])
+            late = time.time() > deadline and len(theta) < count
+            if late or stop or len(theta) == count or time.time() - saved > 120:
+                write({"theta": theta}, file, whose)
+                saved = time.time()
+            what = f"stopped with the targets of {len(theta)} of {count} people; the same command goes on"
+            if stop:
+                raise console.Stopped(stop[0], what)
+            if late:
+                print(what)
+                raise SystemExit
     return theta
 
 

@@ -3,6 +3,7 @@ and a checkpoint to resume from."""
 import json
 import math
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from files.checkpoints import open_tensors, write
-from files.console import UserError
+from files.console import Stopped, UserError, deferred_stop
 
 SCALE = 2 ** 10
 
@@ -23,23 +24,43 @@ def backward(loss, parameters):
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
-def fit(loss, parameters, steps, lr, around=nullcontext, callback=None):
+def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=False):
     """Change `parameters`, a list of tensors that require gradients, or of groups of them with a rate each,
     {"params": [tensors], "lr": rate}, by `steps` of Adam down the scalar loss().
 
     around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
-    callback(step, loss) after every step.
+    callback(step, loss) after every step. keep: where the loss has risen for good, the parameters of the last
+    step at which it hadn't are put back, with a warning.
     """
     optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0., fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, good = [], []
     for step in range(steps):
         with torch.enable_grad(), around():
             value = loss()
             backward(value, trained)
+        if keep:
+            losses.append(value.item())
+            if not risen(losses):
+                good = [p.detach().clone() for p in trained]
         optimizer.step()
         optimizer.zero_grad()
         if callback:
             callback(step, value.item())
+    if risen(losses):
+        warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not kept: "
+                      f"a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do", stacklevel=3)
+        with torch.no_grad():
+            for p, kept in zip(trained, good):
+                p.copy_(kept)
+
+
+def risen(losses, few=5, well=1.5):
+    """Whether the mean of the last few losses is well above that of the first few, or no number. Of so few
+    that these overlap nothing can be said."""
+    if len(losses) < 2 * few:
+        return False
+    return not sum(losses[-few:]) <= well * sum(losses[:few])
 
 
 def differences(there, here):
@@ -67,7 +88,7 @@ class Trainer:
     kellerjordan.github.io/posts/muon). of: name -> what the run depends on beside its modules' shapes, such
     as the checksum of a frozen model. Iterate over it for the step numbers that remain; call `update(loss)`
     once in each. UserError if the state is damaged or another run's, and then which of the above differs, or
-    the loss is no number any more.
+    the loss is no number any more; Stopped, all saved, where a signal ended it.
     """
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01,
@@ -104,15 +125,18 @@ class Trainer:
 
     def __iter__(self):
         saved = time.time()
-        with tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5) as bar:
-            while not self.done and time.time() < self.deadline:
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5)
+        with bar, deferred_stop() as stop:
+            while not self.done and time.time() < self.deadline and not stop:
                 yield self.step
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
                 if time.time() - saved > 120:
                     self.save()
                     saved = time.time()
-        self.save()
+            self.save()
+        if stop:
+            raise Stopped(stop[0], f"stopped at step {self.step} of {self.steps}; the same command goes on")
 
     @property
     def done(self):

@@ -70,7 +70,8 @@ def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_we
     if rank:
         lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
         factors = {f"{name}.{ab}": t for name, edit in lora.items() for ab, t in zip("AB", edit)}
-        descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback)
+        descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback,
+                keep=True)
         return {name: t.detach() for name, t in factors.items()}
     if len(photo) > 1:
         raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")

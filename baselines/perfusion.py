@@ -188,7 +188,7 @@ def fit(model, photo, steps=400, lr=.03, embedding_lr=.006, batch=4, identifier=
 
     rates = [{"params": [*values.values()], "lr": lr}, {"params": [embedding], "lr": embedding_lr}]
     descend(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
-            around, callback)
+            around, callback, keep=True)
     return {name: t.detach() for name, t in tensors().items()}
 
 

@@ -1,8 +1,11 @@
 """What the command lines here have in common: ranges of numbers, and errors that a user can read."""
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +18,32 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class UserError(ValueError):
     """What a user did wrong and what to do about it, in one line."""
+
+
+class Stopped(Exception):
+    """A signal ended what is saved now; the message says how to go on."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def deferred_stop():
+    """Gives a list, and inside, Ctrl-C and SIGTERM put their number there and do nothing else: what works in
+    steps can end one, save, and raise Stopped. A second signal ends the program at once."""
+    received, before = [], {}
+
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, before[signum])
+    if threading.current_thread() is threading.main_thread():  # no other may
+        before.update({signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def printable(text):
@@ -96,6 +125,9 @@ def run(main, arguments):
         main(arguments())
     except KeyboardInterrupt:
         sys.exit(130)
+    except Stopped as stop:
+        print(stop)
+        sys.exit(128 + stop.signum)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:
         reason = str(error)
         # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend

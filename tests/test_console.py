@@ -1,4 +1,5 @@
 import argparse
+import os
 import warnings
 
 import pytest
@@ -21,6 +22,24 @@ def test_errors_are_one_line(capsys, error, code, line):
     printed = capsys.readouterr().err
     assert end.value.code == code
     assert printed.count("\n") == 1 and line in printed if line else printed == ""
+
+
+@pytest.mark.parametrize("signum, code", [(2, 130), (15, 143)])
+def test_what_a_signal_stopped_says_how_to_go_on(capsys, signum, code):
+    def main(_):
+        with console.deferred_stop() as stop:
+            os.kill(os.getpid(), signum)
+        raise console.Stopped(stop[0], "go on")
+    with pytest.raises(SystemExit) as end:
+        console.run(main, lambda: None)
+    assert end.value.code == code and capsys.readouterr().out == "go on\n"
+
+
+def test_a_second_signal_ends_it_at_once():
+    with pytest.raises(KeyboardInterrupt), console.deferred_stop() as stop:
+        os.kill(os.getpid(), 2)
+        assert stop == [2]
+        os.kill(os.getpid(), 2)
 
 
 def test_a_warning_is_one_line(monkeypatch):

@@ -1,5 +1,7 @@
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch import nn
 
 from files import checkpoints
 from files.checkpoints import write
-from files.console import UserError
-from trainer import Ring, Trainer, backward, differences, fit, seeded
+from files.console import Stopped, UserError
+from trainer import Ring, Trainer, backward, differences, fit, risen, seeded
 
 
 def train(out, steps, total=120, **options):
@@ -98,6 +100,46 @@ def adam_by_hand(p, gradients, lr, betas=(.9, .99), decay=0.):
         ahead = m / (1 - betas[0] ** t) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
         p = p - rate * decay * p - rate * ahead
     return p
+
+
+def test_a_loss_that_rises_for_good_is_taken_back():
+    """Down a slope that turns into a cliff: what stood before the cliff stays, with a warning."""
+    x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
+
+    def loss(x):
+        return (2 - x + 100 * (x.detach() > 1.05)).sum()
+    with pytest.warns(UserWarning, match="rose from 2 to 100, .* a rate of 0.1 is too high; a tenth of it, or"):
+        fit(lambda: loss(x), [x], 16, .1, keep=True)
+    assert x.item() == pytest.approx(1., abs=1e-4)
+    fit(lambda: loss(y), [y], 16, .1)  # not asked to keep
+    assert y.item() == pytest.approx(1.6, abs=1e-4)
+
+
+@pytest.mark.parametrize("losses, expected", [
+    ([1.] * 9, False), ([1.] * 5 + [1.4] * 5, False), ([1.] * 5 + [1.6] * 5, True), ([1., 9.] * 20, False),
+    ([1.] * 9 + [float("nan")], True), ([1.] * 5 + [9.] * 20 + [1.] * 5, False), ([], False)])
+def test_whether_losses_have_risen(losses, expected):
+    assert risen(losses) == expected
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(tmp_path, signum):
+    model, trainer = some_trainer(tmp_path)
+    before = signal.getsignal(signum)
+    with pytest.raises(Stopped, match="stopped at step 3 of 100; the same command goes on") as stop:
+        for step in trainer:
+            if step == 2:
+                os.kill(os.getpid(), signum)
+            trainer.update(model.weight.square().sum())
+    assert stop.value.signum == signum and signal.getsignal(signum) == before
+    _, again = some_trainer(tmp_path)
+    assert again.step == 3 and all(torch.equal(t, trainer.tensors()[k]) for k, t in again.tensors().items())
+
+
+def some_trainer(folder):
+    with seeded(0):
+        model = nn.Linear(2, 2)
+    return model, Trainer({"m": model}, folder, 100, lr=.1)
 
 
 def test_fit_is_adam_on_the_loss_with_its_context_around():
