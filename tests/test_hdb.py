@@ -250,7 +250,7 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
-    monkeypatch.setattr(hdb, "fit", lambda *_: None)  # as its optimiser knows no meta tensors
+    monkeypatch.setattr(hdb, "fit", lambda *_, **__: None)  # as its optimiser knows no meta tensors
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
