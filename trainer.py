@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files.checkpoints import open_tensors, write
+from files.checkpoints import finite, open_tensors, write
 from files.console import Stopped, UserError, deferred_stop
 
 SCALE = 2 ** 10
@@ -48,8 +48,8 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=Fal
         if callback:
             callback(step, value.item())
     if risen(losses):
-        warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not kept: "
-                      f"a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do", stacklevel=3)
+        warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not "
+                      f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do", stacklevel=3)
         with torch.no_grad():
             for p, kept in zip(trained, good):
                 p.copy_(kept)
@@ -195,11 +195,16 @@ class Trainer:
                 note, found = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
             self.step, of = int(note["step"]), note.get("of", "")
             of = dict(json.loads(of)) if of.startswith("{") else {"run": of}
+            if not 0 <= self.step <= self.steps:
+                raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
+            if bad := [key for key, t in found.items() if not finite(t)]:
+                raise ValueError(f"{bad[0]} holds NaN or infinite numbers")
         except (UserError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
         ours = self.tensors()
         differ = differences(of, self.of)
-        if {k: t.shape for k, t in found.items()} != {k: t.shape for k, t in ours.items()}:
+        kinds, expected = ({k: (t.shape, t.dtype) for k, t in some.items()} for some in (found, ours))
+        if kinds != expected:
             differ.append("with other modules")
         if differ:
             raise UserError(f"{file}: of another run ({'; '.join(differ)}); remove it, or train in another "

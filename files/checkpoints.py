@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from files.console import UserError, printable
 
+LARGEST_TEXT = 20_000_000  # bytes; CLIP's tokenizer.json has two million
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # these are 1×1 convolutions (c, c, 1, 1) in single files
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
@@ -31,7 +32,7 @@ def configure(config, found, file):
     for name in vars(config).keys() & found.keys():
         value, usual = found[name], getattr(config, name)
         value = tuple(value) if isinstance(value, list) else value
-        repeated = "layers" in name or name in ("depth", "iterations")
+        repeated = "layers" in name or name in ("depth", "iterations", "sample_size")
         if not fits(value, usual, 1000 if repeated else 1_000_000):
             raise LoadError(f"{file}: {name} cannot be {value!r}")
         taken[name] = value
@@ -42,7 +43,8 @@ def fits(value, usual, limit):
     """Whether a setting is of the usual one's type, a number positive (in a list, not negative) and below the
     limit, which no model comes near: to build what a hostile file asks for could take hours."""
     if isinstance(usual, tuple):
-        return isinstance(value, tuple) and all(fits(v, usual[0], limit) or v == 0. for v in value)
+        short = isinstance(value, tuple) and len(value) < 100
+        return short and all(fits(v, usual[0], limit) or v == 0. for v in value)
     if isinstance(usual, (int, float)):
         return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < limit
     return isinstance(value, type(usual))
@@ -55,10 +57,19 @@ def require_settings(found, implemented, file):
             raise LoadError(f"{file}: {key} is {found[key]!r}; only {value!r} is implemented")
 
 
+def read_text(file):
+    """The text in a file. LoadError for one that is larger than any that belongs to a model."""
+    if Path(file).stat().st_size > LARGEST_TEXT:
+        raise LoadError(f"{file}: larger than {LARGEST_TEXT // 10 ** 6} MB, which no such file is")
+    return Path(file).read_text(encoding="utf-8")
+
+
 def read_json(file):
     """The dictionary in a JSON file. LoadError if there is none."""
     try:
-        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+        return dict(json.loads(read_text(file)))
+    except LoadError:
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
 
@@ -125,10 +136,22 @@ def build(kind, config, files, rename, device, dtype):
         name, shape = next(iter(missing.items()))
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{more}")
-    weights = {name: tensors.get_tensor(key).view(shapes[name]).to(device, dtype)
-               for name, (tensors, key) in places.items()}
+    weights = {}
+    for name, (tensors, key) in places.items():
+        tensor = tensors.get_tensor(key)
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise LoadError(f"{files[0]}: tensor {key} is {kind}, quantised; give a file of floats")
+        weights[name] = tensor.view(shapes[name]).to(device, dtype)
+        if not finite(weights[name]):
+            raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
     module.load_state_dict(weights, assign=True)
     return module
+
+
+def finite(tensor):
+    """Whether all numbers of a tensor are numbers, in one pass and no memory."""
+    return tensor.numel() == 0 or all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def checksum(module):

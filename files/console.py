@@ -109,9 +109,10 @@ def check_folder(parser, option, folder):
         parser.error(f"{option} {folder}: {there} cannot be written")
 
 
-def one_line(text):
-    """`text`, which may quote a hostile file, with ? for what moves a terminal's cursor or worse."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+def one_line(text, longest=500):
+    """`text`, which may quote a hostile file, with ? for what moves a terminal's cursor or worse, and cut."""
+    shown = text if len(text) <= longest else text[:longest - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in shown)
 
 
 def run(main, arguments):

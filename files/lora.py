@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from edits import LowRank, adaptable_layers, low_rank
-from files.checkpoints import write
+from files.checkpoints import read_text, write
 from files.compvis import unet_to_compvis
 from files.person import PersonError, check_numbers, read_tensors
 
@@ -136,7 +136,7 @@ def peft_scales(path, note, tensors, edits):
     file, kept, scales = Path(path).with_name("adapter_config.json"), note.get("lora_adapter_metadata"), {}
     try:
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
-            kept = file.read_text(encoding="utf-8")
+            kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
         for name, (a, _) in edits.items():
             (part, inner), rank = name.split(".", 1), a.shape[2]

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from clip import Tokenizer
-from files.checkpoints import LoadError, read_json, write_text
+from files.checkpoints import LoadError, read_json, read_text, write_text
 
 
 def vocabulary_in(folder):
@@ -27,7 +27,7 @@ def read_tokenizer(vocabulary, text_config, name):
         # what is named beside the vocabulary's, as textual inversions do
         files = [folder / "tokenizer.json", folder / "added_tokens.json"]
         listed, more = (read_json(file) if file.is_file() else {} for file in files)
-        named = {str(token["content"]) for token in listed.get("added_tokens") or []} | more.keys()
+        named = {str(token["content"]) for token in listed.get("added_tokens") or []} | set(map(str, more))
     except LoadError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -45,9 +45,9 @@ def read_bpe(file, merges_file=None):
     if merges_file is None:
         bpe = read_json(file)["model"]
         return bpe["vocab"], [tuple(m.split() if isinstance(m, str) else m) for m in bpe["merges"]]
-    lines = merges_file.read_text(encoding="utf-8").split("\n")
+    lines = read_text(merges_file).split("\n")
     pairs = [tuple(line.split()) for line in lines if not line.startswith("#version")]
-    return json.loads(file.read_text(encoding="utf-8")), [pair for pair in pairs if len(pair) == 2]
+    return json.loads(read_text(file)), [pair for pair in pairs if len(pair) == 2]
 
 
 def write_tokenizer(tokenizer, folder):

@@ -48,6 +48,10 @@ def test_a_warning_is_one_line(monkeypatch):
     assert warnings.formatwarning("a\nb\x1b[31m", UserWarning, "file.py", 3) == "warning: a?b?[31m\n"
 
 
+def test_no_message_is_long():
+    assert len(console.one_line("a" * 10 ** 6)) == 500 and console.one_line("ab" * 250) == "ab" * 250
+
+
 def test_our_own_mistakes_are_not_the_users():
     def mistake(_):
         raise RuntimeError("shapes")

@@ -259,6 +259,21 @@ def test_surplus_in_single_files(file, key):
     refused(file, f"surplus tensor {key} of shape (7,)")
 
 
+@pytest.mark.parametrize("value, words", [
+    (torch.full((16,), torch.nan), "holds NaN"), (torch.full((16,), -torch.inf), "too large"),
+    (torch.zeros(16, dtype=torch.int8), "is int8, quantised")])
+def test_weights_that_are_no_numbers(folder, value, words):
+    shape = state("unet")["conv_in.bias"].shape
+    retensor(folder / "unet" / f"{FILE['unet']}.safetensors", **{"conv_in.bias": value.expand(shape).clone()})
+    refused(folder, "tensor conv_in.bias", words)
+
+
+def test_a_settings_file_larger_than_any_is_not_read(folder):
+    with open(folder / "unet/config.json", "r+b") as file:
+        file.truncate(10 ** 10)  # sparse: no disk is used
+    refused(folder, "config.json", "larger than 20 MB")
+
+
 def test_one_by_one_convolutions_only_where_they_are_official(file):
     key = "model.diffusion_model.time_embed.0.weight"
     shape = tuple(single()[key].shape)
@@ -291,6 +306,8 @@ def test_the_same_tensor_twice(file):
     ("unet/config.json", {"layers_per_block": "two"}, ["layers_per_block"]),
     ("unet/config.json", {"sample_size": 0}, ["sample_size cannot be 0"]),
     ("unet/config.json", {"sample_size": [16, 16]}, ["sample_size cannot be (16, 16)"]),
+    ("unet/config.json", {"sample_size": 999_999}, ["sample_size cannot be 999999"]),
+    ("unet/config.json", {"block_out_channels": [16] * 5000}, ["block_out_channels cannot be"]),
     ("unet/config.json", {"attention_head_dim": 7}, ["shared among 7 heads"]),
     ("unet/config.json", {"norm_eps": None}, ["norm_eps cannot be None"]),
     ("unet/config.json", {"block_out_channels": [16, -24]}, ["block_out_channels cannot be (16, -24)"]),
@@ -387,7 +404,7 @@ def test_a_folder_with_a_name_like_a_hub_id(monkeypatch, tmp_path):
     (["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"],
      "without its vae (first_stage_model.…)"),
     (["model_ema.diffusion_modelinput_blocks00weight", "cond_stage_model.transformer.text_model.x",
-      "first_stage_model.decoder.conv_in.bias"], "without its unet (model.diffusion_model.…); of that it has"),
+      "first_stage_model.decoder.conv_in.bias"], "without its unet (model.diffusion_model.…); of that it"),
     (["blocks.0.weight"], "blocks.0.weight"),
     ([], "no model known"),
 ])

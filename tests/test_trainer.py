@@ -58,7 +58,12 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
         write(spoilt, file, note)
         with pytest.raises(UserError, match=r"of another run \(with other modules\)"):
             train(tmp_path, 5, of=of)
-    for wrong in ({"step": "x"}, {}, {"step": "3", "of": "{"}):
+    for spoilt, why in ((tensors["exp_avg.model.weight"] * torch.nan, "NaN"),
+                        (tensors["exp_avg.model.weight"].half(), "with other modules")):
+        write(tensors | {"exp_avg.model.weight": spoilt}, file, note)
+        with pytest.raises(UserError, match=why):
+            train(tmp_path, 5, of=of)
+    for wrong in ({"step": "x"}, {}, {"step": "3", "of": "{"}, *({"step": n} for n in ("-1", "121", "9" * 5000))):
         write(tensors, file, wrong)
         with pytest.raises(UserError, match="damaged"):
             train(tmp_path, 5, of=of)
@@ -108,7 +113,7 @@ def test_a_loss_that_rises_for_good_is_taken_back():
 
     def loss(x):
         return (2 - x + 100 * (x.detach() > 1.05)).sum()
-    with pytest.warns(UserWarning, match="rose from 2 to 100, .* a rate of 0.1 is too high; a tenth of it, or"):
+    with pytest.warns(UserWarning, match="rose from 2 to 100, .* a rate of 0.1 is too high; a tenth"):
         fit(lambda: loss(x), [x], 16, .1, keep=True)
     assert x.item() == pytest.approx(1., abs=1e-4)
     fit(lambda: loss(y), [y], 16, .1)  # not asked to keep
