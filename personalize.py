@@ -40,6 +40,7 @@ from files.lora import export_lora, load_lora  # noqa: E402
 from files.merged import free_folder, merge_to_folder  # noqa: E402
 from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person  # noqa: E402
 from files.photos import read_photos  # noqa: E402
+from nano import faces, reader  # noqa: E402
 from nano.judge import load_judge  # noqa: E402
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
@@ -49,10 +50,12 @@ PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone
 COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
           "guidance": (2., 7.5, -100, 100, "classifier-free guidance scale"),
           "strength": (1., 1., 0, 1.5, "of the person")}
-NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone"),
-           "rank": (4, 4, 1, 320, "of the LoRA that is fine-tuned"),
+NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone; 200 without a hypernetwork"),
+           "rank": (4, 4, 1, 320, "of the LoRA that is fine-tuned; 16 without a hypernetwork"),
            "lr": (3e-3, 5e-4, 0, 1, "learning rate of fine-tuning"),
            "batch": (4, 4, 1, 1024, "of fine-tuning: noises of the photo a step")}
+# Fine-tuning alone has the whole way to go: what is published for LoRAs of one photo, 80 to 200 steps
+ALONE = {"steps": 200, "rank": 16, "lr": 2e-4}
 
 
 def options(parser):
@@ -75,7 +78,9 @@ def arguments(method=OURS):
                         "personal file (.safetensors)")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
                         'a rock star"; further photos of the person, or personal files, may stand before')
-    parser.add_argument("--crop", type=square, metavar="X,Y,SIZE", help="in pixels; its centre if none")
+    parser.add_argument("--crop", type=square, default="face", metavar="SQUARE",
+                        help="of the photo: face, the largest; center; or X,Y,SIZE in pixels")
+    parser.add_argument("--look", help='nano: corrects what is seen in a photo: "grey hair, no beard"')
     maker.options(parser)
     numbers = maker.NUMBERS | COMMON
     console.add_numbers(parser, numbers)
@@ -102,27 +107,35 @@ def arguments(method=OURS):
             parser.error(f"{prompt} stands where a prompt is expected, after the photo or the personal files")
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed
 
-    # nothing is out of range, or would be written where it cannot or must not be
+    # the usual numbers; nothing is out of range, or would be written where it cannot or must not be
+    if args.model != "nano" and method == OURS and not args.hypernet:
+        vars(args).update(ALONE | vars(args))
     console.complete_numbers(parser, args, numbers)
     console.check_ranges(parser, args, seed=(0, 2 ** 40))
     console.check_folder(parser, "--out", args.out)
     if args.merge is not None:
         free_folder(args.merge)
         console.check_folder(parser, "--merge", args.merge)
-        if Path(args.merge).resolve() in (args.out.resolve(), *args.out.resolve().parents):
+        if real(args.merge) in (real(args.out), *real(args.out).parents):
             parser.error("--merge and --out must be two folders, --out not in the other")
     if len(args.people) > 1 and (args.export or args.merge):
         parser.error("--export and --merge take one person")
-    if len(args.photos) > 1 and (args.crop or method != OURS):
-        parser.error("several photos cannot have one --crop" if args.crop else f"{method} takes one photo")
+    if len(args.photos) > 1 and isinstance(args.crop, tuple):
+        parser.error("several photos cannot have one --crop in pixels")
+    if len(args.photos) > 1 and method != OURS:
+        parser.error(f"{method} takes one photo")
+    if args.look is not None:
+        if args.model != "nano" or args.people:
+            parser.error("--look is for photos, on nano")
+        args.look = faces.understood(args.look)
 
     outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * max(1, len(args.people))))]
     outputs += [f"{args.export}.safetensors"] if args.export else []
     outputs += [] if args.people else PERSONAL
-    written = [(args.out / name).resolve() for name in outputs]
+    written = [real(args.out / name) for name in outputs]
     loras = [lora_and_strength(text)[0] for text in args.lora]
     for given in (*args.photos, *args.people, *loras, args.hypernet):
-        if given and Path(given).resolve() in written:
+        if given and real(given) in written:
             parser.error(f"{given} would be overwritten; give another folder with --out")
     return args
 
@@ -140,6 +153,11 @@ def check_kinds(args, kinds):
                               f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see edits.py")
 
 
+def real(path):
+    """`path` without links; with loops of them, which Path.resolve() doesn't take."""
+    return Path(os.path.realpath(path))
+
+
 def is_personal(text):
     return text.endswith(".safetensors") or is_person(text)
 
@@ -149,10 +167,12 @@ def is_photo(text):
 
 
 def square(text):
+    if text in ("face", "center"):
+        return text
     try:
         x, y, size = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not three whole numbers x,y,size") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not face, center or x,y,size in pixels") from None
     return x, y, size
 
 
@@ -175,7 +195,7 @@ def main(args):
     for path in args.people:
         open_tensors(path)
     if not args.people:
-        read(args, images.SMALLEST)
+        read(args, images.SMALLEST, "center")
         check_kinds(args, maker.kinds(args))
     stage = Stages()
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
@@ -186,12 +206,13 @@ def main(args):
     warn(args, model.tokenizer)
 
     # the person, or people
-    photo, written = None, []
+    seen, photo, written = None, None, []
     if args.people:
         people = [read_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
     else:
-        photo = read(args, 8 * model.unet.config.sample_size).to(model.device)
+        seen, photo = sitter(args, 8 * model.unet.config.sample_size)
+        photo = photo.to(model.device)
         person = maker.make_person(method, photo if len(photo) == 1 else photo[None], args, stage)
         if not all(t.isfinite().all() for t in person.stored().values()):
             raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
@@ -209,7 +230,7 @@ def main(args):
     with model.edited(styles):
         predicted, pictures = draw(method, people, edits, args)
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
-    shown = torch.cat([x.cpu() for x in (photo, predicted, pictures) if x is not None and len(x)])
+    shown = torch.cat([x.cpu() for x in (seen, photo, predicted, pictures) if x is not None and len(x)])
     columns = len(people) if photo is None else len(shown)
     written += write_pictures(pictures, shown, columns, model, args)
 
@@ -230,18 +251,34 @@ def main(args):
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
     if args.model == "nano" and photo is not None:  # the miniature has a judge
-        drawn, judge = shown[len(photo):], load_judge()
+        drawn, judge = torch.stack([*predicted, *pictures]).cpu(), load_judge()
         scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in photo.cpu()]).mean(0)
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
             print(f"  likeness {score:+.2f}  {name}")
     stage(f"done, seed {args.seed}")
 
 
-def read(args, side):
-    """All photos of the person (N, 3, side, side)."""
-    every = (read_photos(path, side) if os.path.isdir(path) else [images.read(path, side, args.crop)]
+def read(args, side, crop):
+    """All photos of the person (N, 3, side, side), cut as images.read does; a crop in pixels goes before."""
+    crop = args.crop if isinstance(args.crop, tuple) else crop
+    every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
              for path in args.photos)
     return torch.cat([photo for some in every for photo in some])
+
+
+def sitter(args, side):
+    """Pictures (N, 3, side, side) of the person: photos that the method doesn't see, or None, and what it
+    sees. nano knows drawn people alone: it reads a photo, says what it saw, and draws that person."""
+    if args.model != "nano":
+        return None, read(args, side, args.crop)
+    network, pictures = reader.load_reader(), read(args, side, "center")
+    if args.look is None and reader.drawn(network, pictures).all():
+        args.crop = args.crop if isinstance(args.crop, tuple) else "center"
+        return None, pictures
+    photos = read(args, 2 * side, args.crop)
+    identity, portrait = reader.avatar(network, photos, args.look)
+    print("saw: " + ", ".join(*faces.describe(identity[None])))
+    return reader.shrunk(photos, side), portrait
 
 
 def read_person(path, method):
@@ -251,7 +288,10 @@ def read_person(path, method):
 
 
 def warn(args, tokenizer):
-    """Warn of prompts that don't say [V] or are too long, once and not again at every picture."""
+    """Warn of prompts that don't say [V] or are too long, once and not again at every picture; and of a rate
+    that suits nano alone."""
+    if args.model != "nano" and args.photos and args.method == OURS and args.lr > NUMBERS["lr"][1]:
+        warnings.warn(f"--lr {args.lr:g} is large for this model; 2e-4 to 5e-4 are usual", stacklevel=1)
     tokenizer([*map(named, args.prompts), args.negative])
     warnings.filterwarnings("ignore", "prompt is longer")
     for prompt in args.prompts:
@@ -277,7 +317,8 @@ def make_person(method, photo, args, stage):
         raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
                           "--hypernet or --steps")
     else:
-        print(f"         no hypernetwork for {args.model}: no prediction, fine-tuning alone")
+        print(f"         no hypernetwork for {args.model}, so fine-tuning alone, for which 40 steps are few: "
+              f"{args.steps} steps at rank {args.rank}")
     if args.steps:
         generator = torch.Generator().manual_seed(args.seed)
         settings = args.steps, args.rank, args.lr, args.batch
@@ -331,7 +372,7 @@ def write_pictures(pictures, shown, columns, model, args):
         settings["lora"] = ", ".join(args.lora)
     if not args.people:
         tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
-        settings |= {"crop": args.crop or "central square", "method": args.method, "fine-tuning": tuning,
+        settings |= {"crop": args.crop, "method": args.method, "fine-tuning": tuning,
                      "hypernet": args.hypernet or "the model's own, if any"}
     whose, paths = args.people or [", ".join(args.photos)], [args.out / "sheet.png"]
     for i, picture in enumerate(pictures):

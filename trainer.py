@@ -49,7 +49,8 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=Fal
             callback(step, value.item())
     if risen(losses):
         warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not "
-                      f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do", stacklevel=3)
+                      f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do",
+                      stacklevel=3)
         with torch.no_grad():
             for p, kept in zip(trained, good):
                 p.copy_(kept)

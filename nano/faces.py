@@ -6,6 +6,7 @@ height) turned into an anti-aliased mask; they are painted back to front. Number
 (B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1). A contact sheet:  python nano/faces.py sheet.png
 """
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from files import images  # noqa: E402
+from files.console import UserError  # noqa: E402
 
 IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "hair_style", "hair_colour",
             "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",
@@ -93,6 +95,31 @@ def describe(identity):
         skin, colour, hair, *worn = said
         phrases.append([skin + " skin", hair.replace(" ", f" {colour} "), *filter(None, worn)])
     return phrases
+
+
+def number(name, kind):
+    """The number in [0, 1] in the middle of a category's range: attributes() backwards."""
+    among = len(WORDS[name])
+    return (kind + among - ATTRIBUTES[name] + .5) / among
+
+
+def understood(text):
+    """What a description in describe's words, such as "short grey hair, no beard", says: a dict of category
+    indices. UserError for another word."""
+    known = {name: {re.sub("^a | (hair|glasses|beard)$", "", word) or "no": kind
+                    for kind, word in enumerate(words[-ATTRIBUTES[name]:])} for name, words in WORDS.items()}
+    said = {}
+    for phrase in re.split(",| and | with ", text.lower()):
+        words = set(phrase.split())
+        facial = words & {"beard", "moustache", "goatee"}
+        about = words & {"skin", "glasses"} or facial and {"beard"} or {"hair_colour", "hair_style"}
+        for word in sorted(words - {"a", "an", "skin", "hair", "glasses", "beard"}, key="no".__eq__):
+            meant = {name: known[name][word] for name in about if word in known[name]}
+            if not meant:
+                there = "; ".join(f"{name.replace('_', ' ')}: {', '.join(known[name])}" for name in known)
+                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is no word here. There are {there}')
+            said |= meant
+    return said
 
 
 def captions(identity, style, generator, words=.6, rare=.5, drop=.1):

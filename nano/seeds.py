@@ -13,6 +13,7 @@ HYPERNET = 400_000_000
 POOL = 500_000_000       # + --seed + step: the UNet's first pictures, where a call begins or resumes
 TARGETS = 600_000_000    # + --seed: the people that targets of Eq. 2 are fitted for
 JUDGE = 777_000_000      # + --seed: the judge's people
+READER = 800_000_000     # the reader's drawings, and its steps
 
 # People whom no training sees, from here on one after the other
 EXAMPLE = 10_000_004     # example.png

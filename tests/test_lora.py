@@ -211,7 +211,8 @@ def test_patterns_that_would_take_for_ever(tmp_path, pattern):
 @pytest.mark.parametrize("settings", [
     *({"init_lora_weights": how} for how in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", 1)),
     {"use_dora": True}, {"bias": "all"}, {"lora_bias": True}, {"modules_to_save": ["x"]},
-    {"peft_type": "LOHA"}, {"layer_replication": [[0, 4]]}, {"use_qalora": True}, {"trainable_token_indices": [3]}])
+    {"peft_type": "LOHA"}, {"layer_replication": [[0, 4]]}, {"use_qalora": True},
+    {"trainable_token_indices": [3]}])
 def test_pefts_that_are_more_than_a_plain_lora(tmp_path, settings):
     refused(lambda: load_lora(peft_text(tmp_path, **settings), method().model), *settings, "plain LoRA")
 

@@ -63,7 +63,8 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
         write(tensors | {"exp_avg.model.weight": spoilt}, file, note)
         with pytest.raises(UserError, match=why):
             train(tmp_path, 5, of=of)
-    for wrong in ({"step": "x"}, {}, {"step": "3", "of": "{"}, *({"step": n} for n in ("-1", "121", "9" * 5000))):
+    steps = [{"step": step} for step in ("x", "-1", "121", "9" * 5000)]
+    for wrong in (*steps, {}, {"step": "3", "of": "{"}):
         write(tensors, file, wrong)
         with pytest.raises(UserError, match="damaged"):
             train(tmp_path, 5, of=of)
