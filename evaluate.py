@@ -184,11 +184,11 @@ def faces(args, model):
 
 
 def chosen(args, jobs):
-    """The jobs that --rows names, all if it isn't given."""
+    """The jobs that --rows names, all if it isn't given, none if it names nothing."""
     names = [job.system for job in jobs]
     if unknown := set(args.rows or ()) - set(names):
         raise console.UserError(f"--rows {', '.join(sorted(unknown))}: there are {', '.join(names)}")
-    return [job for job in jobs if job.system in (args.rows or names)]
+    return [job for job in jobs if job.system in (names if args.rows is None else args.rows)]
 
 
 def arguments():
@@ -196,7 +196,7 @@ def arguments():
     parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
     parser.add_argument("--quick", action="store_true", help="2 people, 6 prompts, no curves; to runs/quick")
     parser.add_argument("--people", type=int, help="how many; 32 if not given")
-    parser.add_argument("--rows", nargs="+", help="of the tables; all if not given")
+    parser.add_argument("--rows", nargs="*", help="of the tables; all if not given; of nothing: curves alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
     parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
     parser.add_argument("--single", help='file of train.py --iterations 1, for the row "k = 1"')

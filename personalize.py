@@ -8,8 +8,11 @@
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the LiDB
 weights) and person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo,
-the prediction alone, then the prompts. The systems that the paper compares with have the same command line:
-python -m baselines.dreambooth, .textual_inversion, .perfusion, .e4t.
+the prediction alone, then the prompts. nano knows drawn people alone: of a photograph it says what it saw,
+draws that person, and goes on with the drawing, which the sheet shows too.
+
+The systems that the paper compares with have the same command line: python -m baselines.dreambooth,
+.textual_inversion, .perfusion, .e4t.
 """
 import argparse
 import os
@@ -73,7 +76,7 @@ def arguments(method=OURS):
     """What the command line says; the method's own options stand beside those of all."""
     maker = maker_of(method)
     parser = console.parser(maker.__doc__, model_name)
-    parser.set_defaults(hypernet=None, method=method)
+    parser.set_defaults(hypernet=None, method=method, saw=None)
     parser.add_argument("photo", help="a picture of one face, a folder of such pictures of one person, or a "
                         "personal file (.safetensors)")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
@@ -277,7 +280,8 @@ def sitter(args, side):
         return None, pictures
     photos = read(args, 2 * side, args.crop)
     identity, portrait = reader.avatar(network, photos, args.look)
-    print("saw: " + ", ".join(*faces.describe(identity[None])))
+    args.saw = ", ".join(*faces.describe(identity[None]))
+    print(f"saw: {args.saw}")
     return reader.shrunk(photos, side), portrait
 
 
@@ -370,6 +374,8 @@ def write_pictures(pictures, shown, columns, model, args):
                 "dtype": str(model.dtype).removeprefix("torch.")}
     if args.lora:
         settings["lora"] = ", ".join(args.lora)
+    if args.saw:
+        settings["saw"] = args.saw
     if not args.people:
         tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
         settings |= {"crop": args.crop, "method": args.method, "fine-tuning": tuning,

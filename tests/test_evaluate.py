@@ -136,6 +136,15 @@ def test_several_photos_are_given_and_another_judges(tmp_path):
     assert (likeness > .7).all() and not torch.equal(shown[:, 0], shown[:, 1])
 
 
+@pytest.mark.parametrize("named, expected", [
+    (None, ["A", "B"]), ([], []), (["B"], ["B"]), (["B", "A"], ["A", "B"])])
+def test_rows_that_are_chosen(named, expected):
+    jobs = [systems.Job(name, None) for name in "AB"]
+    assert [job.system for job in evaluate.chosen(SimpleNamespace(rows=named), jobs)] == expected
+    with pytest.raises(UserError, match="--rows C: there are A, B"):
+        evaluate.chosen(SimpleNamespace(rows=["C"]), jobs)
+
+
 @pytest.mark.parametrize("count, size, expected", [
     (1, 8, [1]), (2, 8, [1, 1]), (4, 2, [1, 2, 1]), (9, 8, [1, 8])])
 def test_groups_are_everybody_the_first_alone(count, size, expected):

@@ -3,16 +3,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import generator, tiny_model
 
 import hdb
 import personalize
 from files import images
+from nano import faces, seeds
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,13 +47,72 @@ def test_one_photo_to_a_person(tmp_path):
     assert (tmp_path / "a/0.png").read_bytes() == (tmp_path / "b/0.png").read_bytes()
 
 
+def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
+    done = run("nano/example.png", "[V] face", "--look", "dark skin, a blue bob, no glasses, no beard",
+               "--crop", "center", "--steps", 2, "--sample-steps", 2, "--seed", 7, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "saw: dark skin, a blue bob" in done.stdout.splitlines()
+    sheet = Image.open(tmp_path / "sheet.png")  # photo, avatar, prediction, picture
+    assert sheet.size == (4 * 128, 128) and sheet.text["saw"] == "dark skin, a blue bob"
+    photo, avatar = (images.read(tmp_path / "sheet.png", 128, (x, 0, 128)) for x in (0, 128))
+    assert (photo - images.read(ROOT / "nano/example.png", 128)).abs().mean() < .05
+    identity = faces.identities([seeds.EXAMPLE])
+    assert faces.describe(identity) != [["dark skin", "a blue bob"]] and (avatar - photo).abs().mean() > .1
+
+
+def test_what_the_method_sees_of_a_photo_and_of_a_drawing(monkeypatch, capsys):
+    """A drawing as it is; of a photograph, whose face is found only then, what nano draws in its place."""
+    asked, args = [], SimpleNamespace(model="nano", look=None, crop="face", photos=["x.png"], saw=None)
+    drawing = faces.photos(faces.identities([seeds.EXAMPLE]), generator(1), "cpu")
+
+    def read(path, side, crop):
+        asked.append((side, crop))
+        return drawing
+    monkeypatch.setattr(images, "read", read)
+    monkeypatch.setattr(personalize.reader, "drawn", lambda network, pictures: torch.tensor([True]))
+    seen, shown = personalize.sitter(args, 128)
+    assert seen is None and shown is not None and torch.equal(shown, drawing) and args.crop == "center"
+    monkeypatch.setattr(personalize.reader, "drawn", lambda network, pictures: torch.tensor([False]))
+    args.crop = "face"
+    seen, shown = personalize.sitter(args, 128)
+    assert asked == [(128, "center"), (128, "center"), (256, "face")]
+    identity, portrait = personalize.reader.avatar(personalize.reader.load_reader(), drawing)
+    assert torch.equal(seen, drawing) and torch.equal(shown, portrait)
+    assert capsys.readouterr().out == f"saw: {', '.join(*faces.describe(identity[None]))}\n"
+    args.model = "elsewhere"
+    seen, shown = personalize.sitter(args, 512)
+    assert seen is None and asked[-1] == (512, "face")
+
+
+@pytest.mark.parametrize("given, steps, rank, lr", [
+    (["--model", "x"], 200, 16, 2e-4), (["--model", "x", "--hypernet", "h"], 40, 4, 5e-4), ([], 40, 4, 3e-3),
+    (["--model", "x", "--steps", "7", "--lr", "0.001"], 7, 16, 1e-3)])
+def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, lr):
+    monkeypatch.setattr(sys, "argv", ["personalize.py", "nano/example.png", "[V]", *given])
+    args = personalize.arguments()
+    assert (args.steps, args.rank, args.lr) == (steps, rank, lr)
+    assert (args.guidance, args.sample_steps) == ((7.5, 30) if given else (2., 15))
+
+
+@pytest.mark.parametrize("model, lr, warned", [
+    ("x", 3e-3, True), ("x", 5e-4, False), ("nano", 3e-3, False)])
+def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
+    args = SimpleNamespace(model=model, lr=lr, photos=["x.png"], method=personalize.OURS, negative="",
+                           prompts=["[V] face"])
+    personalize.warn(args, tiny_model().tokenizer)
+    assert any("is large for this model" in str(w.message) for w in recwarn) == warned
+
+
 @pytest.mark.parametrize("arguments, why", [
     (["none.png", "[V] face"], "no such file"),
     (["README.md", "[V] face"], "cannot be read as a picture"),
     (["baselines", "[V] face"], "no such folder, or it holds no photos; __init__.py: cannot be read"),
     (["nano/example.png", "nano/example.png", "[V] face", "--crop", "0,0,90"], "cannot have one --crop"),
     (["nano/example.png", "[V] face", "--crop", "100,100,100"], "does not lie inside"),
-    (["nano/example.png", "[V] face", "--crop", "1,2"], "three whole numbers"),
+    (["nano/example.png", "[V] face", "--crop", "1,2"], "is not face, center or x,y,size"),
+    (["nano/example.png", "[V] face", "--look", "purple hair"], '"purple" in "purple hair" is no word here'),
+    (["a.safetensors", "[V] face", "--look", "grey hair"], "--look is for photos, on nano"),
+    (["nano/example.png", "[V] face", "--model", "nowhere", "--look", "grey hair"], "--look is for photos"),
     (["nano/example.png", "[V] face", "--crop", "0,0,20"], "too small"),
     (["nano/example.png", "[V] face", "--model", "nowhere"], "no such file or folder"),
     (["nano/example.png", "[V] face", "--model", "nano/judge.safetensors"], "no model known here"),
