@@ -97,11 +97,13 @@ def load_parts(source, device, dtype):
         plans, vocabulary = from_hub(name, dtype)
     else:
         raise LoadError(f"{name}: no such file or folder, and not a hub id, which looks like {HUB}")
-    modules = {key: build(part.kind, *plans[key], device, dtype) for key, part in PARTS.items()}
-    text, width = modules["text_encoder"].config, modules["unet"].config.cross_attention_dim
+    # what is small goes first, so that a wrong model is refused before its gigabytes are read
+    text, width = plans["text_encoder"][0], plans["unet"][0].cross_attention_dim
     if text.hidden_size != width:
         raise LoadError(f"{name}: the text encoder is {text.hidden_size} wide, the UNet takes {width}")
-    return modules["unet"], modules["text_encoder"], read_tokenizer(vocabulary, text, name), modules["vae"]
+    tokenizer = read_tokenizer(vocabulary, text, name)
+    modules = {key: build(part.kind, *plans[key], device, dtype) for key, part in PARTS.items()}
+    return modules["unet"], modules["text_encoder"], tokenizer, modules["vae"]
 
 
 def download(source, *patterns):

@@ -531,7 +531,7 @@ BIAS = "encoder.word.bias"
     ({BIAS: None}, {}, {}, f"no tensor for {BIAS}"),
     ({BIAS: torch.zeros(3)}, {}, {}, rf"tensor {BIAS} has shape \(3,\), expected \(32,\)"),
     ({"rows.24": torch.zeros(3)}, {}, {}, "surplus tensor rows.24"),
-    ({BIAS: torch.full((32,), torch.nan)}, {}, {}, "infinite or NaN"),
+    ({BIAS: torch.full((32,), torch.nan)}, {}, {}, "holds NaN or numbers too large"),
     ({}, {}, {"vit_checksum": "00000000"}, "another encoder of photos than the one that is now some/vit"),
 ])
 def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, words):

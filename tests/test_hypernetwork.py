@@ -147,8 +147,8 @@ def test_an_encoder_is_asked_for_on_the_models_device(tmp_path, monkeypatch):
     ({"bias": None}, {}, {}, ["no tensor for bias"]),
     ({"bias": torch.zeros(3)}, {}, {}, ["tensor bias has shape (3,), expected (44, 32)"]),
     ({"more": torch.zeros(3)}, {}, {}, ["surplus tensor more"]),
-    ({"bias": torch.full((44, 32), torch.nan)}, {}, {}, ["infinite or NaN"]),
-    ({"bias": torch.full((44, 32), torch.inf)}, {}, {}, ["infinite or NaN"])])
+    ({"bias": torch.full((44, 32), torch.nan)}, {}, {}, ["holds NaN or numbers too large"]),
+    ({"bias": torch.full((44, 32), torch.inf)}, {}, {}, ["holds NaN or numbers too large"])])
 def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, words):
     alter(file, tensors, settings, **note)
     refused(file, *words)
