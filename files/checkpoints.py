@@ -1,5 +1,6 @@
 """From files to modules, strictly, and back: what is missing, surplus or misshapen is named in one line.
 The weights are in memory once: a module is built without numbers and takes tensors one by one from files."""
+import glob
 import json
 import os
 import re
@@ -170,6 +171,11 @@ def whole_file(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # what a run that was killed has left goes
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        pid = old.name.split(".")[-2]
+        if pid.isdecimal() and not alive(int(pid)):
+            old.unlink(missing_ok=True)
     try:
         yield temporary
         sync(temporary)
@@ -177,6 +183,17 @@ def whole_file(path):
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def alive(pid):
+    """Whether a process of this number runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def sync(path):

@@ -2,9 +2,12 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from kill import kill
 from safetensors.torch import load_file
 from torch import nn
 
@@ -140,6 +143,22 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, signum):
     assert stop.value.signum == signum and signal.getsignal(signum) == before
     _, again = some_trainer(tmp_path)
     assert again.step == 3 and all(torch.equal(t, trainer.tensors()[k]) for k, t in again.tensors().items())
+
+
+def test_killed_again_and_again_it_ends_the_same():
+    differ, codes, left = kill(4)
+    assert differ == [] and left == set() and set(codes) <= {-signal.SIGKILL, 143, 0}
+
+
+def test_leftovers_of_the_dead_are_swept(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for pid in dead.pid, os.getppid(), 10 ** 30:
+        (tmp_path / f"x.safetensors.{pid}.tmp").write_text("half")
+    (tmp_path / "x.safetensors.mine.tmp").write_text("not ours")
+    write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"x.safetensors", f"x.safetensors.{os.getppid()}.tmp", "x.safetensors.mine.tmp"}
 
 
 def some_trainer(folder):
