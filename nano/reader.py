@@ -261,19 +261,14 @@ def train(args, photos, truth):
         who = torch.randint(len(photos), (args.batch - half,), generator=generator)
         whom = torch.randint(len(drawings), (half,), generator=generator)
         pictures = torch.cat([photos[who], drawings[whom]])
-        strength, drawn = torch.full((args.batch,), .8), torch.zeros(args.batch)
+        strength, drawn = torch.full((args.batch,), .6), torch.zeros(args.batch)
         strength[-half // 2:], drawn[-half // 2:] = .15, 1
         drawn[-half:-half // 2] = UNKNOWN
         x, frame = looks(pictures, generator, strength)
-        mixed = {name: torch.cat([truth[name][who], of_drawings[name][whom]]) for name in truth}
-        # every picture with a little of another, and of its labels (mixup, Zhang et al., 1710.09412)
-        other = torch.randperm(len(x), generator=generator)
-        share = torch.rand((), generator=generator) * .4
+        labels = {name: torch.cat([truth[name][who], of_drawings[name][whom]]) for name in truth}
         with seeded(step):  # dropout draws from the global generator
-            found = model(torch.lerp(x, x[other], share))
-        one, two = (losses(found, {name: t[who] for name, t in mixed.items()}, frame[who], drawn[who], weights)
-                    for who in (slice(None), other))
-        each = {name: torch.lerp(one[name], two[name], share) for name in one}
+            found = model(x)
+        each = losses(found, labels, frame, drawn, weights)
         shown = {name: each[name] for name in ("hair_style", "glasses", "beard", "frame")}
         trainer.update(sum(each.values()), **shown)
     trainer.average()

@@ -67,4 +67,5 @@ def kill(rounds, seed=0):
 
 if __name__ == "__main__":
     differ, codes, left = kill(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
-    print(f"{len(codes)} kills, exit codes {sorted(set(codes))}: {len(differ)} tensors differ, left {left or 0}")
+    ends = ", ".join(map(str, sorted(set(codes))))
+    print(f"{len(codes)} kills, exit codes {ends}: {len(differ)} tensors differ, {len(left)} files left")
