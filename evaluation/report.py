@@ -153,8 +153,11 @@ def scatter(main, curves, path, side=900, edge=70):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         (x, y), value = points[0]
         draw.text((x + 5, y - 18), f"{system}: {knob} {value}", colour, font)
-    for colour, (system, values) in zip(COLOURS, main.items()):
+    # dots from the top down, whose names keep apart
+    lowest = 0
+    for colour, (system, values) in zip(COLOURS, sorted(main.items(), key=lambda one: at(one[1])[1])):
         x, y = at(values)
         draw.ellipse([x - 6, y - 6, x + 6, y + 6], colour)
-        draw.text((x - 9 * len(system), y - 8), system, colour, font)
+        lowest = max(lowest + 17, y - 8)
+        draw.text((x - 9 * len(system), lowest), system, colour, font)
     images.save(image, path)
