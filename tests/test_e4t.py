@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import Changed, generator, photo, shared_model, tiny_hypernet, tiny_model
+from tiny import Changed, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched
 from torch.func import functional_call
 
 import diffusion
@@ -61,17 +61,6 @@ def some_photos(people, seed=5):
 
 def some_latent(count, seed=0):
     return torch.randn(count, 4, 8, 8, generator=generator(seed))
-
-
-def untouched(model):
-    """Whether nothing is in force, the weights are as they were made, and none has a gradient."""
-    fresh = tiny_model()
-    for part in "unet", "text", "vae":
-        ours, theirs = (getattr(m, part).state_dict() for m in (model, fresh))
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-        assert all(p.grad is None and not p.requires_grad for p in getattr(model, part).parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.layers.values())
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------

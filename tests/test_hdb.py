@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from tiny import Changed, deltas, generator, photo, shared_model, tiny_hypernet, tiny_model
+from tiny import Changed, deltas, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched
 
 import diffusion
 import hdb
@@ -28,16 +28,6 @@ def some_theta(method, people=1, seed=3, size=.3):
 
 def some_latent(count, seed=0):
     return torch.randn(count, 4, 8, 8, generator=generator(seed))
-
-
-def untouched(method):
-    """Whether nothing is in force and the weights are as they were made."""
-    fresh = tiny_model()
-    for part in "unet", "text", "vae":
-        ours, theirs = (getattr(m, part).state_dict() for m in (method.model, fresh))
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    assert not any(m._forward_hooks for m in method.model.layers.values())
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -112,7 +102,7 @@ def test_eq_2_and_its_gradient(method):
     assert distance.item() == pytest.approx(second.item(), rel=1e-5)
     assert loss.item() == pytest.approx(2 * first.item() + 3 * second.item(), rel=1e-4)
     assert (theta_hat.grad - theta_ref.grad).norm() < 1e-3 * theta_ref.grad.norm()
-    assert (theta_ref.grad.abs().amax((0, 2)) > 0).all() and untouched(method)
+    assert (theta_ref.grad.abs().amax((0, 2)) > 0).all() and untouched(method.model)
 
 
 def test_the_terms_of_eq_2_can_be_left_out(method):
@@ -131,7 +121,7 @@ def test_the_terms_of_eq_2_can_be_left_out(method):
         terms(beta=1.)
     with pytest.raises(ValueError), method.hyper_loss(theta, latent, ["a"] * 3, generator()):
         pass
-    assert untouched(method)
+    assert untouched(method.model)
 
 
 def test_checkpointing_gives_the_same_gradient_through_the_hypernetwork(method):
@@ -150,7 +140,7 @@ def test_a_few_steps_of_target_fitting_written_out(method):
     """Adam from θ = 0 on the sum over people of each one's own loss, which leaves them apart."""
     latents, prompts = some_latent(2, seed=4), ["a [V] face", "a [V] face as a rock star"]
     ours = method.fit_theta(lambda: (latents, prompts), 2, 3, .02, generator(6))
-    assert ours.shape == (2, *method.lidb.shape) and not ours.requires_grad and untouched(method)
+    assert ours.shape == (2, *method.lidb.shape) and not ours.requires_grad and untouched(method.model)
     theta, g = torch.zeros(2, *method.lidb.shape, requires_grad=True), generator(6)
     optimizer = torch.optim.Adam([theta], lr=.02, betas=(.9, .99))
     for _ in range(3):
@@ -214,7 +204,7 @@ def test_fine_tuning_written_out(method, with_prediction, photos):
     pairs, expected = written_out_fine_tuning(method.model, faces, predicted, 3, 3, 1e-2, 4, 8)
     assert [step for step, _ in losses] == [0, 1, 2]
     assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-5)
-    assert relaxed.keys() == pairs.keys() and untouched(method)
+    assert relaxed.keys() == pairs.keys() and untouched(method.model)
     assert not any(t.requires_grad for pair in relaxed.values() for t in pair)
     for side in "a", "b":
         layers = lidb.unet_layers(method.layers) if with_prediction else method.layers
@@ -246,7 +236,8 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
     merge(twin.layers, person)
     with method.model.edited(person):
         inside = method.model.sample(["a [V] face"], [0], steps=2)
-    assert torch.allclose(twin.sample(["a [V] face"], [0], steps=2), inside, atol=1e-3) and untouched(method)
+    assert torch.allclose(twin.sample(["a [V] face"], [0], steps=2), inside, atol=1e-3)
+    assert untouched(method.model)
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
@@ -402,7 +393,7 @@ def test_an_interrupted_run_leaves_the_model_untouched(method):
                 lambda: method.sample(["a [V] face"], edits, [0], steps=2, callback=stop)):
         with pytest.raises(KeyboardInterrupt):
             run()
-    assert untouched(method)
+    assert untouched(method.model)
 
 
 def test_two_methods_around_one_model_do_not_meet(method):
@@ -412,7 +403,7 @@ def test_two_methods_around_one_model_do_not_meet(method):
     theta = torch.ones(1, *other.lidb.shape)
     with other.hyper_loss(theta, some_latent(1), [hdb.PROMPT], generator()) as (loss, *_):
         assert loss > 0
-    assert torch.equal(method.sample(["a [V] face"], edits, [0], steps=1), before) and untouched(method)
+    assert torch.equal(method.sample(["a [V] face"], edits, [0], steps=1), before) and untouched(method.model)
 
 
 def test_v_becomes_the_identifier(method):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import Stage, generator, photo, shared_model, tiny_model
+from tiny import Stage, generator, photo, shared_model, tiny_model, untouched
 from torch.func import functional_call
 
 import clip
@@ -99,17 +99,6 @@ def predicted(model, edits, prompts, seed=4):
     x = some(len(prompts), 4, 8, 8, seed=seed)
     with torch.no_grad(), model.edited(edits):
         return model.unet(x, 500, model.context(prompts))
-
-
-def untouched(model):
-    """Whether nothing is in force, the weights are as they were made, and none has a gradient."""
-    fresh = tiny_model()
-    for part in "unet", "text", "vae":
-        ours, theirs = (getattr(m, part).state_dict() for m in (model, fresh))
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-        assert all(p.grad is None and not p.requires_grad for p in getattr(model, part).parameters())
-    assert not any(m._forward_hooks for m in model.layers.values())
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------

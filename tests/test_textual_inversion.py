@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Stage, generator, photo, shared_model, tiny_model
+from tiny import Stage, generator, photo, shared_model, tiny_model, untouched
 from torch.func import functional_call
 
 import clip
@@ -47,17 +47,6 @@ def written_out_features(model, vectors, ids):
         words.append(len(table) - len(vectors) + said % len(vectors) if token == SKS else token)
         said += token == SKS
     return functional_call(model.text, {WEIGHT: table}, (torch.tensor([words]),))[0]
-
-
-def untouched(model):
-    """Whether nothing is in force, the weights are as they were made, and none has a gradient."""
-    fresh = tiny_model()
-    for part in "unet", "text", "vae":
-        ours, theirs = (getattr(m, part).state_dict() for m in (model, fresh))
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-        assert all(p.grad is None and not p.requires_grad for p in getattr(model, part).parameters())
-    assert not any(m._forward_hooks for m in model.layers.values())
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,7 +235,7 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
-    monkeypatch.setattr(textual_inversion, "descend", lambda *_: None)  # its optimiser knows no meta tensors
+    monkeypatch.setattr(textual_inversion, "descend", lambda *_, **__: None)  # its optimiser knows no meta tensors
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")

@@ -44,6 +44,17 @@ def tiny_hypernet(layers, size, **options):
     return net.eval().requires_grad_(False)
 
 
+def untouched(model):
+    """Whether nothing is in force, the weights are as they were made, and none has a gradient."""
+    fresh = tiny_model()
+    for part in "unet", "text", "vae":
+        ours, theirs = (getattr(m, part).state_dict() for m in (model, fresh))
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        assert all(p.grad is None and not p.requires_grad for p in getattr(model, part).parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.layers.values())
+    return True
+
+
 class Changed:
     """`model` with other weights, as functional_call computes it: the reference for what edits do.
 
