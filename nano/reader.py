@@ -31,6 +31,7 @@ CLASSES = faces.ATTRIBUTES | {"eye_colour": len(faces.EYES), "glasses_colour": l
 NUMBERS = [name for name in faces.IDENTITY if name not in CLASSES]
 HEADS = CLASSES | {"numbers": len(NUMBERS), "frame": 3, "drawn": 1}
 UNKNOWN = -1  # a class, or a number, that a label leaves open
+DRAWN = -1.5   # the logit between photos (up to -2.2) and drawings (from -.9), of which training sees fewer
 
 
 class Block(nn.Module):
@@ -84,7 +85,7 @@ def view(pictures, x, y, zoom, angle=None):
 def drawn(reader, pictures):
     """Whether each of pictures (B, 3, H, W) in [-1, 1] was drawn by faces.py."""
     middle, whole = torch.zeros(len(pictures)), torch.ones(len(pictures))
-    return reader(view(shrunk(pictures, STORED), middle, middle, whole))["drawn"][:, 0] > 0
+    return reader(view(shrunk(pictures, STORED), middle, middle, whole))["drawn"][:, 0] > DRAWN
 
 
 @torch.no_grad()
