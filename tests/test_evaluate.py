@@ -288,8 +288,8 @@ def test_every_system_of_the_tables_is_there():
     assert {job.system for job in systems.rows(True)} == named - {"k = 1"}
     assert {job.system for job in systems.rows(False)} == named - {"k = 1", "E4T"}
     assert {(job.system, job.knob) for job in systems.curves()} == {
-        ("HyperDreamBooth", "steps"), ("HyperDreamBooth", "rank"), ("Only Hyper", "s"),
-        ("HyperDreamBooth", "strength"), ("Perfusion", "beta")}
+        *(("HyperDreamBooth", knob) for knob in ("steps", "rank", "photos", "strength")), ("Only Hyper", "s"),
+        ("Perfusion", "beta")}
 
 
 @pytest.mark.parametrize("arguments, why", [
