@@ -235,7 +235,8 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
-    monkeypatch.setattr(textual_inversion, "descend", lambda *_, **__: None)  # its optimiser knows no meta tensors
+    # its optimiser knows no meta tensors
+    monkeypatch.setattr(textual_inversion, "descend", lambda *_, **__: None)
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
