@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from files.console import UserError, printable
 
-LARGEST_TEXT = 20_000_000  # bytes; CLIP's tokenizer.json has two million
+LARGEST_TEXT = 20  # megabytes; CLIP's tokenizer.json has two
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # these are 1×1 convolutions (c, c, 1, 1) in single files
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
@@ -60,8 +60,8 @@ def require_settings(found, implemented, file):
 
 def read_text(file):
     """The text in a file. LoadError for one that is larger than any that belongs to a model."""
-    if Path(file).stat().st_size > LARGEST_TEXT:
-        raise LoadError(f"{file}: larger than {LARGEST_TEXT // 10 ** 6} MB, which no such file is")
+    if Path(file).stat().st_size > LARGEST_TEXT * 10 ** 6:
+        raise LoadError(f"{file}: larger than {LARGEST_TEXT} MB, which no such file is")
     return Path(file).read_text(encoding="utf-8")
 
 
