@@ -198,7 +198,7 @@ def chosen(args, jobs):
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
-    parser.add_argument("--quick", action="store_true", help="2 people or 1, 6 prompts, no curves; to runs/quick")
+    parser.add_argument("--quick", action="store_true", help="1 or 2 people, 6 prompts; to runs/quick")
     parser.add_argument("--people", type=int, help="how many; 32 if not given")
     parser.add_argument("--rows", nargs="*", help="of the tables; all if not given; of nothing: curves alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
