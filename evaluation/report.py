@@ -146,18 +146,22 @@ def scatter(main, curves, path, side=900, edge=70):
     draw.text((side / 2 - 60, side - 30), "style accuracy", "black", font)
     draw.text((10, 20), "likeness on styled prompts", "black", font)
 
+    labels = []
     for colour, (system, knob) in zip(COLOURS[::-1], dict.fromkeys(key[:2] for key in curves)):
         points = [(at(values), key[2]) for key, values in curves.items() if key[:2] == (system, knob)]
         draw.line([point for point, _ in points], colour, 2)
         for (x, y), _ in points:
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        (x, y), value = points[0]
-        draw.text((x + 5, y - 18), f"{system}: {knob} {value}", colour, font)
-    # dots from the top down, whose names keep apart
-    lowest = 0
-    for colour, (system, values) in zip(COLOURS, sorted(main.items(), key=lambda one: at(one[1])[1])):
+        point, value = points[0]
+        labels.append((point, f"{system}: {knob} {value}", colour))
+    for colour, (system, values) in zip(COLOURS, main.items()):
         x, y = at(values)
         draw.ellipse([x - 6, y - 6, x + 6, y + 6], colour)
+        labels.append(((x, y), system, colour))
+
+    # names to the left of their points, from the top down, apart
+    lowest = 0
+    for (x, y), text, colour in sorted(labels, key=lambda label: label[0][1]):
         lowest = max(lowest + 17, y - 8)
-        draw.text((x - 9 * len(system), lowest), system, colour, font)
+        draw.text((x - 10 - draw.textlength(text, font), lowest), text, colour, font)
     images.save(image, path)
