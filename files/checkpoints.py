@@ -4,6 +4,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -166,23 +167,24 @@ def checksum(module):
 
 @contextmanager
 def whole_file(path):
-    """A temporary path beside `path`, whose folder is made, that takes its place when the block ends: whole,
+    """A temporary path near `path`, whose folder is made, that takes its place when the block ends: whole,
     and on the disk before its name is, so that nobody ever sees half of a file, even after a power cut."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    # what a run that was killed has left goes
+    # what a run that was killed has left goes; a folder, as safetensors leaves files of its own beside its
     for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         pid = old.name.split(".")[-2]
         if pid.isdecimal() and not alive(int(pid)):
-            old.unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
+        folder.mkdir(exist_ok=True)
+        yield folder / path.name
+        sync(folder / path.name)
+        (folder / path.name).replace(path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(pid):

@@ -154,7 +154,8 @@ def test_leftovers_of_the_dead_are_swept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in dead.pid, os.getppid(), 10 ** 30:
-        (tmp_path / f"x.safetensors.{pid}.tmp").write_text("half")
+        (tmp_path / f"x.safetensors.{pid}.tmp").mkdir()
+        (tmp_path / f"x.safetensors.{pid}.tmp/half").write_text("half")
     (tmp_path / "x.safetensors.mine.tmp").write_text("not ours")
     write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     left = {path.name for path in tmp_path.iterdir()}
