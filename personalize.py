@@ -37,7 +37,7 @@ import hdb  # noqa: E402
 from baselines import registry, textual_inversion  # noqa: E402, F401
 from edits import LINEAR, LowRank, canonical, join, named, scale, stack  # noqa: E402
 from files import console, images  # noqa: E402
-from files.checkpoints import open_tensors  # noqa: E402
+from files.checkpoints import finite, open_tensors  # noqa: E402
 from files.layouts import HERE, model_name  # noqa: E402
 from files.lora import export_lora, load_lora  # noqa: E402
 from files.merged import free_folder, merge_to_folder  # noqa: E402
@@ -217,7 +217,7 @@ def main(args):
         seen, photo = sitter(args, 8 * model.unet.config.sample_size)
         photo = photo.to(model.device)
         person = maker.make_person(method, photo if len(photo) == 1 else photo[None], args, stage)
-        if not all(t.isfinite().all() for t in person.stored().values()):
+        if not all(map(finite, person.stored().values())):
             raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
         # as the file keeps it, so that the pictures are the same again from there
         people = [person.map(lambda t: t.half().float())]

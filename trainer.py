@@ -39,14 +39,15 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=Fal
         with torch.enable_grad(), around():
             value = loss()
             backward(value, trained)
+        shown = value.item() if keep or callback else None  # on a GPU, to read it is to wait for it
         if keep:
-            losses.append(value.item())
+            losses.append(shown)
             if not risen(losses):
                 good = [p.detach().clone() for p in trained]
         optimizer.step()
         optimizer.zero_grad()
         if callback:
-            callback(step, value.item())
+            callback(step, shown)
     if risen(losses):
         warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not "
                       f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do",

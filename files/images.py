@@ -3,6 +3,7 @@ import io
 import os
 import warnings
 from contextlib import suppress
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,11 +15,6 @@ from files.console import UserError, printable
 with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener
     register_heif_opener()
-try:  # optional: to find faces
-    from cv2 import CascadeClassifier, data
-    DETECTOR = CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
-except ImportError:
-    DETECTOR = None
 
 SMALLEST = 64          # pixels a side of a face
 ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
@@ -83,15 +79,15 @@ def opened(path, reduced):
             file.draft(None, (ENOUGH, ENOUGH))
         try:
             file.load()
-            whole = True
         except OSError:
             if not jpeg or ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise
-            whole = False
-        if whole:
+        else:
             means = reduced and file.mode in ("L", "LA", "RGB", "RGBA", "CMYK")  # others' pixels have no mean
             times = min(file.size) // ENOUGH if means else 1
             return upright(file.reduce(times) if times > 1 else file), True
+
+    # cut off: once more, for as far as it goes
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         image, _ = opened(path, reduced)
@@ -107,10 +103,21 @@ def ends_grey(image):
     return bool(grey[:2].all() or grey[-2:].all() or grey[:, :2].all() or grey[:, -2:].all())
 
 
+@cache
+def detector():
+    """OpenCV's finder of faces, or None where OpenCV is not installed. Loaded when one is looked for."""
+    try:
+        from cv2 import CascadeClassifier, data
+    except ImportError:
+        return None
+    return CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
+
+
 def about_face(image, path):
     """The square (x, y, size) of a portrait, head and shoulders, about the largest face in a PIL image. None,
     and a warning, where there is none or OpenCV isn't installed."""
-    if DETECTOR is None:
+    finder = detector()
+    if finder is None:
         warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have '
                       "the face found, or give --crop", stacklevel=3)
         return None
@@ -118,7 +125,7 @@ def about_face(image, path):
     small.thumbnail((640, 640))
     grey = np.array(small)
     least = max(24, min(grey.shape) // 10)
-    found = sorted(DETECTOR.detectMultiScale(grey, 1.1, 4, minSize=(least, least)), key=lambda box: box[2])
+    found = sorted(finder.detectMultiScale(grey, 1.1, 4, minSize=(least, least)), key=lambda box: box[2])
     if not len(found):
         warnings.warn(f"{path}: no face is found; the central square is used, or give --crop", stacklevel=3)
         return None

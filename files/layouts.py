@@ -47,7 +47,6 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": 
             "num_train_timesteps": 1000, "trained_betas": None}
 
 ONLY = "only Stable Diffusion 1.x is implemented"
-OTHER_FAMILIES = "an SDXL", "a Stable Diffusion 2", "a diffusion transformer"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
 OTHERS = {  # what a file without our prefixes is: the first pattern that one of its keys begins with
@@ -206,7 +205,7 @@ def from_file(file):
     if lacking:
         kinds = (what for pattern, what in OTHERS.items() if any(re.match(pattern, key) for key in shapes))
         what = next(kinds, f"no model known here (a tensor of it: {next(iter(shapes), None)}); {WHOLE}")
-        if len(lacking) == 1 and not what.startswith(OTHER_FAMILIES):
+        if len(lacking) == 1 and ONLY not in what:  # not of another family
             average = any(key.startswith("model_ema.") for key in shapes)
             what = (f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…)"
                     + "; of that it has the moving average alone" * average + f"; {WHOLE}")

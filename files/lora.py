@@ -138,9 +138,10 @@ def peft_scales(path, note, tensors, edits):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
             kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
+        for part in {name.split(".")[0] for name in edits}:
+            check_plain(config, PREFIXES[part])
         for name, (a, _) in edits.items():
             (part, inner), rank = name.split(".", 1), a.shape[2]
-            check_plain(config, PREFIXES[part])
             patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
                                            for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
             special = (v for key, v in (patterns or {}).items() if named_by(key, inner))

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edits import IDENTIFIER, LowRank, join, scale
-from files.checkpoints import LoadError, open_tensors, write
+from files.checkpoints import LoadError, finite, open_tensors, write
 from files.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
@@ -174,7 +174,7 @@ def check_numbers(tensors, path, empty=None):
     if empty and not tensors:
         raise PersonError(f"{path}: {empty}")
     for key, t in tensors.items():
-        if not t.is_floating_point() or not t.float().isfinite().all():
+        if not t.is_floating_point() or not finite(t.float()):
             raise PersonError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
 
 

@@ -213,7 +213,7 @@ class Detector:
 def test_the_square_about_the_largest_face(tmp_path, monkeypatch, boxes, square, said):
     noise = np.random.default_rng(0).integers(0, 255, (960, 1280, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    monkeypatch.setattr(images, "DETECTOR", None if boxes is None else Detector(*boxes))
+    monkeypatch.setattr(images, "detector", lambda: None if boxes is None else Detector(*boxes))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         photo = images.read(tmp_path / "a.png", 64, "face")

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from tiny import generator
 
 from files.console import UserError
-from nano import faces, reader, seeds
-from nano.reader import CLASSES, HEADS, NUMBERS, Reader, UNKNOWN
+from nano import faces, reader, seeds, train_reader
+from nano.reader import CLASSES, HEADS, NUMBERS, Reader
+from nano.train_reader import UNKNOWN
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,13 @@ def test_another_word_is_answered_with_those_that_exist(text):
 
 def test_an_identity_survives_its_labels():
     identity = people()
-    truth = reader.truth_of(identity)
+    truth = train_reader.truth_of(identity)
     logits = {name: 50. * F.one_hot(truth[name], count).float() for name, count in CLASSES.items()}
     logits["numbers"] = truth["numbers"].logit()
     again = reader.identity_of(logits)
-    assert all(torch.equal(t, reader.truth_of(again)[name]) for name, t in truth.items() if name != "numbers")
-    assert torch.allclose(reader.truth_of(again)["numbers"], truth["numbers"], atol=1e-5)
+    found = train_reader.truth_of(again)
+    assert all(torch.equal(t, found[name]) for name, t in truth.items() if name != "numbers")
+    assert torch.allclose(found["numbers"], truth["numbers"], atol=1e-5)
     assert set(NUMBERS) | set(CLASSES) == set(faces.IDENTITY)
     between = {**logits, "skin": torch.tensor([[0., 0., -50., -50., -50.]]).expand(64, 5)}
     assert torch.allclose(reader.identity_of(between)[:, 0], torch.tensor(.2))  # half way of pale and light
@@ -90,7 +92,7 @@ def test_training_looks_say_where_the_frame_is():
     axis = torch.linspace(-1, 1, 128)
     far = (axis[None].square() + axis[:, None].square()).sqrt()
     picture = ((1 - far / 1.5) * 255).clamp(0, 255).byte().expand(16, 3, 128, 128)
-    shown, frame = reader.looks(picture, generator(0), torch.zeros(16))
+    shown, frame = train_reader.looks(picture, generator(0), torch.zeros(16))
     x, y, log = frame.unbind(1)
     brightest = shown[:, 0].flatten(1).argmax(1)
     inner = (torch.arange(64) + .5) / 32 - 1
@@ -105,7 +107,7 @@ def test_training_looks_say_where_the_frame_is():
 
 def test_photographic_noise_is_as_strong_as_asked():
     x = torch.zeros(64, 3, 64, 64)
-    none, full = (reader.photographed(x, generator(1), torch.full((64,), s)) for s in (0., 1.))
+    none, full = (train_reader.photographed(x, generator(1), torch.full((64,), s)) for s in (0., 1.))
     assert torch.allclose(none, x, atol=1e-6) and full.std() > .1 and full.abs().max() <= 1
 
 
@@ -116,21 +118,21 @@ def test_losses_count_what_is_known_and_rare_classes_more():
     truth["numbers"][0, 0] = 1.
     weights = {name: torch.ones(n) for name, n in CLASSES.items()}
     drawn = torch.tensor([1., UNKNOWN, 0.])
-    each = reader.losses(found, truth, torch.full((3, 3), .5), drawn, weights)
+    each = train_reader.losses(found, truth, torch.full((3, 3), .5), drawn, weights)
     assert each["skin"].item() == pytest.approx(math.log(5), rel=1e-5)
     assert each["numbers"].item() == pytest.approx(4 * .25) and each["frame"].item() == pytest.approx(2.5)
     assert each["drawn"].item() == pytest.approx(math.log(2), rel=1e-5)
     found["drawn"][1] = 9.  # of which nothing is known
-    assert reader.losses(found, truth, torch.full((3, 3), .5), drawn, weights)["drawn"] == each["drawn"]
+    assert train_reader.losses(found, truth, torch.full((3, 3), .5), drawn, weights)["drawn"] == each["drawn"]
     seen = torch.tensor([0] * 90 + [1] * 10 + [UNKNOWN] * 50)
-    weight = reader.rarity(seen, 3)
+    weight = train_reader.rarity(seen, 3)
     assert weight[0] < weight[1] < weight[2] and weight[1] / weight[0] == pytest.approx(5 ** .8)
 
 
 def test_balanced_is_a_mean_over_classes_with_enough_examples():
     kind = torch.tensor([0] * 20 + [1] * 10 + [2] * 3 + [UNKNOWN] * 4)
     hit = torch.cat([torch.ones(20), torch.zeros(17)]) > 0
-    assert reader.balanced(hit, kind) == .5 and math.isnan(reader.balanced(hit[30:], kind[30:]))
+    assert train_reader.balanced(hit, kind) == .5 and math.isnan(train_reader.balanced(hit[30:], kind[30:]))
 
 
 def test_words_of_a_table_are_classes():
@@ -138,9 +140,9 @@ def test_words_of_a_table_are_classes():
              "hair_colour": ["black", "brown", "blond", "red", "grey", "blue", "hidden"],
              "glasses": ["none", "round", "square"], "beard": ["none", "moustache", "goatee", "full"]}
     for name, words in names.items():
-        found = [reader.class_of(name, word) for word in words]
+        found = [train_reader.class_of(name, word) for word in words]
         assert found == [UNKNOWN if word == "hidden" else i for i, word in enumerate(words)]
-    assert reader.class_of("skin", "3") == 3 and reader.class_of("glasses", "sun") == 2
+    assert train_reader.class_of("skin", "3") == 3 and train_reader.class_of("glasses", "sun") == 2
 
 
 def test_the_network_gives_every_head_and_its_looks_are_averaged():
