@@ -42,21 +42,35 @@ def denoising_loss(model, latent, prompts, generator):
     """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the edits in force.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
-    CPU generator for time steps and noise. D is the model's estimate of the clean latent, so its error is the
-    noise's times 1/SNR; that is cut at 5, where almost pure noise would otherwise drown everything else. Time
-    steps are spread evenly over the batch, which makes the average less noisy.
+    CPU generator for time steps and noise.
     """
+    return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
+
+
+def noised(latent, generator):
+    """What is to be denoised: the latent (B, 4, h, w) with noise, the time steps (B,), spread evenly over the
+    batch, which makes the average less noisy, the noise, and the weights (B,) of its errors; on latent's
+    device, drawn by a CPU generator."""
     count = len(latent)
     with torch.device("cpu"):
         # one time step in each of `count` equal parts of [0, 1], in random order
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)]
         noise = torch.randn(latent.shape, generator=generator).to(latent)
-    # what is the same for many samples is encoded once
-    context = model.context(prompts).repeat(count // len(prompts), 1, 1)
-    predicted = model.unet(add_noise(latent, noise, t), t.to(latent.device), context)
     snr = ALPHAS_CUMPROD[t] / (1 - ALPHAS_CUMPROD[t])
     weight = (1 / snr).clamp(max=5).to(latent.device)
+    return add_noise(latent, noise, t), t.to(latent.device), noise, weight
+
+
+def denoising_error(unet, context, noisy, t, noise, weight):
+    """Per sample (B,) the error of the clean latent that the UNet sees in what noised() gives, under the text
+    features `context` (n, m, d) of the n people that take turns in the batch.
+
+    It is the noise's error times 1/SNR; that is cut at 5, where almost pure noise would otherwise drown
+    everything else.
+    """
+    # what is the same for many samples was encoded once
+    predicted = unet(noisy, t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (predicted - noise).float().pow(2).mean((1, 2, 3))
 
 

@@ -46,11 +46,12 @@ class LowRank(NamedTuple):
     def __call__(self, layer, x, y):
         """ValueError for a batch that cannot be shared among the people."""
         a, b = (shared(t.to(x.dtype), len(x)) for t in self)
-        pixels = isinstance(layer, nn.Conv2d)
-        # (B, n, in): n pixels or tokens, or one vector
-        x = x.flatten(2).mT if pixels else x.reshape(len(x), -1, x.shape[-1])
-        residual = x @ a @ b
-        return y + (residual.mT if pixels else residual).reshape(y.shape)
+        if isinstance(layer, nn.Conv2d):
+            x = x.flatten(2).mT  # (B, pixels, in)
+            return y + (x @ a @ b).mT.reshape(y.shape)
+        # (B, tokens, in), or all of one person's tokens as one matrix; the sum is the product's own
+        x, start = (z.reshape(len(a), -1, z.shape[-1]) for z in (x, y))
+        return torch.baddbmm(start, x @ a, b).view(y.shape)
 
     def scaled(self, strength):
         return LowRank(self.a, self.b * strength)
@@ -99,8 +100,8 @@ def edited(layers, edits):
 
     Edits of several `with` add up, the inner ones see what the outer made. The backward pass belongs inside
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its first argument; in several threads at once each needs a model of its own. ValueError for a name
-    that is not in `layers`.
+    as its first argument; in several threads at once each needs a model of its own. What `absorbs` says is in
+    the weights inside, and so costs nothing. ValueError for a name that is not in `layers`.
     """
     if unknown := [name for name in edits if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
@@ -108,16 +109,31 @@ def edited(layers, edits):
     def hook(edit):
         return lambda layer, inputs, output: edit(layer, inputs[0], output)
 
-    handles = []
+    handles, weights = [], []
     try:
         for name, edit in edits.items():
+            layer = layers[name]
+            if absorbs(layer, edit):
+                weights.append((layer.weight, layer.weight.data))
+                layer.weight.data = layer.weight + edit.changes(layer)["weight"]
+                continue
             if hasattr(edit, "before"):
-                handles.append(layers[name].register_forward_pre_hook(edit.before))
-            handles.append(layers[name].register_forward_hook(hook(edit)))
+                handles.append(layer.register_forward_pre_hook(edit.before))
+            handles.append(layer.register_forward_hook(hook(edit)))
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, own in weights:
+            parameter.data = own
+
+
+def absorbs(layer, edit):
+    """Whether W + ΔW may take the place of W while an edit is in force: it is one person's and fixed, nobody
+    asks for W's own gradient, and float32 rounds nothing away."""
+    if not isinstance(edit, LowRank) or len(edit.a) > 1 or edit.a.requires_grad or edit.b.requires_grad:
+        return False
+    return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
 
 
 def adaptable_layers(unet, text):

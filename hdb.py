@@ -14,7 +14,7 @@ from functools import cached_property
 
 import torch
 
-from diffusion import denoising_loss
+from diffusion import denoising_error, denoising_loss, noised
 from edits import detach, fresh_lora, join
 from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
 from lidb import LiDB, personal_layers, unet_layers
@@ -114,9 +114,15 @@ class HyperDreamBooth:
         # people on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
         layers = self.layers if theta is None else unet_layers(self.layers)
         relaxed = fresh_lora(layers, rank, generator, people)
-        fit(lambda: denoising_loss(self.model, latent(), [PROMPT] * people, generator).mean(),
-            [factor for pair in relaxed.values() for factor in pair], steps, lr,
-            lambda: self.model.edited(join(predicted, relaxed)), callback, keep=True)
+        with self.model.edited(predicted), self.model.edited(relaxed):
+            ids = self.model.tokens([PROMPT] * people)
+            fixed = None if theta is None else self.model.text(ids).detach()  # encoded once
+
+            def loss(*noised):
+                context = self.model.text(ids) if fixed is None else fixed
+                return denoising_error(self.model.unet, context, *noised).mean()
+            fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, callback=callback,
+                keep=True, draw=lambda: noised(latent(), generator))
         return detach(relaxed)
 
     def sample(self, prompts, edits=None, seeds=None, **options):

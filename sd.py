@@ -27,8 +27,9 @@ class StableDiffusion:
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
         for part in (unet, text, vae):
             part.eval().requires_grad_(False)
-        # a large UNet's activations would fill the memory; the miniature has room for them
-        unet.gradient_checkpointing = sum(p.numel() for p in unet.parameters()) > 1e8
+        device = next(unet.parameters()).device
+        # a large UNet's activations fill most memories; a third more time then
+        unet.gradient_checkpointing = sum(p.numel() for p in unet.parameters()) > 1e8 and not roomy(device)
 
     @property
     def device(self):
@@ -73,7 +74,11 @@ class StableDiffusion:
     def context(self, texts):
         """A list of B strings to the text features (B, n, d) that the UNet attends to, [V] being the rare
         identifier. What is too long is cut, with a warning."""
-        return self.text(self.tokenizer([named(text) for text in texts]).to(self.device))
+        return self.text(self.tokens(texts))
+
+    def tokens(self, texts):
+        """The same strings as the text encoder's token ids (B, n)."""
+        return self.tokenizer([named(text) for text in texts]).to(self.device)
 
     @torch.no_grad()
     def sample(self, prompts, seeds=None, steps=15, guidance=2., negative="", size=None,
@@ -94,6 +99,11 @@ class StableDiffusion:
         denoise = diffusion.guided(self.unet, context, negatives, guidance)
         latent = sampler(denoise, noise.to(self.device), steps, callback=callback)
         return self.decode(latent).float().clamp(-1, 1)
+
+
+def roomy(device):
+    """Whether this is a GPU of 32 GB or more."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 32e9
 
 
 def check_sides(height, width):

@@ -24,37 +24,72 @@ def backward(loss, parameters):
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
-def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=False):
+def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=False, draw=None):
     """Change `parameters`, a list of tensors that require gradients, or of groups of them with a rate each,
     {"params": [tensors], "lr": rate}, by `steps` of Adam down the scalar loss().
 
     around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
     callback(step, loss) after every step. keep: where the loss has risen for good, the parameters of the last
-    step at which it hadn't are put back, with a warning.
+    step at which it hadn't are put back, with a warning. draw() -> all tensors that change from step to step,
+    in shapes that don't, for loss(*draw()): with it a GPU is given each step in one piece, `recorded`.
     """
     optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0., fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    losses, good = [], []
-    for step in range(steps):
+
+    def step(*tensors):
         with torch.enable_grad(), around():
-            value = loss()
+            value = loss(*tensors)
             backward(value, trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.detach()
+    if draw and trained[0].is_cuda:
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        step = recorded(step)
+
+    losses, good, before = [], *([p.detach().clone() for p in trained] for _ in range(2))
+    for i in range(steps):
+        if keep:
+            torch._foreach_copy_(before, [p.detach() for p in trained])
+        value = step(*(draw() if draw else ()))
         shown = value.item() if keep or callback else None  # on a GPU, to read it is to wait for it
         if keep:
             losses.append(shown)
             if not risen(losses):
-                good = [p.detach().clone() for p in trained]
-        optimizer.step()
-        optimizer.zero_grad()
+                good, before = before, good
         if callback:
-            callback(step, shown)
+            callback(i, shown)
     if risen(losses):
         warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not "
                       f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do",
                       stacklevel=3)
-        with torch.no_grad():
-            for p, kept in zip(trained, good):
-                p.copy_(kept)
+        torch._foreach_copy_([p.detach() for p in trained], good)
+
+
+def recorded(step, eager=3):
+    """step(*tensors) -> tensor, on a GPU, as a CUDA graph: run as it is a few times, then recorded, and from
+    then on replayed, which spares Python and thousands of launches, the most of a step's time. Whatever
+    else the step reads and writes stays where it is in memory."""
+    graph, aside, calls, given, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, [], None
+
+    def run(*tensors):
+        nonlocal calls, given, result
+        calls += 1
+        if calls <= eager:  # on a stream of its own, as when it is recorded
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                result = step(*tensors)
+            torch.cuda.current_stream().wait_stream(aside)
+            return result
+        if calls == eager + 1:
+            given = [t.clone() for t in tensors]
+            with torch.cuda.graph(graph):
+                result = step(*given)
+        torch._foreach_copy_(given, list(tensors))
+        graph.replay()
+        return result
+    return run
 
 
 def risen(losses, few=5, well=1.5):

@@ -70,7 +70,8 @@ class Embeddings(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         self.side = config.image_size // patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.randn(1, self.side ** 2 + 1, width) * .02)
+        self.position_embeddings = nn.Parameter(torch.empty(1, self.side ** 2 + 1, width))
+        nn.init.normal_(self.position_embeddings, std=.02)
         self.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, patch, patch)})
 
     def forward(self, image):

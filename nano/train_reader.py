@@ -80,10 +80,12 @@ def eye_colour(row):
 def photographed(x, generator, strength):
     """Pictures (B, 3, H, W) in other light: gain, contrast, a colour cast, a lamp from one side, blur, noise
     and a covered patch, each by `strength` (B,) of its usual size."""
+    device = generator.device
+
     def draw(*shape):
-        uniform = torch.rand(len(x), *shape, generator=generator) * 2 - 1
+        uniform = torch.rand(len(x), *shape, generator=generator, device=device) * 2 - 1
         return uniform * strength.view(-1, *[1] * len(shape))
-    axis = torch.linspace(-1, 1, x.shape[-1])
+    axis = torch.linspace(-1, 1, x.shape[-1], device=device)
     lamp = draw(1, 1, 1) * axis.view(1, 1, 1, -1) + draw(1, 1, 1) * axis.view(1, 1, -1, 1)
     light = 1 + .25 * draw(1, 1, 1) + .08 * draw(3, 1, 1) + .2 * lamp
     x = ((x + 1) / 2).clamp(0, 1) ** (.3 * draw(1, 1, 1)).exp() * light * 2 - 1
@@ -91,8 +93,9 @@ def photographed(x, generator, strength):
     # half of them blurred, some grain, a patch of some colour over a third
     blurred = F.interpolate(F.avg_pool2d(x, 3, 2, 1), x.shape[-2:], mode="bilinear")
     x = x.lerp(blurred, draw(1, 1, 1).clamp(min=0))
-    grain = torch.randn(x.shape, generator=generator) * .08 * draw(1, 1, 1).abs()
-    coarse = torch.randn(len(x), 3, 12, 12, generator=generator) * .15 * draw(1, 1, 1).clamp(min=0)
+    grain = torch.randn(x.shape, generator=generator, device=device) * .08 * draw(1, 1, 1).abs()
+    coarse = torch.randn(len(x), 3, 12, 12, generator=generator, device=device)
+    coarse = coarse * .15 * draw(1, 1, 1).clamp(min=0)
     x = x + grain + F.interpolate(coarse, x.shape[-2:], mode="bilinear")
     cx, cy, rx, ry = draw(4).split(1, 1)
     inside = ((axis - cx).abs()[:, None, :] < rx.abs()[:, None] * .4) & (
@@ -105,12 +108,12 @@ def looks(pictures, generator, strength):
     """Random views (B, 3, 64, 64) of byte pictures (B, 3, 128, 128), and where in them the whole of each
     picture, which is a portrait, is (B, 3), as Reader's "frame"."""
     x = pictures.float() / 127.5 - 1
-    x = torch.where(torch.rand(len(x), 1, 1, 1, generator=generator) < .5, x, x.flip(3))
-    dx, dy, log, angle = ((torch.rand(len(x), 4, generator=generator) * 2 - 1)
-                          * torch.tensor([.22, .22, .3, .25])).unbind(1)
+    chance = torch.rand(len(x), 6, generator=generator, device=generator.device)
+    x = torch.where(chance[:, 0].view(-1, 1, 1, 1) < .5, x, x.flip(3))
     # most looks are close to the frame, as the second ones are
-    near = torch.where(torch.rand(len(x), generator=generator) < .6, .4, 1.)
-    dx, dy, zoom, angle = dx * near, dy * near, (log * near + .04).exp(), angle * near
+    near = torch.where(chance[:, 1] < .6, .4, 1.)
+    dx, dy, log, angle = near * (2 * chance[:, 2:] - 1).T * torch.tensor([.22, .22, .3, .25]).to(x)[:, None]
+    zoom = (log + .04).exp()
     c, s = angle.cos(), angle.sin()
     frame = torch.stack([-(c * dx + s * dy) / zoom, -(-s * dx + c * dy) / zoom, -zoom.log()], 1)
     return photographed(view(x, dx, dy, zoom, angle), generator, strength), frame
@@ -142,16 +145,23 @@ def train(args, photos, truth):
     weights = {name: rarity(truth[name], n) for name, n in CLASSES.items()}
     with seeded(args.seed):
         model = Reader()
+
+    # from here on everything happens on the device
+    device = torch.device(args.device)
+    generator, model = torch.Generator(device), model.to(device)
+    photos, drawings = photos.to(device), drawings.to(device)
+    truth, of_drawings, weights = ({name: t.to(device) for name, t in some.items()}
+                                   for some in (truth, of_drawings, weights))
     trainer = Trainer({"reader": model}, Path(args.runs) / "reader", args.steps, args.lr,
                       weight_decay=.1, of={"photos": args.photos, "seed": args.seed})
     half = args.batch // 4
     for step in trainer:
         # Photos, and a quarter drawings, half of them as if photographed, half hardly changed
         generator.manual_seed(seeds.seed(args.seed, step, seeds.READER))
-        who = torch.randint(len(photos), (args.batch - half,), generator=generator)
-        whom = torch.randint(len(drawings), (half,), generator=generator)
+        who = torch.randint(len(photos), (args.batch - half,), generator=generator, device=device)
+        whom = torch.randint(len(drawings), (half,), generator=generator, device=device)
         pictures = torch.cat([photos[who], drawings[whom]])
-        strength, drawn = torch.full((args.batch,), .6), torch.zeros(args.batch)
+        strength, drawn = torch.full((args.batch,), .6, device=device), torch.zeros(args.batch, device=device)
         strength[-half // 2:], drawn[-half // 2:] = .15, 1
         drawn[-half:-half // 2] = UNKNOWN
         x, frame = looks(pictures, generator, strength)
@@ -162,7 +172,7 @@ def train(args, photos, truth):
         shown = {name: each[name] for name in ("hair_style", "glasses", "beard", "frame")}
         trainer.update(sum(each.values()), **shown)
     trainer.average()
-    write({k: v.half() for k, v in model.state_dict().items()}, FILE)
+    write({k: v.half().cpu() for k, v in model.state_dict().items()}, FILE)
 
 
 def report(photos, truth):
@@ -199,6 +209,7 @@ def arguments():
     usual = {"steps": 2000, "batch": 64, "drawings": 2000, "lr": 2e-3, "seed": 0, "runs": "runs"}
     for option, value in usual.items():
         parser.add_argument(f"--{option}", type=type(value), default=value, help=" ")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(8, 4096), lr=(0, 1),
                          drawings=(8, 10 ** 6), seed=(0, seeds.SEEDS))

@@ -83,8 +83,9 @@ def test_the_layer_s_own_dtype_is_kept():
     layer, edit, x = nn.Linear(24, 40).bfloat16(), some(24, 40), x_of(2, 24).bfloat16()
     y = layer(x)
     got = edit(layer, x, y)
-    expected = y + x @ edit.a[0].bfloat16() @ edit.b[0].bfloat16()
-    assert got.dtype == torch.bfloat16 and torch.equal(got, expected)
+    expected = y.float() + (x @ edit.a[0].bfloat16()).float() @ edit.b[0].bfloat16().float()
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, expected.bfloat16(), rtol=2 ** -7, atol=0)
 
 
 def run(layers, x):
@@ -105,6 +106,28 @@ def test_edits_are_in_force_inside_and_nowhere_else():
     with pytest.raises(KeyboardInterrupt), edited(layers, edit):
         raise KeyboardInterrupt
     assert torch.equal(run(layers, x), plain) and not any(m._forward_hooks for m in layers.values())
+
+
+def test_what_is_fixed_and_one_person_s_is_in_the_weights_inside():
+    layers, fixed = small_layers(), some(24, 40)
+    layers["one"].requires_grad_(False)
+    own = layers["one"].weight.clone()
+    with pytest.raises(ZeroDivisionError), edited(layers, {"one": fixed}):
+        assert torch.allclose(layers["one"].weight, own + (fixed.a[0] @ fixed.b[0]).T)
+        with edited(layers, {"one": fixed.scaled(2.)}):
+            assert torch.allclose(layers["one"].weight, own + 3 * (fixed.a[0] @ fixed.b[0]).T, atol=1e-5)
+        raise ZeroDivisionError
+    assert torch.equal(layers["one"].weight, own) and not layers["one"]._forward_hooks
+
+
+def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
+    layer, fixed = nn.Linear(24, 40).requires_grad_(False), some(24, 40)
+    assert edits.absorbs(layer, fixed)
+    a, b = (t.clone().requires_grad_() for t in fixed)
+    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), Change({"weight": fixed.a}),
+                 lambda layer, x, y: y):
+        assert not edits.absorbs(layer, edit)
+    assert not edits.absorbs(nn.Linear(24, 40), fixed) and not edits.absorbs(layer.bfloat16(), fixed)
 
 
 def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():

@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate
 
 import clip
 import diffusion
+import edits
 import hdb
 import unet
 import vae
@@ -68,7 +69,7 @@ def test_half_precision_against_the_cpu(part, dtype):
 
 def full_size(dtype):
     """A randomly filled SD 1.5 on the GPU with a learnt toy vocabulary."""
-    words = clip.learn_bpe(["a", "face", "as", "rock", "star", hdb.IDENTIFIER])
+    words = clip.learn_bpe(["a", "face", "as", "rock", "star", edits.IDENTIFIER])
     with torch.device("cuda"):
         torch.manual_seed(0)
         parts = unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15), vae.VAE(vae.SD15)
@@ -122,3 +123,17 @@ def test_a_seed_means_the_same_on_both_devices():
         method = hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32))
         pictures.append(method.sample(["a face as a rock star"], seeds=[3]).cpu())
     assert (pictures[0] - pictures[1]).abs().mean() < .01
+
+
+def test_a_recorded_step_does_what_the_step_does():
+    photo, people = images.read(ROOT / "nano/example.png", 128), 2
+    results = []
+    for device in ("cpu", "cuda"):
+        method = hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32))
+        theta, losses = torch.zeros(people, *method.lidb.shape, device=device), []
+        relaxed = method.fine_tune(photo.to(device).expand(people, -1, -1, -1), theta, steps=8,
+                                   callback=lambda step, loss, losses=losses: losses.append(loss))
+        results.append((torch.tensor(losses), torch.cat([b.flatten() for _, b in relaxed.values()]).cpu()))
+    (expected, weights), (losses, found) = results
+    torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
+    assert torch.cosine_similarity(found, weights, dim=0) > .99
