@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from diffusion import denoising_error, denoising_loss, noised
-from edits import detach, fresh_lora, join
+from edits import detach, fresh_lora
 from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load  # noqa: F401

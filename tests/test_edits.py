@@ -124,8 +124,8 @@ def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
     layer, fixed = nn.Linear(24, 40).requires_grad_(False), some(24, 40)
     assert edits.absorbs(layer, fixed)
     a, b = (t.clone().requires_grad_() for t in fixed)
-    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), Change({"weight": fixed.a}),
-                 lambda layer, x, y: y):
+    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2),
+                 Change({"weight": fixed.a}), lambda layer, x, y: y):
         assert not edits.absorbs(layer, edit)
     assert not edits.absorbs(nn.Linear(24, 40), fixed) and not edits.absorbs(layer.bfloat16(), fixed)
 

@@ -1,0 +1,355 @@
+"""How fast this is, beside diffusers and PEFT with the same weights: in one process, in turn.
+
+    python bench.py                       # nano
+    python bench.py --model random        # Stable Diffusion 1.5 at full size, its weights random
+    python bench.py --rows a b d --repeats 9
+
+Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
+number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
+multiplications would take at the rate of one large matrix product (possible); the memory that it takes beside
+the model. Rows f and g compare people side by side with the same people one after the other.
+"""
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import clip
+import hdb
+import unet
+import vae
+from baselines import dreambooth, textual_inversion
+from diffusion import STEPS
+from edits import IDENTIFIER, join
+from files import console
+from files.checkpoints import write_text
+from files.layouts import HERE
+from files.person import Person, save_person
+from hypernet import HyperConfig, HyperNetwork
+from lidb import unet_layers
+from sd import StableDiffusion
+from trainer import seeded
+from vit import NANO_VIT
+
+PROMPT, RANK = "a [V] face", 4
+NUMBERS = {"sample_steps": (15, 30, 1, 999, "of the guided picture"),
+           "batch": (4, 4, 1, 64, "of fine-tuning"),
+           "people": (16, 4, 1, 256, "side by side, rows f and g")}
+
+
+class Row(NamedTuple):
+    """A line of the table. ours() and theirs() -> a list of seconds; flops() does once what `ours` times."""
+    key: str
+    what: str
+    ours: Callable
+    theirs: Callable | None = None
+    flops: Callable | None = None
+
+
+def full_size(device, dtype):
+    """Stable Diffusion 1.5 with random weights and a vocabulary of a few words."""
+    words = clip.learn_bpe(["a", "face", "as", "rock", "star", IDENTIFIER])
+    with seeded(0), torch.device(device):
+        parts = unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15), vae.VAE(vae.SD15)
+    network, text, autoencoder = (part.to(dtype) for part in parts)
+    return StableDiffusion("random", network, text, clip.Tokenizer(*words), autoencoder)
+
+
+def main(args):
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    nano = args.model == "nano"
+    model = hdb.load("nano", device, dtype) if nano else full_size(device, dtype)
+    method = hdb.HyperDreamBooth(model)
+    if nano:
+        method.hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", model)
+    else:
+        with seeded(0):
+            network = HyperNetwork(HyperConfig(*method.lidb.shape, vit=NANO_VIT))
+        method.hypernet = network.to(device).eval().requires_grad_(False)
+
+    lines, rate = [], matmul_rate(device, dtype)
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    print(f"{args.model}, {dtype}, {name}, matrices at {rate / 1e9:,.0f} GFLOP/s")
+    print(table([]))
+    about = {"model": args.model, "device": name, "dtype": str(dtype), "torch": torch.__version__,
+             "matrices, FLOP/s": rate, "settings": {key: getattr(args, key) for key in NUMBERS}}
+    file = args.out / f"bench_{args.model}_{device.type}.json"
+    for row in rows(method, others(model), args):
+        if args.rows is None or row.key in args.rows:
+            lines.append(measured(row, args.repeats, rate, device))
+            print(table(lines[-1:]).splitlines()[-1], flush=True)
+            write_text(json.dumps(about | {"rows": lines}, indent=2) + "\n", file)
+    print(file)
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of the product of two large matrices of this dtype."""
+    side = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    return 2 * side ** 3 / min(timed(lambda: a @ a, device) for _ in range(10))
+
+
+def timed(work, device):
+    """Seconds that work() takes, on a GPU to its end."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else bool
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start
+
+
+def measured(row, repeats, rate, device):
+    """What a row says, as a dict."""
+    memory = peak(row.ours, device)  # of the first time: a CPU's memory stays with the process
+    if row.theirs:
+        row.theirs()
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours += row.ours()
+        theirs += row.theirs() if row.theirs else []
+    found = {"key": row.key, "what": row.what, "seconds": ours, "against": theirs, "peak GB": memory / 1e9}
+    if row.flops:
+        # what the counter doesn't know
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        known = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+                 torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+                     lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+        with FlopCounterMode(display=False, custom_mapping=known) as counter:
+            row.flops()
+        found |= {"FLOP": counter.get_total_flops()}
+        found["possible"] = found["FLOP"] / rate / statistics.median(ours)
+    return found
+
+
+def peak(work, device):
+    """Bytes that work() takes at most, beside what is held before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        work()
+        return status("VmHWM") - before
+    except OSError:  # not Linux
+        return float("nan")
+
+
+def status(name):
+    """A number of bytes from /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def table(lines):
+    """Markdown of these rows."""
+    def span(seconds):
+        if not seconds:
+            return "–"
+        return f"{statistics.median(seconds):.4g} ({min(seconds):.3g}–{max(seconds):.3g})"
+    text = ["| | | seconds | against | ratio | possible | peak, GB |", "|---|---|---|---|---|---|---|"]
+    for line in lines:
+        ours, theirs = line["seconds"], line["against"]
+        ratio = f"{statistics.median(theirs) / statistics.median(ours):.2f}" if theirs else "–"
+        share = f"{line['possible']:.0%}" if "possible" in line else "–"
+        text.append(f"| {line['key']} | {line['what']} | {span(ours)} | {span(theirs)} | {ratio} | {share} | "
+                    f"{line['peak GB']:.2f} |")
+    return "\n".join(text)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is measured
+
+def rows(method, their, args):
+    """All rows, one after the other, so that what one prepares doesn't lie in another's memory."""
+    model, device, config = method.model, method.model.device, method.model.unet.config
+    side, people, batch = 8 * config.sample_size, args.people, args.batch
+    photos = torch.randn(people, 3, side, side, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    photos = photos.to(device)
+    photo, theta = photos[:1], method.predict(photos)
+    x = torch.randn(2, 4, config.sample_size, config.sample_size, device=device, dtype=model.dtype)
+    context = model.context([PROMPT, ""]).detach()
+    clock = partial(timed, device=device)
+
+    forward = torch.no_grad()(lambda: model.unet(x, 500, context))
+    yield Row("a", "UNet, a guidance batch", lambda: [clock(forward)],
+              their and (lambda: [clock(lambda: their.forward(x, context))]), forward)
+
+    def tuned(steps, who=1, **settings):
+        return method.fine_tune(photos[:who], theta[:who], steps, RANK, batch=batch, **settings)
+    few = 12 if device.type == "cuda" else 3
+    yield Row("b", f"fine-tuning, a step of {batch}, rank {RANK}", lambda: ticks(tuned, few),
+              their and (lambda: ticks(their.tuner(batch), few)), lambda: tuned(1))
+
+    def person():
+        relaxed = method.fine_tune(photo, method.predict(photo), batch=batch)
+        with TemporaryDirectory() as folder:
+            save_person(Person(method.predict(photo), relaxed), method, Path(folder, "person"))
+    yield Row("c", "photo to saved person, 40 steps", lambda: [clock(person)])
+
+    def picture(edits, steps=args.sample_steps):
+        return method.sample([PROMPT], edits, [0], steps=steps, guidance=2.)
+    yield Row("d", f"guided picture, {args.sample_steps} steps", lambda: [clock(lambda: picture({}))],
+              their and (lambda: [clock(lambda: their.picture(context, args.sample_steps))]),
+              lambda: picture({}))
+    edits = join(method.lidb.factors(theta[:1]), tuned(1))
+    yield Row("d", "the same of a person", lambda: [clock(lambda: picture(edits))],
+              their and (lambda: [clock(lambda: their.picture(context, args.sample_steps, lora=True))]))
+    yield Row("e", "the hypernetwork's prediction", lambda: [clock(lambda: method.predict(photo))],
+              flops=lambda: method.predict(photo))
+
+    # people side by side, against the same people one by one
+    latents, generator = model.encode(photos).detach(), torch.Generator().manual_seed(0)
+    features = torch.randn(people, *features_of(method, photo), device=device)
+
+    def learn(who):
+        method.hypernet.requires_grad_(True)
+        found = method.hypernet.refine(features[who])
+        with method.hyper_loss(found, latents[who], [PROMPT] * len(found), generator) as (loss, *_):
+            loss.backward()
+        method.hypernet.zero_grad()
+        method.hypernet.requires_grad_(False)
+
+    def each(work):
+        return [clock(lambda: [work(slice(i, i + 1)) for i in range(people)])]
+    everybody = slice(0, people)
+    yield Row("f", f"hypernetwork's training, a step of {people} people",
+              lambda: [clock(lambda: learn(everybody))], lambda: each(learn))
+
+    def fit_targets(who):
+        drawn = latents[who], [PROMPT] * len(latents[who])
+        method.fit_theta(lambda: drawn, len(drawn[1]), 3, .02, generator)
+    yield Row("g", f"targets of {people} people, 3 steps", lambda: [clock(lambda: fit_targets(everybody))],
+              lambda: each(fit_targets))
+
+    def tune(who):
+        method.fine_tune(photos[who], theta[who], 6, RANK, batch=1)
+    yield Row("g", f"fine-tuning {people} people, 6 steps of 1", lambda: [clock(lambda: tune(everybody))],
+              lambda: each(tune))
+
+    # the paper's 25 and 125 times are of 1,200 and 5,000 such steps against row c
+    prior = latents[:1].float()
+    yield Row("i", "DreamBooth, a step", lambda: ticks(partial(dreambooth.fit, model, photo, prior=prior), few))
+    yield Row("i", "Textual Inversion, a step", lambda: ticks(partial(textual_inversion.fit, model, photo), few))
+
+
+def features_of(method, photo):
+    return hdb.encode_face(method.hypernet.vit, photo).shape[1:]
+
+
+def ticks(work, steps):
+    """Seconds of each of the last steps of work(steps, callback=…), after as many as a GPU's graph takes."""
+    times = []
+    work(steps=steps, callback=lambda step, loss: times.append(time.perf_counter()))
+    seconds = [after - before for before, after in zip(times, times[1:])]
+    return seconds[5:] or seconds
+
+
+def others(model):
+    """diffusers' model of the same weights, or None, with a line, where it is not installed."""
+    try:
+        return Theirs(model)
+    except ImportError as error:
+        print(f"no comparison with diffusers and peft: {error}")
+        return None
+
+
+class Theirs:
+    """The same weights in diffusers' modules."""
+
+    def __init__(self, model):
+        from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from peft import LoraConfig
+        config = model.unet.config
+        up = [kind.replace("Down", "Up") for kind in reversed(config.down_block_types)]
+        levels = len(model.vae.config.block_out_channels)
+        with torch.device("meta"):
+            network = UNet2DConditionModel(**asdict(config), up_block_types=up)
+            self.vae = AutoencoderKL(**asdict(model.vae.config),
+                                     down_block_types=["DownEncoderBlock2D"] * levels,
+                                     up_block_types=["UpDecoderBlock2D"] * levels)
+        network.load_state_dict(model.unet.state_dict(), assign=True)
+        self.vae.load_state_dict(model.vae.state_dict(), assign=True)
+        self.plain = network.requires_grad_(False)
+        if model.unet.gradient_checkpointing:
+            self.plain.enable_gradient_checkpointing()
+        settings = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
+        self.noise, self.solver = DDPMScheduler(**settings), DPMSolverMultistepScheduler(**settings)
+        self.config = partial(LoraConfig, r=RANK, lora_alpha=RANK, init_lora_weights="gaussian")
+        layers = unet_layers(hdb.HyperDreamBooth(model).layers)
+        self.model, self.layers = model, [name.removeprefix("unet.") for name in layers]
+
+    @torch.no_grad()
+    def forward(self, x, context):
+        return self.plain(x, 500, context).sample
+
+    def tuner(self, batch):
+        """work(steps, callback) as ticks() takes it: a LoRA of the same rank on the same layers."""
+        def work(steps, callback):
+            network, model = self.plain.train(), self.model
+            network.add_adapter(self.config(target_modules=self.layers))
+            trained = [p for p in network.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, 3e-3, fused=True)
+            size = model.unet.config.sample_size
+            latent = torch.randn(batch, 4, size, size, device=model.device, dtype=model.dtype)
+            context = model.context([PROMPT]).detach().expand(batch, -1, -1)
+            for step in range(steps):
+                noise, t = torch.randn_like(latent), torch.randint(STEPS, (batch,), device=model.device)
+                found = network(self.noise.add_noise(latent, noise, t), t, context).sample
+                loss = F.mse_loss(found.float(), noise.float())
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                callback(step, loss.item())
+            network.delete_adapters("default")
+            network.eval()
+        return work
+
+    @torch.no_grad()
+    def picture(self, context, steps, lora=False):
+        """A guided picture; lora: with a LoRA beside the weights."""
+        if lora:
+            self.plain.add_adapter(self.config(target_modules=self.layers))
+        self.solver.set_timesteps(steps)
+        size = self.model.unet.config.sample_size
+        x = torch.randn(1, 4, size, size, device=self.model.device, dtype=self.model.dtype)
+        for t in self.solver.timesteps:
+            prompt, negative = self.plain(torch.cat([x, x]), t, context).sample.chunk(2)
+            x = self.solver.step(negative + 2. * (prompt - negative), t, x).prev_sample
+        self.vae.decode(x / self.vae.config.scaling_factor)
+        if lora:
+            self.plain.delete_adapters("default")
+
+
+def arguments():
+    parser = console.parser(__doc__, str)
+    parser.add_argument("--rows", nargs="*", help="letters; all if not given")
+    parser.add_argument("--repeats", type=int, default=5)
+    console.add_numbers(parser, NUMBERS)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    if args.model not in ("nano", "random"):
+        parser.error("--model is nano or random, a full-size Stable Diffusion 1.5 of random weights")
+    console.complete_numbers(parser, args, NUMBERS)
+    console.check_ranges(parser, args, repeats=(1, 1000))
+    console.check_folder(parser, "--out", args.out)
+    return args
+
+
+if __name__ == "__main__":
+    console.run(main, arguments)
