@@ -244,8 +244,10 @@ def rows(method, their, args):
 
     # the paper's 25 and 125 times are of 1,200 and 5,000 such steps against row c
     prior = latents[:1].float()
-    yield Row("i", "DreamBooth, a step", lambda: ticks(partial(dreambooth.fit, model, photo, prior=prior), few))
-    yield Row("i", "Textual Inversion, a step", lambda: ticks(partial(textual_inversion.fit, model, photo), few))
+    whole = partial(dreambooth.fit, model, photo, prior=prior)
+    word = partial(textual_inversion.fit, model, photo)
+    yield Row("i", "DreamBooth, a step", lambda: ticks(whole, few))
+    yield Row("i", "Textual Inversion, a step", lambda: ticks(word, few))
 
 
 def features_of(method, photo):
@@ -280,9 +282,9 @@ class Theirs:
         levels = len(model.vae.config.block_out_channels)
         with torch.device("meta"):
             network = UNet2DConditionModel(**asdict(config), up_block_types=up)
-            self.vae = AutoencoderKL(**asdict(model.vae.config),
-                                     down_block_types=["DownEncoderBlock2D"] * levels,
-                                     up_block_types=["UpDecoderBlock2D"] * levels)
+            blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels,
+                      "up_block_types": ["UpDecoderBlock2D"] * levels}
+            self.vae = AutoencoderKL(**asdict(model.vae.config), **blocks)
         network.load_state_dict(model.unet.state_dict(), assign=True)
         self.vae.load_state_dict(model.vae.state_dict(), assign=True)
         self.plain = network.requires_grad_(False)

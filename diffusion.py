@@ -38,25 +38,26 @@ def seeded_noise(shape, source):
     return torch.stack([torch.randn(shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in each])
 
 
-def denoising_loss(model, latent, prompts, generator):
+def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
     """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the edits in force.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
     CPU generator for time steps and noise.
     """
-    return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
+    return denoising_error(model.unet, model.context(prompts), *noised(latent, generator, share))
 
 
-def noised(latent, generator):
+def noised(latent, generator, share=(0, 1)):
     """What is to be denoised: the latent (B, 4, h, w) with noise, the time steps (B,), spread evenly over the
     batch, which makes the average less noisy, the noise, and the weights (B,) of its errors; on latent's
-    device, drawn by a CPU generator."""
-    count = len(latent)
+    device, drawn by a CPU generator. share: which of how many equal parts of a larger batch this is."""
+    part, parts = share
+    count, mine = len(latent) * parts, slice(part * len(latent), (part + 1) * len(latent))
     with torch.device("cpu"):
         # one time step in each of `count` equal parts of [0, 1], in random order
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)]
-        noise = torch.randn(latent.shape, generator=generator).to(latent)
+        t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)][mine]
+        noise = torch.randn(count, *latent.shape[1:], generator=generator)[mine].to(latent)
     snr = ALPHAS_CUMPROD[t] / (1 - ALPHAS_CUMPROD[t])
     weight = (1 / snr).clamp(max=5).to(latent.device)
     return add_noise(latent, noise, t), t.to(latent.device), noise, weight

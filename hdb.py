@@ -59,7 +59,7 @@ class HyperDreamBooth:
         return theta.unflatten(0, photos.shape[:2]).mean(1)
 
     @contextmanager
-    def hyper_loss(self, theta_hat, latent, prompts, generator, theta=None, alpha=1., beta=0.):
+    def hyper_loss(self, theta_hat, latent, prompts, generator, theta=None, alpha=1., beta=0., share=(0, 1)):
         """Eq. 2: L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖², for a batch in which every sample is another
         person. Both terms are means over elements here, the first weighted as in denoising_loss, so that α
         and β mean the same for every model.
@@ -69,13 +69,16 @@ class HyperDreamBooth:
 
         theta_hat (B, layers, size) from the hypernetwork, latent (B, 4, h, w) of the target pictures, B
         prompts; theta, the same shape as theta_hat: pre-optimised targets, needed if β > 0 (ValueError
-        without). Gives the loss and its two terms, unweighted.
+        without); share: which of how many parts of a larger batch this is. Gives the loss and its two terms,
+        unweighted.
         """
         if beta and theta is None:
             raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
         zero = theta_hat.new_zeros(())
         with self.model.edited(self.lidb.factors(theta_hat)):
-            denoising = denoising_loss(self.model, latent, prompts, generator).mean() if alpha else zero
+            denoising = zero
+            if alpha:
+                denoising = denoising_loss(self.model, latent, prompts, generator, share).mean()
             distance = (theta_hat - theta).pow(2).mean() if beta else zero
             yield alpha * denoising + beta * distance, denoising, distance
 

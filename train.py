@@ -8,6 +8,8 @@ Three stages, each of which goes on where it was stopped, by the same command; -
   2. --beta above 0: the target θ of Eq. 2, fitted person by person;
   3. the hypernetwork. The loss and, for the miniature, the likeness and style of people kept for watching go
      to runs/<name>/log.jsonl, with pictures beside it.
+Photos are encoded first, once. On N GPUs:
+torchrun --nproc-per-node=N -- train.py …, each with --batch people.
 """
 import math
 import os
@@ -21,15 +23,17 @@ import torch
 from tqdm import tqdm
 
 import hdb
+import world
 from files import console, images
-from files.checkpoints import LoadError, checksum, open_tensors, write
+from files.checkpoints import checksum
 from files.encoders import load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
+from files.parts import joined, kept
 from files.photos import Photos
 from hypernet import HyperConfig, HyperNetwork
 from nano import people, pretrain, seeds
-from trainer import Trainer, differences, seeded
+from trainer import Trainer, seeded
 
 ENCODER = "google/vit-huge-patch14-224-in21k"
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
@@ -37,44 +41,50 @@ WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is 
 
 def main(args):
     deadline = time.time() + 60 * args.minutes
+    args.device = world.join(args.device)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     hypernet = hypernetwork(args, model, deadline)
     method, nano = hdb.HyperDreamBooth(model, hypernet), args.model == "nano"
+    folder, encoder = Path(args.out) / args.name, {"encoder": checksum(hypernet.vit)}
     if nano:
-        data = people.People(model, hypernet.vit, model.device)
+        data = people.People(model, hypernet.vit, model.device, args.seed)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        data, watched = Photos(args.faces, model, hypernet.vit, hdb.PROMPT), None
+        with_vae = encoder | {"vae": model.checksums["vae"]}
+        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", with_vae, deadline)
+        watched = None
 
     # what θ means, and what the run depends on beside it
     faces = args.faces and os.path.abspath(args.faces)
     of = model.checksums | {"basis": method.lidb.checksum, "faces": faces}
-    folder = Path(args.out) / args.name
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
-                      of=of | {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)})
+                      of=of | encoder | {"start": checksum(hypernet)})
     targets = None
     if args.beta:
-        data.fix(args.targets, torch.Generator().manual_seed(args.seed + seeds.TARGETS))
-        whose = of | {"people": len(data.latents), "seed": args.seed}
-        targets = fit_targets(method, data, args, folder / "targets.safetensors", whose, deadline)
+        data.fix(args.targets)
+        targets = fit_targets(method, data, args, folder / "targets", of, deadline)
 
+    # of several processes each has --batch people of a larger batch
+    rank, size = world.share()
+    mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
-        who, view = data.draw(args.batch, generator)
+        who, view = (numbers[mine] for numbers in data.draw(step, size * args.batch, generator))
         # what has learnt to iterate goes on with all of it
         full = hypernet.config.iterations
         s = full if args.start else growing(full, step / args.steps)
-        theta = hypernet.refine(data.features[who].to(model.device).float(), s)
+        theta = hypernet.refine(data.features(who), s)
         target = None if targets is None else targets[who].to(model.device)
-        with method.hyper_loss(theta, data.latents[who, view], data.prompts(who, view), generator, target,
-                               args.alpha, args.beta) as (loss, denoising, distance):
+        with method.hyper_loss(theta, *data.pictures(who, view), generator, target, args.alpha, args.beta,
+                               world.share()) as (loss, denoising, distance):
             trainer.update(loss, denoising=denoising, distance=distance)
-        if watched and (trainer.step % args.every == 0 or trainer.done):
+        if watched and world.first() and (trainer.step % args.every == 0 or trainer.done):
             show(method, watched, trainer)
     trainer.average()
     file = args.save or folder / "hypernet.safetensors"
-    save_hypernet(hypernet, model, file)
-    print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
+    if world.first():
+        save_hypernet(hypernet, model, file)
+        print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
 
 
 def growing(iterations, progress):
@@ -117,42 +127,22 @@ def nano_encoder(args, device, deadline):
     return people.load_encoder(file, device)
 
 
-def fit_targets(method, data, args, file, whose, deadline):
-    """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU. `file` has those that
-    were fitted before, for `whose` (LoadError for others'); the rest is fitted, kept every two minutes."""
-    count = len(data.latents)
-    whose, theta = {name: str(value) for name, value in whose.items()}, torch.empty(0, *method.lidb.shape)
-    if file.exists():
-        with open_tensors(file) as f:
-            found, theta = f.metadata() or {}, f.get_tensor("theta")
-        if differ := differences(found, whose):
-            raise LoadError(f"{file}: fitted for others ({'; '.join(differ)}); remove it, or go on as before")
-
-    saved = time.time()
-    with console.deferred_stop() as stop:
-        for first in tqdm(range(len(theta), count, args.batch), desc="targets"):
-            who = torch.arange(first, min(first + args.batch, count))
-            generator = torch.Generator().manual_seed(args.seed + first)
-            pictures = partial(some_pictures, data, who, generator)
-            fitted = method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)
-            theta = torch.cat([theta, fitted.cpu()])
-            late = time.time() > deadline and len(theta) < count
-            if late or stop or len(theta) == count or time.time() - saved > 120:
-                write({"theta": theta}, file, whose)
-                saved = time.time()
-            what = f"stopped with the targets of {len(theta)} of {count} people; the same command goes on"
-            if stop:
-                raise console.Stopped(stop[0], what)
-            if late:
-                print(what)
-                raise SystemExit
-    return theta
+def fit_targets(method, data, args, folder, of, deadline):
+    """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU; those in `folder`
+    were fitted before (LoadError for another's, as in files.parts)."""
+    def fitted(who):
+        generator = torch.Generator().manual_seed(args.seed + who[0].item())
+        pictures = partial(some_pictures, data, who, generator)
+        return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
+    groups = torch.arange(data.count).split(args.batch)
+    settings = {name: getattr(args, name) for name in ("seed", "target_steps", "target_lr")}
+    return joined(kept(folder, groups, of | settings, fitted, "targets", deadline), "theta")
 
 
 def some_pictures(data, who, generator):
     """The latents and prompts of one picture of each of these people."""
-    view = torch.randint(data.latents.shape[1], (len(who),), generator=generator)
-    return data.latents[who, view], data.prompts(who, view)
+    view = torch.randint(data.views, (len(who),), generator=generator)
+    return data.pictures(who, view)
 
 
 def show(method, watched, trainer):

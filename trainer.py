@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import world
 from files.checkpoints import finite, open_tensors, write
 from files.console import Stopped, UserError, deferred_stop
+from files.parts import differences
 
 SCALE = 2 ** 10
 
@@ -100,12 +102,6 @@ def risen(losses, few=5, well=1.5):
     return not sum(losses[-few:]) <= well * sum(losses[:few])
 
 
-def differences(there, here):
-    """In words, what of two dicts, name -> text, differs or stands in one alone."""
-    return [f"{name} {there.get(name, 'not known')} there, {here.get(name, 'none')} here"
-            for name in here | there if there.get(name) != here.get(name)]
-
-
 @contextmanager
 def seeded(seed):
     """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which
@@ -124,8 +120,9 @@ class Trainer:
     convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al.,
     kellerjordan.github.io/posts/muon). of: name -> what the run depends on beside its modules' shapes, such
     as the checksum of a frozen model. Iterate over it for the step numbers that remain; call `update(loss)`
-    once in each. UserError if the state is damaged or another run's, and then which of the above differs, or
-    the loss is no number any more; Stopped, all saved, where a signal ended it.
+    once in each; of several processes (world.py) each has its own loss, and their mean counts. UserError if
+    the state is damaged or another run's, and then which of the above differs, or the loss is no number any
+    more; Stopped, all saved, where a signal ended it.
     """
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, betas=(.9, .99), weight_decay=.01,
@@ -135,7 +132,8 @@ class Trainer:
         self.parameters = {f"{name}.{key}": p for name, module in modules.items()
                            for key, p in module.named_parameters() if p.requires_grad}
         self.ema = {key: p.detach().clone() for key, p in self.parameters.items()}
-        self.step, self.mean = 0, {}
+        self.step, self.mean, self.signal = 0, {}, 0
+        self.device = next(iter(self.parameters.values())).device
 
         # kernels as matrices in the same memory, so that a step of Muon moves the parameters
         self.matrices = {key: p.detach().view(len(p), -1) for key, p in self.parameters.items()
@@ -162,9 +160,10 @@ class Trainer:
 
     def __iter__(self):
         saved = time.time()
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5)
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5,
+                   disable=not world.first())
         with bar, deferred_stop() as stop:
-            while not self.done and time.time() < self.deadline and not stop:
+            while not self.done and not self.ended(stop):
                 yield self.step
                 bar.update()
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
@@ -172,8 +171,14 @@ class Trainer:
                     self.save()
                     saved = time.time()
             self.save()
-        if stop:
-            raise Stopped(stop[0], f"stopped at step {self.step} of {self.steps}; the same command goes on")
+        if self.signal:
+            where = f"stopped at step {self.step} of {self.steps}"
+            raise Stopped(self.signal, f"{where}; the same command goes on")
+
+    def ended(self, stop):
+        """Whether the deadline or a signal has ended the training for one, and so for all processes."""
+        self.signal = int(world.greatest(stop[0] if stop else 0, self.device))
+        return self.signal or world.greatest(time.time() >= self.deadline, self.device)
 
     @property
     def done(self):
@@ -181,10 +186,12 @@ class Trainer:
 
     def update(self, loss, **numbers):
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
+        backward(loss, self.parameters.values())
+        loss = loss.detach().clone()
+        world.average([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
         if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} "
                             "is too high, or the data or the start hold such numbers")
-        backward(loss, self.parameters.values())
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for key, matrix in self.matrices.items():
             matrix.grad = self.parameters[key].grad.flatten(1)
@@ -212,6 +219,8 @@ class Trainer:
 
     def log(self, **numbers):
         """Add a line with these numbers to log.jsonl."""
+        if not world.first():
+            return
         line = {"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}
         with open(self.out / "log.jsonl", "a") as f:
             f.write(json.dumps(line) + "\n")
@@ -223,6 +232,8 @@ class Trainer:
 
     def save(self):
         """Write state.safetensors."""
+        if not world.first():
+            return
         note = {"step": str(self.step), "of": json.dumps(self.of)}
         write(self.tensors(), self.out / "state.safetensors", note)
 
@@ -259,25 +270,26 @@ class Trainer:
                 p.copy_(self.ema[key])
 
 
-class Ring:
-    """The `size` rows that were added last, of several tensors side by side: a pool to draw training samples
-    from."""
+class Pool:
+    """Rows of several tensors to draw training samples from. Each follows from its number alone, so a
+    training that goes on draws what it would have drawn anyway: make(n) -> the tensors of row n, called when
+    it is first drawn. There are `first` rows, `fresh` more at every step; the last `size` are drawn from."""
 
-    def __init__(self, size):
-        self.size, self.count, self.columns = size, 0, []
+    def __init__(self, make, first, fresh, size):
+        self.make, self.first, self.fresh, self.size, self.rows = make, first, fresh, size, {}
 
-    def __len__(self):
-        return min(self.count, self.size)
+    def draw(self, step, count, generator):
+        """The numbers (count,) of some of the rows that there are at this step."""
+        end = self.first + step * self.fresh
+        return torch.randint(max(0, end - self.size), end, (count,), generator=generator)
 
-    def add(self, *tensors):
-        """Rows to put in place of the oldest; the first call fixes shapes, dtypes and devices."""
-        if not self.columns:
-            self.columns = [t.new_empty(self.size, *t.shape[1:]) for t in tensors]
-        at = (torch.arange(len(tensors[0])) + self.count) % self.size
-        for column, t in zip(self.columns, tensors):
-            column[at.to(column.device)] = t
-        self.count += len(at)
-
-    def __getitem__(self, rows):
-        """The rows with these indices (CPU), a slice of each tensor."""
-        return [column[rows.to(column.device)] for column in self.columns]
+    def __getitem__(self, numbers):
+        """The rows with these numbers, a batch of each tensor."""
+        numbers = numbers.tolist()
+        for n in numbers:
+            if n not in self.rows:
+                self.rows[n] = self.make(n)
+        found = [self.rows[n] for n in numbers]
+        while len(self.rows) > self.size:  # those that were made first
+            del self.rows[next(iter(self.rows))]
+        return [torch.stack(column) for column in zip(*found)]

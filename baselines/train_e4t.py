@@ -61,10 +61,12 @@ def main(args):
     source = e4t.NANO_VIT if args.model == "nano" else args.encoder
     vit = e4t.load_looker(source, model)
     if args.model == "nano":
-        data = people.People(model, vit, model.device, fresh=2)
+        data = people.People(model, vit, model.device, args.seed, fresh=2)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        data, watched = Photos(args.faces, model, vit, hdb.PROMPT), None
+        with_these = {"vit": checksum(vit), "vae": model.checksums["vae"]}
+        cache = Path(args.out) / args.name / "photos"
+        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, cache, with_these, deadline), None
     with seeded(args.seed):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
@@ -76,11 +78,11 @@ def main(args):
     for step in trainer:
         # train.py's people
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
-        who, view = data.draw(args.batch, generator)
-        seen = data.features[who].to(model.device).float().mean(1)
+        who, view = data.draw(step, args.batch, generator)
+        seen = data.features(who).mean(1)
         edits = in_training(domain, deltas, model, seen)
         with model.edited(edits):
-            denoising = denoising_loss(model, data.latents[who, view], data.prompts(who, view), generator)
+            denoising = denoising_loss(model, *data.pictures(who, view), generator)
             loss, size = e4t.total(denoising, edits["unet."])
             trainer.update(loss, denoising=denoising.mean(), size=size)
         if watched and (trainer.step % args.every == 0 or trainer.done):

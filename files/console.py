@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+import world
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the description's lines and adds every option's default."""
@@ -21,7 +23,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal ended what is saved now; the message says how to go on."""
+    """A signal, or a deadline (0), ended what is saved now; the message says how to go on."""
 
     def __init__(self, signum, message):
         super().__init__(message)
@@ -128,11 +130,13 @@ def run(main, arguments):
         sys.exit(130)
     except Stopped as stop:
         print(stop)
-        sys.exit(128 + stop.signum)
+        sys.exit(128 + stop.signum if stop.signum else 0)
     except (UserError, OSError, SafetensorError, RuntimeError) as error:
         reason = str(error)
         # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend
-        if isinstance(error, RuntimeError):
+        if world.lost(error):
+            reason = "another process of this training has ended; the same command goes on"
+        elif isinstance(error, RuntimeError):
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
                 raise
             reason = f"memory is full; a smaller --batch or float16 needs less ({reason.splitlines()[0]})"

@@ -1,32 +1,46 @@
 """A folder of face photos, one person each, as training pairs for Eq. 2."""
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from files import images
+from files.checkpoints import open_tensors
+from files.parts import kept
 from vit import encode_face
 
+PART = 64  # photos in a file of the cache
 
-def read_photos(folder, side, crop="center"):
-    """Every picture in a folder and those below it, by path, as images.read gives it, all cut alike: yields
-    (1, 3, side, side). Names what it skipped in a warning at the end. ImageError for a folder that isn't
-    there or holds none."""
+
+def photo_files(folder):
+    """Every file in a folder and those below it, by path. ImageError for a folder that isn't there or holds
+    none."""
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files:
+        raise images.ImageError(f"{folder}: no such folder, or it holds no photos")
+    return files
+
+
+def read_photos(folder, side, crop="center", files=None):
+    """Every picture in a folder and those below it, by path, or of these `files`, as images.read gives it,
+    all cut alike: yields (1, 3, side, side). Names what it skipped in a warning at the end. ImageError for a
+    folder that isn't there or holds none."""
+    some = photo_files(folder) if files is None else files
     skipped = []
-    for file in tqdm(files, desc="photos", delay=1):
+    for file in tqdm(some, desc="photos", delay=1, disable=files is not None):
         try:
             photo = images.read(file, side, crop)
         except images.ImageError as error:
             skipped.append(str(error).removeprefix(f"{folder}{os.sep}"))
         else:
             yield photo
-    if len(skipped) == len(files):
+    if files is None and len(skipped) == len(some):
         raise images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
     if skipped:
-        count = f"{len(skipped)} of {len(files)} files are not used"
+        count = f"{len(skipped)} of {len(some)} files are not used"
         warnings.warn(f"{folder}: {count}{told(skipped)}", stacklevel=2)
 
 
@@ -36,26 +50,54 @@ def told(skipped):
 
 
 class Photos:
-    """The photos' features (P, n, d), on the CPU, latents (P, 1, 4, h, w) and `prompt`. A mirrored one counts
-    as another person's. ImageError for a folder that isn't there or holds none; others are skipped."""
+    """The photos' features (P, n, d), latents (P, 4, h, w) and `prompt`, in files in `cache`, where they are
+    encoded once. A mirrored photo counts as another person's. `of`: name -> what encodes them, as text.
+    ImageError for a folder that isn't there or holds no photos; others are skipped."""
+    views = 1  # pictures of a person
 
-    def __init__(self, folder, model, vit, prompt):
-        self.prompt, features, latents = prompt, [], []
-        for photo in read_photos(folder, 8 * model.unet.config.sample_size):
-            photo = photo.to(model.device)
-            for view in photo, photo.flip(3):
-                features.append(encode_face(vit, view).half().cpu())  # of 15,000 people they would fill a GPU
-                latents.append(model.encode(view))
-        self.features, self.latents = torch.cat(features), torch.stack(latents)
+    def __init__(self, folder, model, vit, prompt, cache, of=None, deadline=float("inf")):
+        self.model, self.prompt = model, prompt
+        files, side = photo_files(folder), 8 * model.unet.config.sample_size
+        listed = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
 
-    def fix(self, count, generator):
+        @torch.no_grad()
+        def encoded(some):
+            photos = [photo.to(model.device) for photo in read_photos(folder, side, files=some)]
+            views = [view for photo in photos for view in (photo, photo.flip(3))]
+            if not views:
+                return {}
+            return {"features": torch.cat([encode_face(vit, view).half() for view in views]),
+                    "latents": torch.cat([model.encode(view) for view in views])}
+        few = [files[i:i + PART] for i in range(0, len(files), PART)]
+        of = {"photos": f"{listed:08x}", "side": side} | (of or {})
+        opened = [open_tensors(file) for file in kept(cache, few, of, encoded, "photos", deadline)]
+        self.rows = [(f, i) for f in opened for i in range(rows_in(f))]
+        self.count = len(self.rows)
+        if not self.rows:
+            raise images.ImageError(f"{folder}: no such folder, or it holds no photos")
+
+    def fix(self, count):
         """The people that targets are fitted for: all of them."""
 
-    def prompts(self, who, view):
-        """The prompts of pictures `view` (B,) of people `who` (B,)."""
-        return [self.prompt] * len(who)
-
-    def draw(self, count, generator):
+    def draw(self, step, count, generator):
         """Indices (count,) of people and of their pictures."""
-        who = torch.randint(len(self.latents), (count,), generator=generator)
+        who = torch.randint(self.count, (count,), generator=generator)
         return who, torch.zeros(count, dtype=torch.long)
+
+    def features(self, who):
+        """Of these people's photos: (B, n, d), float32."""
+        return self.read("features", who).float()
+
+    def pictures(self, who, view):
+        """Latents (B, 4, h, w) of these people, and their prompts."""
+        return self.read("latents", who).to(self.model.dtype), [self.prompt] * len(who)
+
+    def read(self, name, who):
+        """From the files, as all features of 15,000 people would fill most memories."""
+        rows = [self.rows[i] for i in who.tolist()]
+        return torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]).to(self.model.device)
+
+
+def rows_in(file):
+    """How many people a part of the cache has."""
+    return file.get_slice("latents").get_shape()[0] if "latents" in file.keys() else 0

@@ -5,10 +5,10 @@ import torch
 
 from files.checkpoints import build
 from files.console import UserError
-from nano import faces
+from nano import faces, seeds
 from nano.faces import photos
 from nano.judge import load_judge
-from trainer import Ring
+from trainer import Pool
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
@@ -24,49 +24,45 @@ def load_encoder(file, device):
 
 class People:
     """Pairs for Eq. 2: features of a photo of a person, and the latent of another picture of them in some
-    style, with its prompt. A share `plain` of the pictures, `views` a person, is in no style. The `size`
-    people that came last are kept, and `fresh` join with every draw."""
+    style, with its prompt. A share `plain` of the pictures, `views` a person, is in no style. `fresh` people
+    join at every step, and the `size` that came last are drawn from. `seed`: the training's."""
 
-    def __init__(self, model, vit, device, plain=.4, size=30_000, fresh=4, views=2):
-        self.model, self.vit, self.device = model, vit, device
-        self.plain, self.fresh, self.views = plain, fresh, views
-        self.pool = Ring(size)
-
-    @property
-    def features(self):
-        return self.pool.columns[0][:len(self.pool)]  # (P, n, d), fp16
-
-    @property
-    def latents(self):
-        return self.pool.columns[1][:len(self.pool)]  # (P, views, 4, h, w)
+    def __init__(self, model, vit, device, seed=0, plain=.4, size=30_000, fresh=4, views=2):
+        self.model, self.vit, self.device, self.seed = model, vit, device, seed
+        self.plain, self.views, self.count = plain, views, None
+        self.pool = Pool(self.person, 512, fresh, size)
 
     @torch.no_grad()
-    def add(self, count, generator):
-        identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
-        styles = torch.randint(len(STYLES), (count, self.views), generator=generator)
-        styles[torch.rand(styles.shape, generator=generator) < self.plain] = 0
+    def person(self, n):
+        """Features (n, d), fp16, latents (views, 4, h, w) and styles (views,) of the person number n."""
+        generator = torch.Generator().manual_seed(seeds.row(self.seed, n))
+        identity = torch.rand(1, len(faces.IDENTITY), generator=generator)
+        styles = torch.randint(len(STYLES), (self.views,), generator=generator)
+        styles[torch.rand(self.views, generator=generator) < self.plain] = 0
         features = self.vit(photos(identity, generator, self.device)).half()
-        again = identity.repeat_interleave(self.views, 0)
-        latents = self.model.encode(photos(again, generator, self.device, styles.flatten()))
-        self.pool.add(features, latents.unflatten(0, styles.shape), styles)
+        again = identity.expand(self.views, -1)
+        latents = self.model.encode(photos(again, generator, self.device, styles))
+        return features[0], latents, styles
 
-    def fix(self, count, generator):
+    def fix(self, count):
         """`count` people and no others from now on: those that targets are fitted for."""
-        for start in range(0, count, 64):
-            self.add(min(64, count - start), generator)
-        self.fresh = 0
+        self.count = self.pool.first = count
+        self.pool.fresh = 0
 
-    def prompts(self, who, view):
-        """The prompts of pictures `view` (B,) of people `who` (B,)."""
-        return [PROMPTS[style] for style in self.pool.columns[2][who, view]]
-
-    def draw(self, count, generator):
-        """Indices (count,) of people and of their views; some new people join first."""
-        if self.fresh:
-            for few in [self.fresh] if len(self.pool) else [64] * 8:
-                self.add(few, generator)
-        who = torch.randint(len(self.pool), (count,), generator=generator)
+    def draw(self, step, count, generator):
+        """The numbers (count,) of people that there are at this step, and of their views."""
+        who = self.pool.draw(step, count, generator)
         return who, torch.randint(self.views, (count,), generator=generator)
+
+    def features(self, who):
+        """Of photos of these people: (B, n, d), float32."""
+        return self.pool[who][0].float()
+
+    def pictures(self, who, view):
+        """Latents (B, 4, h, w) of the pictures `view` (B,) of people `who` (B,), and their prompts."""
+        _, latents, styles = self.pool[who]
+        each = torch.arange(len(who))
+        return latents[each, view], [PROMPTS[style] for style in styles[each, view]]
 
 
 class HeldOut:

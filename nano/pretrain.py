@@ -30,7 +30,7 @@ from files.layouts import place  # noqa: E402
 from files.tokenizers import write_tokenizer  # noqa: E402
 from nano import faces, seeds  # noqa: E402
 from sd import StableDiffusion  # noqa: E402
-from trainer import Ring, Trainer, seeded  # noqa: E402
+from trainer import Pool, Trainer, seeded  # noqa: E402
 from vit import NANO_VIT, ViT  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -203,23 +203,23 @@ def train_unet(args):
     for part in (model.to(args.device), text, autoencoder):
         part.requires_grad_(part is model)
     words = tokenizer()
-    pool = Ring(args.pool)  # drawing and encoding cost as much as training: see each a few times
 
     @torch.no_grad()
-    def add(count, generator):
-        pictures, identity, style = random_pictures(count, generator, args.device)
-        pool.add(torch.cat([autoencoder.encode(x)[0] for x in pictures.split(128)]), identity, style)
+    def portrait(n):
+        generator = torch.Generator().manual_seed(seeds.row(args.seed, n))
+        picture, identity, style = random_pictures(1, generator, args.device)
+        return autoencoder.encode(picture)[0][0], identity[0], style[0]
+    # drawing and encoding cost as much as training: see each a few times
+    pool = Pool(portrait, 256 * args.fresh, args.fresh, args.pool)
 
     frozen = {"vae": checksum(autoencoder), "text": checksum(text)}
     trainer = begin("unet", {"unet": model}, args, ema=args.ema, muon=True, **frozen)
-    add(256 * args.fresh, torch.Generator().manual_seed(seeds.POOL + args.seed + trainer.step))
     snr = diffusion.ALPHAS_CUMPROD / (1 - diffusion.ALPHAS_CUMPROD)
     weight = (snr.clamp(max=5) / snr).to(args.device)
     for step in trainer:
         # Latents from the pool, and their captions
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step))
-        add(args.fresh, generator)
-        z, identity, style = pool[torch.randint(len(pool), (args.batch,), generator=generator)]
+        z, identity, style = pool[pool.draw(step, args.batch, generator)]
         ids = words(faces.captions(identity, style, generator)).to(args.device)
 
         # Noise to be found
@@ -268,16 +268,16 @@ def train_encoder(args):
     if args.warm:
         restore(vit, "hypernet.safetensors", "vit.")
     trainer = begin("encoder", {"vit": vit, "heads": heads.to(args.device)}, args, muon=True)
-    pool = Ring(args.pool)
-    for step in trainer:
-        # New photos join the pool, many at first
-        generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.ENCODER))
-        fresh = args.fresh if len(pool) else 16 * args.fresh
-        identity = torch.rand(fresh, len(faces.IDENTITY), generator=generator)
-        photos = faces.photos(identity, generator, args.device)
-        pool.add(((photos + 1) * 127.5).round().byte(), traits(identity).to(args.device))
 
-        pixels, truth = pool[torch.randint(len(pool), (args.batch,), generator=generator)]
+    def portrait(n):
+        generator = torch.Generator().manual_seed(seeds.row(args.seed, n))
+        identity = torch.rand(1, len(faces.IDENTITY), generator=generator)
+        photo = faces.photos(identity, generator, args.device)
+        return ((photo[0] + 1) * 127.5).round().byte(), traits(identity)[0].to(args.device)
+    pool = Pool(portrait, 16 * args.fresh, args.fresh, args.pool)
+    for step in trainer:
+        generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.ENCODER))
+        pixels, truth = pool[pool.draw(step, args.batch, generator)]
         features = vit(pixels.float() / 127.5 - 1)
         mean = (heads["mean"](features.mean(1)) - truth).pow(2).mean()
         places = (heads["places"](features.flatten(1)) - truth).pow(2).mean()

@@ -10,8 +10,7 @@ STEPS = 1_000_000
 PRETRAINING = 0          # the autoencoder, the text encoder, the UNet; the order of the judge's people
 ENCODER = 200_000_000
 HYPERNET = 400_000_000
-POOL = 500_000_000       # + --seed + step: the UNet's first pictures, where a call begins or resumes
-TARGETS = 600_000_000    # + --seed: the people that targets of Eq. 2 are fitted for
+POOL = 500_000_000       # the people that trainings draw from, by row()
 JUDGE = 777_000_000      # + --seed: the judge's people
 READER = 800_000_000     # the reader's drawings, and its steps
 
@@ -20,6 +19,14 @@ EXAMPLE = 10_000_004     # example.png
 VALIDATION = 20_000_000  # tests, and whatever a choice is made by
 MONITOR = 30_000_000     # watched while something is trained
 TEST = 40_000_000        # evaluate.py's alone
+
+
+ROWS = 10_000_000
+
+
+def row(training, n):
+    """The seed of person n of a training's pool; after ten million they begin again."""
+    return POOL + training * ROWS + n % ROWS
 
 
 def seed(training, step, part=PRETRAINING):

@@ -119,8 +119,8 @@ def test_nobody_who_is_measured_is_ever_trained_on():
     last = seeds.SEEDS, seeds.STEPS - 1
     ranges = [range(part, seeds.seed(*last, part) + 1)
               for part in (seeds.PRETRAINING, seeds.ENCODER, seeds.HYPERNET)]
-    ranges.append(range(seeds.POOL, seeds.POOL + sum(last) + 1))
-    ranges += [range(part, part + seeds.SEEDS + 1) for part in (seeds.TARGETS, seeds.JUDGE)]
+    ranges.append(range(seeds.POOL, seeds.row(seeds.SEEDS, -1) + 1))
+    ranges.append(range(seeds.JUDGE, seeds.JUDGE + seeds.SEEDS + 1))
     ranges.append(range(seeds.EXAMPLE, seeds.EXAMPLE + 1))
     ranges += [range(part, part + 1_000_000) for part in (seeds.VALIDATION, seeds.MONITOR, seeds.TEST)]
     assert all(a[-1] < b[0] or b[-1] < a[0] for a, b in combinations(ranges, 2))

@@ -18,9 +18,9 @@ from nano.people import load_encoder
 from trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-ROOMS = [{"unet", "clip", "vae", "vit"}, {"edits", "diffusion"}, {"lidb", "hypernet"}, {"files"},
+ROOMS = [{"unet", "clip", "vae", "vit", "world"}, {"edits", "diffusion"}, {"lidb", "hypernet"}, {"files"},
          {"trainer", "sd"}, {"hdb"}, {"nano"}, {"baselines"}, {"evaluation"},
-         {"personalize", "train", "evaluate"}]
+         {"personalize", "train", "evaluate", "bench"}]
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 
 
@@ -70,5 +70,5 @@ def test_paths_may_be_text(tmp_path):
     assert load_encoder(f"{folder}/vit.safetensors", "cpu").config == vit.config
     images.save(images.to_pil(torch.zeros(3, 64, 64)), f"{folder}/photos/a.png")
     assert images.read(f"{folder}/photos/a.png", 64).shape == (1, 3, 64, 64)
-    assert len(Photos(f"{folder}/photos", method.model, vit, "a face").features) == 2
+    assert Photos(f"{folder}/photos", method.model, vit, "a face", f"{folder}/cache").count == 2
     assert Trainer({"vit": vit.requires_grad_()}, f"{folder}/run", 1, .1).step == 0

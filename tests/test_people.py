@@ -38,22 +38,31 @@ def test_traits_are_the_numbers_and_the_kinds():
 
 
 def test_training_pairs(model, vit):  # noqa: F811
-    data = people.People(model, vit, "cpu", fresh=2)
-    data.fix(20, generator())
-    who, view = data.draw(5, generator())
-    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)
-    assert all("[V]" in p for p in data.prompts(who, view)) and len(data.features) == 20
-    assert torch.equal(data.draw(5, generator())[0], who)
+    data = people.People(model, vit, "cpu", seed=1, fresh=2)
+    who, view = data.draw(0, 5, generator())
+    latents, prompts = data.pictures(who, view)
+    assert latents.shape == (5, 4, 16, 16) and data.features(who).shape == (5, 65, 128)
+    # everybody follows from their number and the training's, whenever they are asked for
+    again, other = (people.People(model, vit, "cpu", seed=seed, fresh=2) for seed in (1, 2))
+    assert torch.equal(again.pictures(who.flip(0), view.flip(0))[0].flip(0), latents)
+    assert not torch.equal(other.features(who), data.features(who))
+    both, said = data.pictures(torch.cat([who, who]), torch.tensor([0] * 5 + [1] * 5))
+    assert torch.equal(both[view * 5 + torch.arange(5)], latents)
+    assert [said[5 * v + i] for i, v in enumerate(view)] == prompts and all("[V]" in p for p in said)
+    # the picture is of the photo's person, in the style that its prompt says
+    with torch.no_grad():
+        pictures, judge = model.decode(both).clamp(-1, 1), people.load_judge()
+        styles = judge(pictures)[1].argmax(1)
+    assert sum(people.PROMPTS[style] == text for style, text in zip(styles, said)) >= 8
+    assert judge.likeness(pictures[:5], pictures[5:]).mean() > .6
 
 
 def test_new_people_join_until_they_are_fixed(model, vit):  # noqa: F811
     data = people.People(model, vit, "cpu", fresh=2, size=7)
-    data.add(3, generator())
-    data.draw(1, generator())
-    assert len(data.features) == 5
-    data.fix(1, generator())
-    data.draw(1, generator())
-    assert len(data.features) == 6
+    assert set(data.draw(1, 99, generator())[0].tolist()) == set(range(507, 514))
+    data.fix(3)
+    who, view = data.draw(1, 99, generator())
+    assert data.count == 3 and set(who.tolist()) == {0, 1, 2} and set(view.tolist()) == {0, 1}
 
 
 def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -15,11 +16,12 @@ from test_personalize import ROOT, run
 import hdb
 import train
 from diffusion import denoising_loss
-from files import images
+from files import console, images
 from files.checkpoints import LoadError, write
 from files.photos import Photos
 from nano import seeds
 from trainer import Trainer
+from vit import encode_face
 
 
 @pytest.fixture
@@ -62,21 +64,21 @@ def test_ten_losses_of_a_training(runs, monkeypatch):
     assert [loss for _, loss, *_ in steps] == pytest.approx(LOSSES, rel=2e-3)
     for _, loss, denoising, distance in steps:
         assert loss == pytest.approx(2 * denoising + .5 * distance, rel=1e-4) and distance > 0
-    assert len(load_file(runs / "hypernet/targets.safetensors")["theta"]) == 8
     watched = range(train.seeds.MONITOR, train.seeds.MONITOR + 16)
     assert not any(first <= seed < first + 10_000 for seed in watched
                    for first in (seeds.TEST, seeds.VALIDATION, seeds.EXAMPLE))
 
 
-LOSSES = [.1787, .0754, .10317, .14439, .18002, .20516, .10121, .16527, .11422, .11244]
+LOSSES = [.14755, .08808, .07724, .14626, .18250, .15220, .08168, .10383, .14284, .08925]
 
 
 def test_train_and_resume_with_targets(runs, monkeypatch):
     assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 2)) == 2
-    targets = (runs / "hypernet/targets.safetensors").read_bytes()
-    assert load_file(runs / "hypernet/targets.safetensors")["theta"].shape == (8, 79, 96)
+    files = sorted((runs / "hypernet/targets").iterdir())
+    targets = [file.read_bytes() for file in files]
+    assert [load_file(file)["theta"].shape for file in files] == [(3, 79, 96), (3, 79, 96), (2, 79, 96)]
     assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 3)) == 1
-    assert (runs / "hypernet/targets.safetensors").read_bytes() == targets
+    assert [file.read_bytes() for file in files] == targets
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
     assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
@@ -144,10 +146,11 @@ def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, w
 
 class Two:
     """Two people with two pictures each."""
+    count, views = 2, 2
     latents = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    def prompts(self, who, view):
-        return [hdb.PROMPT] * len(who)
+    def pictures(self, who, view):
+        return self.latents[who, view], [hdb.PROMPT] * len(who)
 
 
 def target_settings(**more):
@@ -168,18 +171,39 @@ def test_fitted_targets_explain_their_people(tmp_path):
     assert loss(theta) < loss(torch.zeros_like(theta)) and not torch.allclose(theta[0], theta[1], atol=1e-2)
 
 
-def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitted_for(tmp_path, capsys):
+def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitted_for(tmp_path):
     method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
-    file, whose = tmp_path / "t.safetensors", {"unet": "12ab", "people": 2}
-    straight = train.fit_targets(method, Two(), target_settings(), tmp_path / "straight", whose, math.inf)
-    with pytest.raises(SystemExit) as end:
-        train.fit_targets(method, Two(), target_settings(), file, whose, 0)
-    assert end.value.code is None
-    assert "targets of 1 of 2 people; the same command goes on" in capsys.readouterr().out
-    assert len(load_file(file)["theta"]) == 1
-    assert torch.equal(train.fit_targets(method, Two(), target_settings(), file, whose, math.inf), straight)
-    with pytest.raises(LoadError, match=r"fitted for others \(unet 12ab there, 34cd here\); remove it"):
-        train.fit_targets(method, Two(), target_settings(), file, whose | {"unet": "34cd"}, math.inf)
+    folder, of = tmp_path / "targets", {"unet": "12ab"}
+    straight = train.fit_targets(method, Two(), target_settings(), tmp_path / "straight", of, math.inf)
+    train.fit_targets(method, Two(), target_settings(), folder, of, math.inf)
+    (folder / "00001.safetensors").unlink()
+    with pytest.raises(console.Stopped, match="targets, 1 of 2 parts; the same command goes on") as stop:
+        train.fit_targets(method, Two(), target_settings(), folder, of, 0)
+    assert stop.value.signum == 0
+    assert torch.equal(train.fit_targets(method, Two(), target_settings(), folder, of, math.inf), straight)
+    with pytest.raises(LoadError, match=r"made for others \(unet 12ab there, 34cd here\); remove its folder"):
+        train.fit_targets(method, Two(), target_settings(), folder, {"unet": "34cd"}, math.inf)
+    with pytest.raises(LoadError, match=r"\(target_steps 8 there, 9 here\)"):
+        train.fit_targets(method, Two(), target_settings(target_steps=9), folder, of, math.inf)
+
+
+def test_a_training_that_was_stopped_ends_as_one_that_was_not(runs, monkeypatch):
+    """To the same bytes, by SIGTERM in the middle of a step; the people it draws follow from the step."""
+    common = "--out", runs, "--batch", 3, "--steps", 4, "--every", 1000
+    update = Trainer.update
+
+    def stopped(trainer, loss, **numbers):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(trainer, loss, **numbers)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", stopped)
+        with pytest.raises(console.Stopped, match="stopped at step 2 of 4; the same command goes on"):
+            train_here(patch, *common, "--name", "stopped")
+    assert len(train_here(monkeypatch, *common, "--name", "stopped")) == 2
+    train_here(monkeypatch, *common, "--name", "straight")
+    ends = [(runs / name / "state.safetensors").read_bytes() for name in ("stopped", "straight")]
+    assert ends[0] == ends[1]
 
 
 def test_minutes_are_for_every_stage(tmp_path):
@@ -225,17 +249,30 @@ def test_a_folder_of_photos(runs, tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     with pytest.raises(images.ImageError, match="holds no photos"):
-        Photos(folder, model, vit, hdb.PROMPT)
+        Photos(folder, model, vit, hdb.PROMPT, tmp_path / "cache")
     for name in "a.png", "below/deeper/b.png", ".hidden.png":
         images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / name)
     (folder / "notes.txt").write_text("not a photo")
     images.save(images.to_pil(torch.zeros(3, 60, 60)), folder / "below/small.png")
+    cache, of = tmp_path / "cache", {"vit": "12ab"}
     with pytest.warns(UserWarning) as told:
-        data = Photos(folder, model, vit, hdb.PROMPT)
+        data = Photos(folder, model, vit, hdb.PROMPT, cache, of)
     message = str(told[0].message)
     assert message.startswith(f"{folder}: 2 of 4 files are not used; below/small.png: 60 pixels a side is")
     assert "; notes.txt: cannot be read as a picture" in message
-    who, view = data.draw(5, torch.Generator().manual_seed(0))
-    assert data.latents[who, view].shape == (5, 4, 16, 16) and data.features[who].shape == (5, 65, 128)
-    assert len(data.features) == 4  # two photos and their mirror images
-    assert data.prompts(who, view) == [hdb.PROMPT] * 5
+    who, view = data.draw(0, 5, torch.Generator().manual_seed(0))
+    latents, prompts = data.pictures(who, view)
+    assert data.count == 4 and latents.shape == (5, 4, 16, 16)  # two photos and their mirror images
+    photo = images.read(folder / "a.png", 128)
+    assert torch.equal(data.pictures(torch.tensor([1]), view[:1])[0], model.encode(photo.flip(3)))
+    expected = encode_face(vit, photo).half().float()
+    assert torch.equal(data.features(torch.tensor([0])), expected) and prompts == [hdb.PROMPT] * 5
+    # what was encoded is not encoded again, and of other photos or by others not used
+    (file,) = cache.iterdir()
+    before = file.stat().st_mtime_ns
+    assert Photos(folder, model, vit, hdb.PROMPT, cache, of).count == 4 and file.stat().st_mtime_ns == before
+    with pytest.raises(LoadError, match=r"\(vit 12ab there, 34cd here\)"):
+        Photos(folder, model, vit, hdb.PROMPT, cache, {"vit": "34cd"})
+    images.save(images.to_pil(photo[0]), folder / "c.png")
+    with pytest.raises(LoadError, match=r"\(photos \w+ there, \w+ here\)"):
+        Photos(folder, model, vit, hdb.PROMPT, cache, of)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from kill import kill
 from safetensors.torch import load_file
+from tiny import generator
 from torch import nn
 
 from files import checkpoints
 from files.checkpoints import write
 from files.console import Stopped, UserError
-from trainer import Ring, Trainer, backward, differences, fit, risen, seeded
+from files.parts import differences
+from trainer import Pool, Trainer, backward, fit, risen, seeded
 
 
 def train(out, steps, total=120, **options):
@@ -367,10 +369,17 @@ def test_a_run_that_cannot_go_on_says_so(tmp_path):
     assert torch.equal(model.weight, before)
 
 
-def test_ring_keeps_the_last_rows_of_all_tensors_together():
-    ring = Ring(5)
-    for i in range(4):
-        assert len(ring) == min(2 * i, 5)
-        ring.add(torch.tensor([2 * i, 2 * i + 1]), torch.tensor([[2. * i], [2. * i + 1]]))
-    a, b = ring[torch.arange(len(ring))]
-    assert len(ring) == 5 and sorted(a.tolist()) == [3, 4, 5, 6, 7] and torch.equal(a.float(), b[:, 0])
+def test_a_pool_follows_from_the_step_alone():
+    made = []
+
+    def make(n):
+        made.append(n)
+        return torch.tensor(n), torch.tensor([2. * n])
+    pool = Pool(make, first=3, fresh=2, size=4)
+    assert set(pool.draw(0, 50, generator(0)).tolist()) == {0, 1, 2}
+    assert set(pool.draw(1, 50, generator(0)).tolist()) == {1, 2, 3, 4}  # of five the last four
+    a, b = pool[torch.tensor([4, 1, 4])]
+    assert a.tolist() == [4, 1, 4] and b.tolist() == [[8.], [2.], [8.]] and made == [4, 1]
+    pool[torch.tensor([5, 6, 7, 8, 1])]
+    assert made == [4, 1, 5, 6, 7, 8] and len(pool.rows) == 4  # each was made once, the first went
+    assert torch.equal(pool.draw(9, 5, generator(1)), Pool(None, 3, 2, 4).draw(9, 5, generator(1)))

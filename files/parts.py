@@ -1,0 +1,54 @@
+"""Long work in parts, each a file that is made once: stopped, killed, or done by several processes, it goes
+on where it was."""
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import world
+from files.checkpoints import LoadError, open_tensors, write
+from files.console import Stopped, deferred_stop
+
+
+def differences(there, here):
+    """In words, what of two dicts, name -> text, differs or stands in one alone."""
+    return [f"{name} {there.get(name, 'not known')} there, {here.get(name, 'none')} here"
+            for name in here | there if there.get(name) != here.get(name)]
+
+
+def kept(folder, parts, of, make, what, deadline=float("inf")):
+    """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors. Each
+    of several processes makes some of them.
+
+    of: name -> what they depend on; LoadError where files are of something else. Stopped by a signal, or at
+    the deadline (time.time()), after the part in hand.
+    """
+    rank, size = world.share()
+    files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
+    of = {name: str(value) for name, value in of.items()} | {"parts": str(len(parts))}
+    with deferred_stop() as stop:
+        for i, (file, part) in enumerate(zip(files, tqdm(parts, desc=what, disable=rank > 0))):
+            if file.exists():
+                with open_tensors(file) as f:
+                    differ = differences(f.metadata() or {}, of)
+                if differ:
+                    others = "; ".join(differ)
+                    raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as "
+                                    "before")
+            elif i % size == rank:
+                if stop or time.time() > deadline:
+                    raise Stopped(stop[0] if stop else 0, f"stopped with {what}, {i} of {len(parts)} parts; "
+                                  "the same command goes on")
+                write(make(part), file, of)
+    world.wait()
+    return files
+
+
+def joined(files, name):
+    """The tensor of this name in all files, one after the other."""
+    found = []
+    for file in files:
+        with open_tensors(file) as f:
+            found.append(f.get_tensor(name))
+    return torch.cat(found)

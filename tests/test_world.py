@@ -1,0 +1,65 @@
+"""Several processes that train as one: gloo, on the CPU."""
+import os
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+from test_personalize import ROOT
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch, train
+from files import console
+train.WATCHED = 1
+torch.set_num_threads(1)
+doomed, update = sys.argv.pop(1), train.Trainer.update
+
+def mortal(trainer, loss, **numbers):
+    if os.environ.get("RANK") == doomed and trainer.step == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(trainer, loss, **numbers)
+train.Trainer.update = mortal
+console.run(train.main, train.arguments)
+"""
+
+
+def launch(folder, processes, batch, *options, doomed="none", steps=2):
+    """train.py from the shipped hypernetwork, in so many processes of `batch` people each."""
+    (folder / "script.py").write_text(SCRIPT)
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "--"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), folder / "script.py", ROOT, doomed,
+               "--device", "cpu", "--start", ROOT / "nano/hypernet.safetensors", "--steps", steps,
+               "--every", 1000, "--batch", batch, "--out", folder / f"{processes}", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
+    """Every weight, average and moment, to 1e-5."""
+    for processes, batch in (1, 4), (2, 2):
+        done = launch(tmp_path, processes, batch)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / f"{n}/hypernet/state.safetensors") for n in (1, 2))
+    start = load_file(ROOT / "nano/hypernet.safetensors")
+    moved = [key for key in start if not key.startswith("vit.")
+             and not torch.equal(one[f"now.hypernet.{key}"], start[key].float())]
+    assert len(moved) > 20
+    for key, t in one.items():
+        assert (two[key] - t).norm() <= 1e-5 * t.norm(), key
+    # one writer
+    assert len((tmp_path / "2/hypernet/log.jsonl").read_text().splitlines()) == 1
+    assert done.stdout.count("finished; ") == 1
+
+
+def test_where_one_is_killed_all_end_with_a_line_and_another_number_goes_on(tmp_path):
+    options = "--beta", "1", "--targets", "3", "--target-steps", "1"
+    done = launch(tmp_path, 2, 1, *options, doomed="1", steps=3)
+    lines = [line for line in done.stderr.splitlines() if "script.py: " in line]
+    assert done.returncode and lines == ["script.py: another process of this training has ended; the same "
+                                         "command goes on"]
+    assert len(list((tmp_path / "2/hypernet/targets").iterdir())) == 3  # fitted by both
+    (tmp_path / "2").rename(tmp_path / "1")
+    alone = launch(tmp_path, 1, 1, *options, steps=3)
+    assert alone.returncode == 0 and "finished; " in alone.stdout, alone.stderr

@@ -1,0 +1,57 @@
+"""Several processes that train as one, started by torchrun; in a process alone nothing here does anything."""
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def join(device=None):
+    """Join the processes that torchrun has started, if it has; this one's device: `device`, or where that is
+    "cuda" or None and there are GPUs, one of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return device
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo")
+    return device
+
+
+def share():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first():
+    """Whether this is the process that writes and speaks for all."""
+    return share()[0] == 0
+
+
+def average(tensors):
+    """Put the mean over all processes in the place of each of these tensors (float32)."""
+    if dist.is_initialized():
+        together = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(together)
+        parts = (together / dist.get_world_size()).split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+
+
+def greatest(number, device):
+    """The greatest of the numbers that the processes give here."""
+    if not dist.is_initialized():
+        return number
+    found = torch.tensor(float(number), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def wait():
+    """Go on when all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def lost(error):
+    """Whether an error says that another process is gone."""
+    return dist.is_initialized() and isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or "closed by peer" in str(error) or "gloo" in str(error))
