@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import files.start  # noqa: F401  (before torch)
+
 import torch
 from tqdm import tqdm
 
@@ -27,11 +29,11 @@ from evaluation.scores import Judged, Paper
 from files import console, images
 from files.checkpoints import checksum, read_json, write_text
 from files.layouts import HERE, model_name
+from files.parts import differences
 from files.person import save_person
 from files.photos import read_photos
 from nano import seeds
 from nano.people import HeldOut
-from trainer import differences
 
 CURVE_PROMPTS = "photo", "pixar", "bark", "rock star", "professional", "king"  # nano's, of curves and --quick
 NUMBERS = {"sample_steps": (15, 30, 1, 999, "of the sampler"),

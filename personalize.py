@@ -5,11 +5,13 @@
     python personalize.py a.jpg b.jpg more/ "[V] face as a king"    # photos, or folders, of one person
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
+    python personalize.py photos/ "[V] face as a rock star" --each     # every photo is another person
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the LiDB
 weights) and person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo,
-the prediction alone, then the prompts. nano knows drawn people alone: of a photograph it says what it saw,
-draws that person, and goes on with the drawing, which the sheet shows too.
+the prediction alone, then the prompts. With --each every person's files are in a folder of the photo's name,
+and sheet.png has a column for each. nano knows drawn people alone: of a photograph it says what it saw, draws
+that person, and goes on with the drawing, which the sheet shows too.
 
 The systems that the paper compares with have the same command line: python -m baselines.dreambooth,
 .textual_inversion, .perfusion, .e4t.
@@ -24,27 +26,23 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-START = time.time()  # importing torch takes a while, and the times printed below should be what a user waits
-# Threads that wait for one another spin by default, which starves the one whose core another program is using
-# (on two cores, one of them busy, forty steps took minutes). To sleep after a short spin costs a few per cent
-# on a free machine. OpenMP reads this as torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from files import start  # before torch
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from tqdm import tqdm
 
-import hdb  # noqa: E402
-from baselines import registry, textual_inversion  # noqa: E402, F401
-from edits import LINEAR, LowRank, canonical, join, named, scale, stack  # noqa: E402
-from files import console, images  # noqa: E402
-from files.checkpoints import finite, open_tensors  # noqa: E402
-from files.layouts import HERE, model_name  # noqa: E402
-from files.lora import export_lora, load_lora  # noqa: E402
-from files.merged import free_folder, merge_to_folder  # noqa: E402
-from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person  # noqa: E402
-from files.photos import read_photos  # noqa: E402
-from nano import faces, reader  # noqa: E402
-from nano.judge import load_judge  # noqa: E402
+import hdb
+from baselines import registry, textual_inversion  # noqa: F401
+from edits import LINEAR, LowRank, canonical, join, named, scale, stack
+from files import console, images
+from files.checkpoints import finite, open_tensors, whole_files
+from files.layouts import HERE, model_name
+from files.lora import export_lora, load_lora
+from files.merged import free_folder, merge_to_folder
+from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person
+from files.photos import photo_files, read_photos
+from nano import faces, reader
+from nano.judge import load_judge
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
 
@@ -52,7 +50,8 @@ PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone
 # Options that are numbers: on nano, elsewhere, the least, the most, what it is. Of all methods, and of this
 COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
           "guidance": (2., 7.5, -100, 100, "classifier-free guidance scale"),
-          "strength": (1., 1., 0, 1.5, "of the person")}
+          "strength": (1., 1., 0, 1.5, "of the person"),
+          "side_by_side": (8, 2, 1, 1024, "people in a batch, where there are several")}
 NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone; 200 without a hypernetwork"),
            "rank": (4, 4, 1, 320, "of the LoRA that is fine-tuned; 16 without a hypernetwork"),
            "lr": (3e-3, 5e-4, 0, 1, "learning rate of fine-tuning"),
@@ -81,6 +80,8 @@ def arguments(method=OURS):
                         "personal file (.safetensors)")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
                         'a rock star"; further photos of the person, or personal files, may stand before')
+    parser.add_argument("--each", action="store_true", help="every photo is another person; a bad photo is "
+                        "reported and the rest go on")
     parser.add_argument("--crop", type=square, default="face", metavar="SQUARE",
                         help="of the photo: face, the largest; center; or X,Y,SIZE in pixels")
     parser.add_argument("--look", help='nano: corrects what is seen in a photo: "grey hair, no beard"')
@@ -121,18 +122,24 @@ def arguments(method=OURS):
         console.check_folder(parser, "--merge", args.merge)
         if real(args.merge) in (real(args.out), *real(args.out).parents):
             parser.error("--merge and --out must be two folders, --out not in the other")
-    if len(args.people) > 1 and (args.export or args.merge):
+    if (args.each or len(args.people) > 1) and (args.export or args.merge):
         parser.error("--export and --merge take one person")
+    if args.each:
+        if args.people:
+            parser.error("--each is for photos")
+        args.side_by_side = args.side_by_side if method == OURS else 1
+        args.photos = [str(file) for path in args.photos for file in photo_files(path)]
     if len(args.photos) > 1 and isinstance(args.crop, tuple):
         parser.error("several photos cannot have one --crop in pixels")
-    if len(args.photos) > 1 and method != OURS:
+    if len(args.photos) > 1 and method != OURS and not args.each:
         parser.error(f"{method} takes one photo")
     if args.look is not None:
         if args.model != "nano" or args.people:
             parser.error("--look is for photos, on nano")
         args.look = faces.understood(args.look)
 
-    outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * max(1, len(args.people))))]
+    people = len(args.photos if args.each else args.people) or 1
+    outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * people))]
     outputs += [f"{args.export}.safetensors"] if args.export else []
     outputs += [] if args.people else PERSONAL
     written = [real(args.out / name) for name in outputs]
@@ -198,8 +205,9 @@ def main(args):
     for path in args.people:
         open_tensors(path)
     if not args.people:
-        read(args, images.SMALLEST, "center")
         check_kinds(args, maker.kinds(args))
+        if not args.each:
+            read(args, images.SMALLEST, "center")
     stage = Stages()
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
@@ -210,6 +218,8 @@ def main(args):
 
     # the person, or people
     seen, photo, written = None, None, []
+    if args.each:
+        seen = fit_each(args, method, stage)
     if args.people:
         people = [read_person(path, method) for path in args.people]
         stage(f"read {', '.join(args.people)}")
@@ -258,7 +268,38 @@ def main(args):
         scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in photo.cpu()]).mean(0)
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
             print(f"  likeness {score:+.2f}  {name}")
-    stage(f"done, seed {args.seed}")
+    stage(f"done, seed {args.seed}{console.peak_memory(model.device)}")
+
+
+def fit_each(args, method, stage):
+    """Make everybody's personal file, some people side by side, and name them in args.people; what the method
+    saw of them (P, 3, H, W). A photo that can't be used is reported. PersonError where none can."""
+    photos, sitters = {}, []
+    for path in args.photos:
+        try:
+            _, photo = sitter(argparse.Namespace(**vars(args) | {"photos": [path]}),
+                              8 * method.model.unet.config.sample_size)
+        except images.ImageError as error:
+            print(console.one_line(f"  not used: {error}"))
+        else:
+            sitters.append(photo)
+            same = sum(Path(other).stem == Path(path).stem for other in photos)
+            photos[path] = Path(path).stem + (f"_{same + 1}" if same else "")
+    if not sitters:
+        raise PersonError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
+    sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
+    for paths, photo in zip(parts(list(photos), few), sitters.split(few)):
+        made = maker_of(args.method).make_person(
+            method, photo, argparse.Namespace(**vars(args) | {"photos": paths}), stage)
+        for i, path in enumerate(paths):
+            person = made.map(lambda t, i=i: t[i:i + 1])
+            args.people.append(str(save(person, method, args.out / photos[path])[-1]))
+    return sitters
+
+
+def parts(things, size):
+    """A list in lists of this size, the last as long as it is."""
+    return [things[i:i + size] for i in range(0, len(things), size)]
 
 
 def read(args, side, crop):
@@ -337,12 +378,13 @@ def save(person, method, out):
     somebody else."""
     alone, tuned = (out / name for name in PERSONAL)
     known = {alone: person.theta is not None or person.tensors, tuned: person.relaxed}
-    for path, there in known.items():
-        if there:
-            save_person(person, method, path, lidb_only=path == alone)
-        else:
-            path.unlink(missing_ok=True)
-    return [path for path, there in known.items() if there]
+    written = [path for path, there in known.items() if there]
+    with whole_files(*written) as temporary:
+        for path, new in zip(written, temporary):
+            save_person(person, method, new, lidb_only=path == alone)
+    for path in known.keys() - set(written):
+        path.unlink(missing_ok=True)
+    return written
 
 
 def draw(method, people, edits, args):
@@ -352,9 +394,10 @@ def draw(method, people, edits, args):
         return method.sample(prompts, mine, [first + i for i in who], steps=args.sample_steps,
                              guidance=args.guidance, negative=args.negative)
     # low-rank people share a batch
-    everybody = range(len(people))
+    everybody = list(range(len(people)))
     together = all(isinstance(edit, LowRank) for mine in edits for edit in mine.values())
-    groups = [(everybody, stack(edits))] if together else [([i], edits[i]) for i in everybody]
+    groups = [(few, stack([edits[i] for i in few])) for few in parts(everybody, args.side_by_side)]
+    groups = groups if together else [([i], edits[i]) for i in everybody]
     predicted = []
     if not args.people and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, [0], method.lidb.factors(people[0].theta), args.seed)
@@ -394,11 +437,11 @@ class Stages:
     """Prints what was done and how long it took since the last time."""
 
     def __init__(self):
-        self.last = START
+        self.last = start.START
 
     def __call__(self, what):
         now = time.time()
-        in_all = f" ({now - START:.1f} s in all)" if what.startswith("done") else ""
+        in_all = f" ({now - start.START:.1f} s in all)" if what.startswith("done") else ""
         print(f"{now - self.last:6.1f} s  {what}{in_all}", flush=True)
         self.last = now
 

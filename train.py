@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+from files import start  # noqa: F401  (before torch)
+
 import torch
 from tqdm import tqdm
 

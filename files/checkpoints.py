@@ -166,25 +166,39 @@ def checksum(module):
 
 
 @contextmanager
-def whole_file(path):
-    """A temporary path near `path`, whose folder is made, that takes its place when the block ends: whole,
-    and on the disk before its name is, so that nobody ever sees half of a file, even after a power cut."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # what a run that was killed has left goes; a folder, as safetensors leaves files of its own beside its
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        pid = old.name.split(".")[-2]
-        if pid.isdecimal() and not alive(int(pid)):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def whole_files(*paths):
+    """Temporary paths near `paths`, whose folders are made, that take their places when the block ends:
+    whole, all or none, and on the disk before their names are, so that nobody sees half of a file, or a new
+    one beside the old one that belongs to another, where a disk is full, a program killed or power cut."""
+    paths = [Path(path) for path in paths]
+    folders = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
-        folder.mkdir(exist_ok=True)
-        yield folder / path.name
-        sync(folder / path.name)
-        (folder / path.name).replace(path)
-        sync(path.parent)
+        for path, folder in zip(paths, folders):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # what a run that was killed has left goes
+            for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+                pid = old.name.split(".")[-2]
+                if pid.isdecimal() and not alive(int(pid)):
+                    shutil.rmtree(old, ignore_errors=True)
+            folder.mkdir(exist_ok=True)  # a folder, as safetensors leaves files of its own beside its
+        temporary = [folder / path.name for path, folder in zip(paths, folders)]
+        yield temporary
+        for new in temporary:
+            sync(new)
+        for new, path in zip(temporary, paths):
+            new.replace(path)
+        for parent in {path.parent for path in paths}:
+            sync(parent)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path):
+    """whole_files() of one."""
+    with whole_files(path) as (temporary,):
+        yield temporary
 
 
 def alive(pid):

@@ -48,6 +48,18 @@ def deferred_stop():
             signal.signal(signum, handler)
 
 
+def peak_memory(device):
+    """In words, what was held at most: on a GPU, or else in the machine's memory. "" where nobody knows."""
+    if device.type == "cuda":
+        return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB of memory at most"
+
+
 def printable(text):
     """`text`, from a command line, which may pass any bytes, with ? for what no Unicode text can hold."""
     return text.encode(errors="replace").decode()
@@ -120,6 +132,8 @@ def one_line(text, longest=500):
 def run(main, arguments):
     """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130; a
     warning is one line as well."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # files/start.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"
     # a terminal without the prompt's letters is no reason to stop; None: closed by the shell
     for stream in filter(None, (sys.stdout, sys.stderr)):

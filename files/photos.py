@@ -16,8 +16,10 @@ PART = 64  # photos in a file of the cache
 
 
 def photo_files(folder):
-    """Every file in a folder and those below it, by path. ImageError for a folder that isn't there or holds
-    none."""
+    """Every file in a folder and those below it, by path; a file alone. ImageError for a folder that isn't
+    there or holds none."""
+    if Path(folder).is_file():
+        return [Path(folder)]
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
         raise images.ImageError(f"{folder}: no such folder, or it holds no photos")

@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from clip import Tokenizer
-from files.checkpoints import LoadError, read_json, read_text, write_text
+from files.checkpoints import LoadError, read_json, read_text, whole_files
 
 
 def vocabulary_in(folder):
@@ -54,5 +54,6 @@ def write_tokenizer(tokenizer, folder):
     """Write vocab.json and merges.txt, as other programs read them, into an existing folder."""
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges)]
     vocab = json.dumps(tokenizer.vocab, ensure_ascii=False)
-    write_text(vocab, Path(folder, "vocab.json"))
-    write_text("\n".join(merges) + "\n", Path(folder, "merges.txt"))
+    with whole_files(Path(folder, "vocab.json"), Path(folder, "merges.txt")) as files:
+        for text, file in zip((vocab, "\n".join(merges) + "\n"), files):
+            file.write_text(text, encoding="utf-8")

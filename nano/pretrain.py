@@ -14,18 +14,20 @@ from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
+from files import start  # noqa: E402, F401  (before torch)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
 import clip  # noqa: E402
 import diffusion  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
 from files import console, images  # noqa: E402
-from files.checkpoints import build, checksum, write, write_text  # noqa: E402
+from files.checkpoints import build, checksum, read_json, whole_files, write, write_text  # noqa: E402
 from files.layouts import place  # noqa: E402
 from files.tokenizers import write_tokenizer  # noqa: E402
 from nano import faces, seeds  # noqa: E402
@@ -53,10 +55,22 @@ def psnr(a, b):
     return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).pow(2).mean((1, 2, 3)))).mean().item()
 
 
-def save(module, file):
-    """Write the weights of a module to `file` in nano/, with its config.json beside them."""
-    write({k: v.half() for k, v in module.state_dict().items()}, HERE / file)
-    write_text(json.dumps(asdict(module.config), indent=1) + "\n", (HERE / file).with_name("config.json"))
+def save(module, file, trainer):
+    """Write the weights of a module to `file` in nano/, with config.json beside them, which keeps the loss
+    that the training ended with. Where that is well above the last one's, nano/ stays as it is, and the
+    result is in the run's folder: UserError."""
+    loss, there = trainer.mean["loss"], HERE / file
+    config = there.with_name("config.json")
+    before = read_json(config).get("training_loss", math.inf) if config.exists() else math.inf
+    worse = not loss <= 1.2 * before
+    if worse:
+        there, config = (trainer.out / path.name for path in (there, config))
+    with whole_files(there, config) as (weights, settings):
+        write({k: v.half() for k, v in module.state_dict().items()}, weights)
+        write_text(json.dumps(asdict(module.config) | {"training_loss": loss}, indent=1) + "\n", settings)
+    if worse:
+        raise console.UserError(f"the loss ended at {loss:.3g}, that of nano/{file} at {before:.3g}: nano/ "
+                                f"stays as it is, the result is {there}")
 
 
 def restore(module, file, prefix=""):
@@ -126,7 +140,7 @@ def train_vae(args):
             crowds = (random_pictures(16, torch.Generator().manual_seed(s), args.device) for s in range(32))
             standardise(model, torch.cat([model.encode(x)[0].detach() for x, _, _ in crowds]))
         print(f"held-out PSNR {try_out():.2f} dB")
-        save(model, VAE)
+        save(model, VAE, trainer)
 
 
 @torch.no_grad()
@@ -185,7 +199,7 @@ def train_text(args):
         trainer.update(loss)
     if trainer.done:
         trainer.average()
-        save(text, TEXT)
+        save(text, TEXT, trainer)
         (HERE / "tokenizer").mkdir(exist_ok=True)
         write_tokenizer(words, HERE / "tokenizer")
 
@@ -233,7 +247,7 @@ def train_unet(args):
     if trainer.done:
         trainer.average()
         preview(model, text, words, autoencoder, trainer.out / "samples.png")
-        save(model, UNET)
+        save(model, UNET, trainer)
 
 
 def preview(model, text, words, autoencoder, path):

@@ -1,11 +1,17 @@
 import argparse
 import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import pytest
 import torch
+from test_personalize import ROOT
 
 from files import console
+from files.checkpoints import whole_files
 
 
 @pytest.mark.parametrize("error, code, line", [
@@ -74,3 +80,31 @@ def test_folders_that_can_be_written(tmp_path):
     for bad in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(SystemExit):
             console.check_folder(parser, "--out", bad)
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path):
+    """Or, where writing the second one fails, not at all; nothing else is left."""
+    weights, settings = tmp_path / "a/weights", tmp_path / "b/config.json"
+    with whole_files(weights, settings) as new:
+        for path in new:
+            path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), whole_files(weights, settings) as new:
+        new[0].write_text("new")
+        raise OSError("disk full")
+    with pytest.raises(FileNotFoundError), whole_files(weights, settings) as new:
+        new[0].write_text("new")  # the other is not written at all
+    assert weights.read_text() == settings.read_text() == "old"
+    with whole_files(weights, settings) as new:
+        new[0].write_text("new")
+        new[1].write_text("new")
+        assert weights.read_text() == "old"
+    assert weights.read_text() == settings.read_text() == "new"
+    assert {p.name for p in tmp_path.rglob("*")} == {"a", "b", "weights", "config.json"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "personalize.py", "evaluate.py", "nano/pretrain.py"])
+def test_ctrl_c_while_torch_is_imported_says_nothing(script):
+    process = subprocess.Popen([sys.executable, ROOT / script], stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    time.sleep(.4)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[1] and process.returncode in (-signal.SIGINT, 130)

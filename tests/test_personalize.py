@@ -1,4 +1,5 @@
 """The main job itself, as a user runs it, at two steps."""
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_one_photo_to_a_person(tmp_path):
     assert (tmp_path / "a/person.safetensors").stat().st_size <= 120_000
     with safe_open(tmp_path / "a/person.safetensors", "pt") as f:
         assert list(f.keys()) == ["theta"]
-    assert done.stdout.count("likeness") == 3 and "seed 7" in done.stdout
+    assert done.stdout.count("likeness") == 3
+    (memory,) = re.findall(r"seed 7, (.*) GB of memory at most", done.stdout)
+    assert .2 < float(memory) < 4
     assert "predicted 7,584 personal weights" in done.stdout
     again = run(*common, "--out", tmp_path / "b")
     assert again.returncode == 0
@@ -183,6 +186,49 @@ def test_several_photos_of_one_person(tmp_path):
 def difference(one, two):
     """The greatest one between two pictures' bytes."""
     return max(abs(x - y) for x, y in zip(Image.open(one).tobytes(), Image.open(two).tobytes()))
+
+
+def test_every_photo_is_another_person(tmp_path):
+    """Their files, each in a folder; their pictures are those of the files; a bad photo is reported."""
+    everybody, out, settings = tmp_path / "photos", tmp_path / "out", ("--sample-steps", 2, "--seed", 7)
+    who, names = range(seeds.VALIDATION, seeds.VALIDATION + 3), ("a.png", "b.png", "deep/a.png")
+    portraits = faces.photos(faces.identities(who), generator(1), "cpu")
+    for name, portrait in zip(names, portraits):
+        images.save(images.to_pil(portrait), everybody / name)
+    (everybody / "notes.txt").write_text("not a photo")
+    done = run(everybody, "[V] face", "a [V] face as a king", "--each", "--side-by-side", 2, "--steps", 1,
+               *settings, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert f"  not used: {everybody}/notes.txt: cannot be read as a picture" in done.stdout
+    assert "predicted 15,168 personal weights from" in done.stdout
+    assert done.stdout.count("fine-tuned 1 step") == 2
+    people = [out / name / "person_tuned.safetensors" for name in ("a", "b", "a_2")]
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"sheet.png", *(f"{i}.png" for i in range(6)), *(
+        f"{name}/{file}" for name in ("a", "b", "a_2") for file in personalize.PERSONAL)}
+    assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128)
+    for i, portrait in enumerate(portraits):
+        seen = images.read(out / "sheet.png", 128, (128 * i, 0, 128))[0]
+        assert (seen - portrait).abs().max() < .02
+    # each is the photo's, and nobody else's: as predicted from it alone
+    method = hdb.HyperDreamBooth(model := hdb.load("nano", "cpu"))
+    method.hypernet = hdb.load_hypernet(ROOT / "nano/hypernet.safetensors", model)
+    for path, name in zip(people, names):
+        seen = images.read(everybody / name, 128)
+        assert (load_file(path)["theta"] - method.predict(seen)).abs().max() < 1e-3
+    again = run(*people, "[V] face", "a [V] face as a king", *settings, "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    for i in range(6):
+        first, second = (images.read(folder / f"{i}.png", 128) for folder in (out, tmp_path / "again"))
+        assert (first - second).abs().max() < .02
+
+
+def test_no_photo_that_can_be_used(tmp_path, refusal):
+    (tmp_path / "notes.txt").write_text("not a photo")
+    common = "[V] face", "--each", "--out", tmp_path / "out"
+    assert "no photo that can be used" in refusal(personalize, tmp_path, *common)
+    person = ROOT / "tests/reference/person.safetensors"
+    assert "--each is for photos" in refusal(personalize, person, *common)
 
 
 def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):

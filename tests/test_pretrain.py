@@ -1,16 +1,19 @@
 """The miniature's shipped Stable Diffusion, and the training of its parts."""
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_faces import generator, people, photos
+from test_personalize import ROOT
 
 import clip
 import edits
 import sd
 import unet
 import vae
+from files.checkpoints import read_json, write
 from files.console import UserError
 from nano import faces, judge, pretrain, seeds
 
@@ -81,7 +84,8 @@ def test_standardised_latents(model):
 def train(tmp_path, monkeypatch):
     """Trains a part in a copy of nano/, which is left as it is."""
     for name in ("vae", "unet", "text_encoder"):
-        shutil.copytree(pretrain.HERE / name, tmp_path / name)
+        no_loss = shutil.ignore_patterns("config.json")
+        shutil.copytree(pretrain.HERE / name, tmp_path / name, ignore=no_loss)
     shutil.copy(pretrain.HERE / "hypernet.safetensors", tmp_path)
     monkeypatch.setattr(pretrain, "HERE", tmp_path)
 
@@ -116,9 +120,26 @@ def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):
     weights = vae.VAE(vae.NANO)
     pretrain.restore(weights, pretrain.VAE)
     weights.encoder.conv_in.bias.data += .1
-    pretrain.save(weights, pretrain.VAE)
+    write(weights.state_dict(), pretrain.HERE / pretrain.VAE)
     with pytest.raises(UserError, match="of another run .vae ........ there, ........ here.; remove it"):
         train(*options)
+
+
+def test_a_training_that_ends_worse_does_not_replace_what_is_there(train):
+    """By the loss that is kept beside the weights; the result is in the run's folder."""
+    settings = "text_encoder/config.json"
+    for file in pretrain.VAE, pretrain.TEXT, pretrain.UNET:
+        assert read_json((ROOT / "nano" / file).with_name("config.json"))["training_loss"] < .5
+    train("text", *SMALL)  # the first of its kind, with its loss, whatever that is
+    loss = read_json(pretrain.HERE / settings)["training_loss"]
+    assert 1 < loss < 4 and read_json(pretrain.HERE / settings)["vocab_size"] == clip.NANO.vocab_size
+    before = (pretrain.HERE / pretrain.TEXT).read_bytes()
+    (pretrain.HERE / settings).write_text(json.dumps({"training_loss": loss / 2}))
+    shutil.rmtree(pretrain.HERE / "runs")
+    with pytest.raises(UserError, match="the loss ended at .*nano/ stays as it is, the result is .*text"):
+        train("text", *SMALL)
+    assert (pretrain.HERE / pretrain.TEXT).read_bytes() == before
+    assert len(load_file(pretrain.HERE / "runs/text/model.safetensors")) > 20
 
 
 def test_minutes_stop_before_anything_is_written(train):

@@ -1,0 +1,16 @@
+"""What a command line does before it imports torch, which takes a while: it imports this first."""
+import os
+import signal
+import sys
+import time
+
+START = time.time()  # what is printed as time should be what a user waits
+
+# Threads that wait for one another spin by default, which starves the one whose core another program is using
+# (on two cores, one of them busy, forty steps took minutes). To sleep after a short spin costs a few per cent
+# on a free machine. OpenMP reads this as torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over
+if sys.argv[0].endswith(("personalize.py", "train.py", "evaluate.py", "pretrain.py")):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
