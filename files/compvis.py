@@ -62,6 +62,18 @@ def unet_name(key):
     return inverse(unet_to_compvis, unet.UNet, unet.SD15)[key]
 
 
+@cache
+def averages():
+    names = inverse(unet_to_compvis, unet.UNet, unet.SD15)
+    return {name.replace(".", ""): ours for name, ours in names.items()}
+
+
+def averaged_name(key):
+    """Our name for a tensor of the training's moving average, without "model_ema.diffusion_model", where
+    names have no dots; KeyError(key) for others."""
+    return averages()[key]
+
+
 def vae_name(key):
     """The inverse of vae_to_compvis(); KeyError(key) for what no SD 1.x VAE has."""
     return inverse(vae_to_compvis, vae.VAE, vae.SD15)[key]

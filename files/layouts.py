@@ -46,6 +46,7 @@ IMPLEMENTED = {
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
             "num_train_timesteps": 1000, "trained_betas": None}
 
+AVERAGE = "model_ema.diffusion_model"  # whose keys have no dots
 ONLY = "only Stable Diffusion 1.x is implemented"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
@@ -196,19 +197,21 @@ def folder_settings(folder):
 
 
 def from_file(file):
-    """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. LoadError
-    for a file of another kind, which it names, or with a surplus tensor."""
+    """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. Where it has
+    the UNet's moving average alone, that is the UNet. LoadError for a file of another kind, which it names,
+    or with a surplus tensor."""
     with open_tensors(file) as f:
         note, shapes = f.metadata() or {}, {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
-    prefixes = tuple(part.prefix for part in PARTS.values())
-    lacking = [name for name, part in PARTS.items() if not any(key.startswith(part.prefix) for key in shapes)]
+    parts = dict(PARTS)
+    if not any(key.startswith(PARTS["unet"].prefix) for key in shapes):
+        parts["unet"] = PARTS["unet"]._replace(prefix=AVERAGE, name_in_file=compvis.averaged_name)
+    prefixes = tuple(part.prefix for part in parts.values())
+    lacking = [name for name, part in parts.items() if not any(key.startswith(part.prefix) for key in shapes)]
     if lacking:
         kinds = (what for pattern, what in OTHERS.items() if any(re.match(pattern, key) for key in shapes))
         what = next(kinds, f"no model known here (a tensor of it: {next(iter(shapes), None)}); {WHOLE}")
         if len(lacking) == 1 and ONLY not in what:  # not of another family
-            average = any(key.startswith("model_ema.") for key in shapes)
-            what = (f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…)"
-                    + "; of that it has the moving average alone" * average + f"; {WHOLE}")
+            what = f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…); {WHOLE}"
         raise LoadError(f"{file}: {what}")
     if predicts_v(file, note, shapes):
         raise LoadError(f"{file}: a model that predicts v; only one that predicts the noise is implemented")
@@ -222,7 +225,7 @@ def from_file(file):
         if not key.startswith(prefixes) and not EXTRAS.match(key):
             raise KeyError(key)
         return None
-    plans = {key: (part.config(), [file], partial(rename, part)) for key, part in PARTS.items()}
+    plans = {key: (part.config(), [file], partial(rename, part)) for key, part in parts.items()}
     beside = vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer")
     return plans, beside or fetch_vocabulary(file)
 

@@ -13,4 +13,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # Ctrl-C ends a program that is still importing without a traceback; console.run takes it over
 if sys.argv[0].endswith(("personalize.py", "train.py", "evaluate.py", "pretrain.py")):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where nohup ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -104,7 +104,10 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
 
 @pytest.mark.parametrize("script", ["train.py", "personalize.py", "evaluate.py", "nano/pretrain.py"])
 def test_ctrl_c_while_torch_is_imported_says_nothing(script):
-    process = subprocess.Popen([sys.executable, ROOT / script], stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    def heed():  # also where the tests run in the background, which ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, ROOT / script], stderr=subprocess.PIPE, cwd=ROOT, text=True,
+                               preexec_fn=heed)
     time.sleep(.4)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate()[1] and process.returncode in (-signal.SIGINT, 130)

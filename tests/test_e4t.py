@@ -643,18 +643,19 @@ def test_training_moves_the_encoder_and_the_offsets_alone(train, tmp_path):
         assert (rows @ columns.T).abs().max() > 0
     # the photos' tokens, latents and one prompt, at the first step
     model, g = shared_model(), generator(seeds.seed(0, 0, seeds.HYPERNET))
-    data = Photos(tmp_path / "faces", model, domain.vit, hdb.PROMPT)
-    who, view = data.draw(2, g)
+    data = Photos(tmp_path / "faces", model, domain.vit, hdb.PROMPT, tmp_path / "cache")
+    who, view = data.draw(0, 2, g)
     weights = dict(start.encoder.named_parameters())
-    seen = data.features[who].float().mean(1)
-    latent, prompts = data.latents[who, view], [hdb.PROMPT] * 2
+    seen = data.features(who).mean(1)
+    latent, prompts = data.pictures(who, view)
     expected = written_out_loss(model, model.unet, weights, seen, latent, prompts, g)
     assert steps[0][0] == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_training_goes_on_where_it_was_stopped(train, tmp_path):
     whole = train("--steps", 2, "--name", "whole")
-    assert train("--steps", 2, "--minutes", 0, "--name", "parts") == []
+    with pytest.raises(console.Stopped, match="stopped with photos, 0 of 1 parts; the same command goes on"):
+        train("--steps", 2, "--minutes", 0, "--name", "parts")
     assert train("--steps", 2, "--name", "parts", "--save", tmp_path / "here.safetensors") == whole
     assert len(train("--steps", 3, "--name", "parts")) == 1
     first, second = load_file(tmp_path / "whole/e4t.safetensors"), load_file(tmp_path / "here.safetensors")
@@ -678,7 +679,7 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
 
     def drawn(*given, **more):
         made.append((given[1:], more))
-        return Photos(tmp_path / "faces", model, vit, hdb.PROMPT)
+        return Photos(tmp_path / "faces", model, vit, hdb.PROMPT, tmp_path / "cache")
     brings = SimpleNamespace(vit=vit)
     monkeypatch.setattr(e4t, "load_hypernet", lambda file, model: made.append(file) or brings)
     monkeypatch.setattr(people, "People", drawn)
@@ -686,7 +687,7 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     train("--steps", 3, "--every", 2, model="nano")
     file, (given, _), watched, *measures = made
     assert file == HERE / "nano/hypernet.safetensors" and looker == []
-    assert given == (vit, model.device)
+    assert given == (vit, model.device, 0)
     assert watched == (8, model.device, seeds.MONITOR)
     assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star")] * 2  # after 2 steps and 3
     lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]

@@ -403,14 +403,30 @@ def test_a_folder_with_a_name_like_a_hub_id(monkeypatch, tmp_path):
     (["text_model.encoder.layers.0.layer_norm1.bias"], "a text encoder alone"),
     (["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.text_model.x"],
      "without its vae (first_stage_model.…)"),
-    (["model_ema.diffusion_modelinput_blocks00weight", "cond_stage_model.transformer.text_model.x",
-      "first_stage_model.decoder.conv_in.bias"], "without its unet (model.diffusion_model.…); of that it"),
+    (["cond_stage_model.transformer.text_model.x", "first_stage_model.decoder.conv_in.bias"],
+     "without its unet (model.diffusion_model.…)"),
     (["blocks.0.weight"], "blocks.0.weight"),
     ([], "no model known"),
 ])
 def test_other_files(tmp_path, keys, words):
     save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
     refused(tmp_path / "x.safetensors", tmp_path / "x.safetensors", words)
+
+
+def test_a_single_file_with_the_moving_average_alone(file):
+    """Keys without dots, two counters, and no other UNet."""
+    prefix, tensors = "model.diffusion_model.", load_file(file)
+    weights = {key: t for key, t in tensors.items() if key.startswith(prefix)}
+    named = {f"model_ema.diffusion_model{key.removeprefix(prefix).replace('.', '')}": t
+             for key, t in weights.items()}
+    counters = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones((), dtype=torch.int)}
+    whole = sd.load(file, "cpu").checksums
+    rest = {key: t for key, t in tensors.items() if key not in weights and not key.startswith("model_ema.")}
+    save_file(rest | named | counters, file)
+    assert sd.load(file, "cpu").checksums == whole and len(named) == len(weights) > 100
+    named.popitem()
+    save_file(rest | named | counters, file)
+    refused(file, "no tensor for")
 
 
 def test_single_files_that_predict_v(file):
