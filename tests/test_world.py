@@ -3,9 +3,15 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_personalize import ROOT
+
+import world
+from files.checkpoints import LoadError
+from files.console import Stopped
+from files.parts import joined, kept
 
 SCRIPT = """
 import os, signal, sys
@@ -63,3 +69,32 @@ def test_where_one_is_killed_all_end_with_a_line_and_another_number_goes_on(tmp_
     (tmp_path / "2").rename(tmp_path / "1")
     alone = launch(tmp_path, 1, 1, *options, steps=3)
     assert alone.returncode == 0 and "finished; " in alone.stdout, alone.stderr
+
+
+def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
+    """Of two processes each makes every other part; what is there is not made again, whoever made it."""
+    made = []
+
+    def make(part):
+        made.append(part)
+        return {"x": torch.full((part,), float(part))}
+    for rank in 0, 1, 0:
+        monkeypatch.setattr(world, "share", lambda rank=rank: (rank, 2))
+        files = kept(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers")
+    assert made == [1, 3, 2] and joined(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
+    monkeypatch.undo()
+    files[1].unlink()
+    with pytest.raises(Stopped, match="stopped with numbers, 1 of 3 parts; the same command goes on"):
+        kept(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers", deadline=0)
+    with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
+        kept(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
+    assert made == [1, 3, 2]
+
+
+def test_a_process_alone_is_the_whole_world():
+    tensor = torch.tensor([1., 2.])
+    world.average([tensor])
+    world.wait()
+    assert world.share() == (0, 1) and world.first() and world.join("cpu") == "cpu"
+    assert world.greatest(3, "cpu") == 3 and tensor.tolist() == [1., 2.]
+    assert not world.lost(RuntimeError("gloo"))
