@@ -62,7 +62,7 @@ def full_size(device, dtype):
     words = clip.learn_bpe(["a", "face", "as", "rock", "star", IDENTIFIER])
     with seeded(0), torch.device(device):
         parts = unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15), vae.VAE(vae.SD15)
-    network, text, autoencoder = (part.to(dtype) for part in parts)
+    network, text, autoencoder = (part.to(dtype, memory_format=torch.channels_last) for part in parts)
     return StableDiffusion("random", network, text, clip.Tokenizer(*words), autoencoder)
 
 
@@ -287,7 +287,9 @@ class Theirs:
             blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels,
                       "up_block_types": ["UpDecoderBlock2D"] * levels}
             self.vae = AutoencoderKL(**asdict(model.vae.config), **blocks)
-        network.load_state_dict(model.unet.state_dict(), assign=True)
+        # as diffusers lays them out in memory
+        weights = {name: p.contiguous() for name, p in model.unet.state_dict().items()}
+        network.load_state_dict(weights, assign=True)
         self.vae.load_state_dict(model.vae.state_dict(), assign=True)
         self.plain = network.requires_grad_(False)
         if model.unet.gradient_checkpointing:
