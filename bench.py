@@ -7,7 +7,8 @@
 Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
 number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
 multiplications would take at the rate of one large matrix product (possible); the memory that it takes beside
-the model. Rows f and g compare people side by side with the same people one after the other.
+the model. Rows f and g compare people side by side with the same people one after the other; rows s and t, by
+the number of steps and of noises a step, become a plot where matplotlib is installed.
 """
 import json
 import statistics
@@ -94,6 +95,7 @@ def main(args):
             print(table(lines[-1:]).splitlines()[-1], flush=True)
             write_text(json.dumps(about | {"rows": lines}, indent=2) + "\n", file)
     print(file)
+    plot(lines, f"{args.model}, {name}", file.with_suffix(".png"))
 
 
 def matmul_rate(device, dtype):
@@ -174,6 +176,28 @@ def table(lines):
     return "\n".join(text)
 
 
+def plot(lines, title, file):
+    """Write a PNG of the costs by steps and by batch, rows s and t, if there are any and matplotlib is."""
+    if not {"s", "t"} <= {line["key"] for line in lines}:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        print(f"no plot: {error}")
+        return
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for panel, key, what in zip(figure.subplots(1, 2), "st", ("steps", "noises a step")):
+        points = [(int(line["what"].split()[-1]), statistics.median(line["seconds"]))
+                  for line in lines if line["key"] == key]
+        panel.plot(*zip(*points), "o-", label="measured")
+        # a line through the origin and the last point: what is linear
+        panel.plot([0, points[-1][0]], [0, points[-1][1]], "--", color="grey", label="proportional")
+        panel.set(xlabel=what, ylabel="seconds", title=title if key == "s" else "a step", xlim=0, ylim=0)
+        panel.legend()
+    figure.savefig(file, dpi=100)
+    print(file)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # What is measured
 
@@ -192,8 +216,8 @@ def rows(method, their, args):
     yield Row("a", "UNet, a guidance batch", lambda: [clock(forward)],
               their and (lambda: [clock(lambda: their.forward(x, context))]), forward)
 
-    def tuned(steps, who=1, **settings):
-        return method.fine_tune(photos[:who], theta[:who], steps, RANK, batch=batch, **settings)
+    def tuned(steps, batch=batch, **settings):
+        return method.fine_tune(photo, theta[:1], steps, RANK, batch=batch, **settings)
     few = 12 if device.type == "cuda" else 3
     yield Row("b", f"fine-tuning, a step of {batch}, rank {RANK}", lambda: ticks(tuned, few),
               their and (lambda: ticks(their.tuner(batch), few)), lambda: tuned(1))
@@ -214,6 +238,12 @@ def rows(method, their, args):
               their and (lambda: [clock(lambda: their.picture(context, args.sample_steps, lora=True))]))
     yield Row("e", "the hypernetwork's prediction", lambda: [clock(lambda: method.predict(photo))],
               flops=lambda: method.predict(photo))
+
+    for steps in 5, 10, 20, 40:
+        yield Row("s", f"fine-tuning, steps: {steps}", lambda steps=steps: [clock(lambda: tuned(steps))])
+    for noises in 1, 2, 4, 8, 16:
+        yield Row("t", f"a step of fine-tuning, noises: {noises}",
+                  lambda noises=noises: ticks(partial(tuned, batch=noises), few))
 
     # people side by side, against the same people one by one
     latents, generator = model.encode(photos).detach(), torch.Generator().manual_seed(0)

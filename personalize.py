@@ -395,9 +395,9 @@ def draw(method, people, edits, args):
                              guidance=args.guidance, negative=args.negative)
     # low-rank people share a batch
     everybody = list(range(len(people)))
-    together = all(isinstance(edit, LowRank) for mine in edits for edit in mine.values())
-    groups = [(few, stack([edits[i] for i in few])) for few in parts(everybody, args.side_by_side)]
-    groups = groups if together else [([i], edits[i]) for i in everybody]
+    groups = [([i], edits[i]) for i in everybody]
+    if all(isinstance(edit, LowRank) for mine in edits for edit in mine.values()):
+        groups = [(few, stack([edits[i] for i in few])) for few in parts(everybody, args.side_by_side)]
     predicted = []
     if not args.people and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, [0], method.lidb.factors(people[0].theta), args.seed)
