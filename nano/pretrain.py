@@ -62,7 +62,7 @@ def save(module, file, trainer):
     loss, there = trainer.mean["loss"], HERE / file
     config = there.with_name("config.json")
     before = read_json(config).get("training_loss", math.inf) if config.exists() else math.inf
-    worse = not loss <= 1.2 * before
+    worse = not loss <= 1.5 * before + .002  # two trainings never end alike
     if worse:
         there, config = (trainer.out / path.name for path in (there, config))
     with whole_files(there, config) as (weights, settings):
