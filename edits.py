@@ -49,7 +49,7 @@ class LowRank(NamedTuple):
         if isinstance(layer, nn.Conv2d):
             x = x.flatten(2).mT  # (B, pixels, in)
             return y + (x @ a @ b).mT.reshape(y.shape)
-        # (B, tokens, in), or all of one person's tokens as one matrix; the sum is the product's own
+        # (B, tokens, in), or all of one person's tokens as one matrix; the product adds to y by itself
         x, start = (z.reshape(len(a), -1, z.shape[-1]) for z in (x, y))
         return torch.baddbmm(start, x @ a, b).view(y.shape)
 

@@ -121,9 +121,9 @@ class HyperDreamBooth:
             ids = self.model.tokens([PROMPT] * people)
             fixed = None if theta is None else self.model.text(ids).detach()  # encoded once
 
-            def loss(*noised):
+            def loss(*drawn):
                 context = self.model.text(ids) if fixed is None else fixed
-                return denoising_error(self.model.unet, context, *noised).mean()
+                return denoising_error(self.model.unet, context, *drawn).mean()
             fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, callback=callback,
                 keep=True, draw=lambda: noised(latent(), generator))
         return detach(relaxed)

@@ -41,7 +41,10 @@ def test_what_a_signal_stopped_says_how_to_go_on(capsys, signum, code):
     assert end.value.code == code and capsys.readouterr().out == "go on\n"
 
 
-def test_a_second_signal_ends_it_at_once():
+def test_a_second_signal_ends_it_at_once(request):
+    # also where the tests run in the background, which ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), console.deferred_stop() as stop:
         os.kill(os.getpid(), 2)
         assert stop == [2]

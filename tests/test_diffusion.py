@@ -331,6 +331,17 @@ def test_the_denoising_loss_is_the_error_of_the_clean_latent():
     torch.testing.assert_close(loss, torch.where(strong, 5 * e_error, x_error), rtol=1e-3, atol=1e-6)
 
 
+def test_shares_of_a_batch_are_the_batch():
+    """What several processes draw is what one would have drawn for all."""
+    latent = draw((6, 4, 5, 3), "latent")
+    whole = diffusion.noised(latent, torch.Generator().manual_seed(7))
+    shares = [diffusion.noised(some, torch.Generator().manual_seed(7), (i, 3))
+              for i, some in enumerate(latent.split(2))]
+    for together, *each in zip(whole, *shares):
+        assert torch.equal(torch.cat(each), together)
+    assert len(set(whole[1].tolist())) == 6
+
+
 def test_every_time_step_can_be_drawn_and_no_other(monkeypatch):
     model = Echo(lambda x: x)
     greatest = 1 - 2 ** -24
