@@ -222,7 +222,8 @@ class VisionModel(nn.Module):
         super().__init__()
         self.config, width, patch = config, config.hidden_size, config.patch_size
         self.embeddings = nn.Module()
-        self.embeddings.class_embedding = nn.Parameter(torch.randn(width))
+        self.embeddings.class_embedding = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.embeddings.class_embedding)
         self.embeddings.patch_embedding = nn.Conv2d(3, width, patch, patch, bias=False)
         self.embeddings.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
         self.pre_layrnorm = nn.LayerNorm(width, config.layer_norm_eps)  # spelt as in the files

@@ -37,7 +37,8 @@ class HyperNetwork(nn.Module):
         self.face = nn.Linear(config.vit.hidden_size, config.width)
         # without a bias, θ̂ = 0 makes a token of zeros, as the paper starts
         self.estimate = nn.Linear(config.size, config.width, bias=False)
-        self.position = nn.Parameter(torch.randn(config.layers, config.width) * .02)
+        self.position = nn.Parameter(torch.empty(config.layers, config.width))
+        nn.init.normal_(self.position, std=.02)
         layer = nn.TransformerDecoderLayer(config.width, config.heads, 4 * config.width, dropout=0.,
                                            activation="gelu", batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, config.depth, norm=nn.LayerNorm(config.width))
