@@ -1,7 +1,7 @@
 """The paper's experiment, measured again: every system on the same people, prompts and noises.
 
     python evaluate.py             # on nano: 32 test people, 11 prompts, and the curves; hours on two cores
-    python evaluate.py --quick         # 2 people, or 1 where they take minutes, 6 prompts, no curves
+    python evaluate.py --quick         # 1 person, 6 prompts, no curves: ten minutes
     python evaluate.py --rows "Only Hyper" Perfusion --people 8
     python evaluate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
@@ -58,9 +58,7 @@ def main(args):
         prompts = [name for name in prompts if name in CURVE_PROMPTS] if nano else prompts[:6]
     work = []
     for job in jobs:
-        # what takes minutes for each person alone, --quick measures of the first
-        few = 1 if args.quick and job.people == 1 else len(photos)
-        work += [(job, group, prompts) for group in groups(few, job.people)]
+        work += [(job, group, prompts) for group in groups(len(photos), job.people)]
     if args.curves:
         few = torch.arange(min(len(photos), systems.PEOPLE))
         work += [(job, few, CURVE_PROMPTS) for job in systems.curves()]
@@ -200,7 +198,7 @@ def chosen(args, jobs):
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
-    parser.add_argument("--quick", action="store_true", help="1 or 2 people, 6 prompts; to runs/quick")
+    parser.add_argument("--quick", action="store_true", help="1 person, 6 prompts; to runs/quick")
     parser.add_argument("--people", type=int, help="how many; 32 if not given")
     parser.add_argument("--rows", nargs="*", help="of the tables; all if not given; of nothing: curves alone")
     parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
@@ -215,7 +213,7 @@ def arguments():
     console.complete_numbers(parser, args, NUMBERS)
     console.check_ranges(parser, args, people=(1, 10 ** 6))
     args.curves = args.curves and args.model == "nano" and not (args.quick or args.rows)
-    args.people = args.people or (2 if args.quick else 32)
+    args.people = args.people or (1 if args.quick else 32)
     args.out = args.out or Path("runs/quick" if args.quick else "results")
     console.check_folder(parser, "--out", args.out)
     return args
