@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,6 +36,7 @@ from edits import IDENTIFIER, join
 from files import console
 from files.checkpoints import write_text
 from files.layouts import HERE
+from files.merged import config_files
 from files.person import Person, save_person
 from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
@@ -220,22 +221,26 @@ def rows(method, their, args):
         return method.fine_tune(photo, theta[:1], steps, RANK, batch=batch, **settings)
     few = 12 if device.type == "cuda" else 3
     yield Row("b", f"fine-tuning, a step of {batch}, rank {RANK}", lambda: ticks(tuned, few),
-              their and (lambda: ticks(their.tuner(batch), few)), lambda: tuned(1))
+              their and (lambda: ticks(partial(their.tune, batch=batch), few)), lambda: tuned(1))
 
     def person():
-        relaxed = method.fine_tune(photo, method.predict(photo), batch=batch)
+        predicted = method.predict(photo)
+        relaxed = method.fine_tune(photo, predicted, batch=batch)
         with TemporaryDirectory() as folder:
-            save_person(Person(method.predict(photo), relaxed), method, Path(folder, "person"))
+            save_person(Person(predicted, relaxed), method, Path(folder, "person"))
     yield Row("c", "photo to saved person, 40 steps", lambda: [clock(person)])
 
-    def picture(edits, steps=args.sample_steps):
-        return method.sample([PROMPT], edits, [0], steps=steps, guidance=2.)
+    def picture(edits):
+        return method.sample([PROMPT], edits, [0], steps=args.sample_steps, guidance=2.)
+
+    def their_picture(inside):
+        with inside:
+            return [clock(lambda: their.picture(context, args.sample_steps))]
     yield Row("d", f"guided picture, {args.sample_steps} steps", lambda: [clock(lambda: picture({}))],
-              their and (lambda: [clock(lambda: their.picture(context, args.sample_steps))]),
-              lambda: picture({}))
+              their and (lambda: their_picture(nullcontext())), lambda: picture({}))
     edits = join(method.lidb.factors(theta[:1]), tuned(1))
     yield Row("d", "the same of a person", lambda: [clock(lambda: picture(edits))],
-              their and (lambda: [clock(lambda: their.picture(context, args.sample_steps, lora=True))]))
+              their and (lambda: their_picture(their.adapted())))
     yield Row("e", "the hypernetwork's prediction", lambda: [clock(lambda: method.predict(photo))],
               flops=lambda: method.predict(photo))
 
@@ -247,7 +252,7 @@ def rows(method, their, args):
 
     # people side by side, against the same people one by one
     latents, generator = model.encode(photos).detach(), torch.Generator().manual_seed(0)
-    features = torch.randn(people, *features_of(method, photo), device=device)
+    features = hdb.encode_face(method.hypernet.vit, photos).float()
 
     def learn(who):
         method.hypernet.requires_grad_(True)
@@ -282,10 +287,6 @@ def rows(method, their, args):
     yield Row("i", "Textual Inversion, a step", lambda: ticks(word, few))
 
 
-def features_of(method, photo):
-    return hdb.encode_face(method.hypernet.vit, photo).shape[1:]
-
-
 def ticks(work, steps):
     """Seconds of each of the last steps of work(steps, callback=…), after as many as a GPU's graph takes."""
     times = []
@@ -309,67 +310,67 @@ class Theirs:
     def __init__(self, model):
         from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
         from peft import LoraConfig
-        config = model.unet.config
-        up = [kind.replace("Down", "Up") for kind in reversed(config.down_block_types)]
-        levels = len(model.vae.config.block_out_channels)
+        configs = config_files(model)
         with torch.device("meta"):
-            network = UNet2DConditionModel(**asdict(config), up_block_types=up)
-            blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels,
-                      "up_block_types": ["UpDecoderBlock2D"] * levels}
-            self.vae = AutoencoderKL(**asdict(model.vae.config), **blocks)
+            network = UNet2DConditionModel.from_config(configs["unet/config.json"])
+            self.vae = AutoencoderKL.from_config(configs["vae/config.json"])
         # as diffusers lays them out in memory
         weights = {name: p.contiguous() for name, p in model.unet.state_dict().items()}
         network.load_state_dict(weights, assign=True)
         self.vae.load_state_dict(model.vae.state_dict(), assign=True)
-        self.plain = network.requires_grad_(False)
+        self.unet = network.requires_grad_(False).eval()
         if model.unet.gradient_checkpointing:
-            self.plain.enable_gradient_checkpointing()
-        settings = {"beta_start": .00085, "beta_end": .012, "beta_schedule": "scaled_linear"}
-        self.noise, self.solver = DDPMScheduler(**settings), DPMSolverMultistepScheduler(**settings)
-        self.config = partial(LoraConfig, r=RANK, lora_alpha=RANK, init_lora_weights="gaussian")
+            self.unet.enable_gradient_checkpointing()
+        schedule = configs["scheduler/scheduler_config.json"]
+        self.noise = DDPMScheduler.from_config(schedule)
+        self.solver = DPMSolverMultistepScheduler.from_config(schedule)
         layers = unet_layers(hdb.HyperDreamBooth(model).layers)
-        self.model, self.layers = model, [name.removeprefix("unet.") for name in layers]
+        self.lora = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian",
+                               target_modules=[name.removeprefix("unet.") for name in layers])
+        self.model = model
+
+    @contextmanager
+    def adapted(self):
+        """Inside, a LoRA of the same rank on the same layers is beside the weights."""
+        self.unet.add_adapter(self.lora)
+        try:
+            yield
+        finally:
+            self.unet.delete_adapters("default")
 
     @torch.no_grad()
     def forward(self, x, context):
-        return self.plain(x, 500, context).sample
+        return self.unet(x, 500, context).sample
 
-    def tuner(self, batch):
-        """work(steps, callback) as ticks() takes it: a LoRA of the same rank on the same layers."""
-        def work(steps, callback):
-            network, model = self.plain.train(), self.model
-            network.add_adapter(self.config(target_modules=self.layers))
-            trained = [p for p in network.parameters() if p.requires_grad]
+    def tune(self, steps, batch, callback):
+        """A LoRA, fine-tuned; for ticks()."""
+        model, size = self.model, self.model.unet.config.sample_size
+        latent = torch.randn(batch, 4, size, size, device=model.device, dtype=model.dtype)
+        context = model.context([PROMPT]).detach().expand(batch, -1, -1)
+        with self.adapted():
+            self.unet.train()
+            trained = [p for p in self.unet.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, 3e-3, fused=True)
-            size = model.unet.config.sample_size
-            latent = torch.randn(batch, 4, size, size, device=model.device, dtype=model.dtype)
-            context = model.context([PROMPT]).detach().expand(batch, -1, -1)
             for step in range(steps):
                 noise, t = torch.randn_like(latent), torch.randint(STEPS, (batch,), device=model.device)
-                found = network(self.noise.add_noise(latent, noise, t), t, context).sample
+                found = self.unet(self.noise.add_noise(latent, noise, t), t, context).sample
                 loss = F.mse_loss(found.float(), noise.float())
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 callback(step, loss.item())
-            network.delete_adapters("default")
-            network.eval()
-        return work
+        self.unet.eval()
 
     @torch.no_grad()
-    def picture(self, context, steps, lora=False):
-        """A guided picture; lora: with a LoRA beside the weights."""
-        if lora:
-            self.plain.add_adapter(self.config(target_modules=self.layers))
+    def picture(self, context, steps):
+        """A guided picture."""
         self.solver.set_timesteps(steps)
         size = self.model.unet.config.sample_size
         x = torch.randn(1, 4, size, size, device=self.model.device, dtype=self.model.dtype)
         for t in self.solver.timesteps:
-            prompt, negative = self.plain(torch.cat([x, x]), t, context).sample.chunk(2)
+            prompt, negative = self.unet(torch.cat([x, x]), t, context).sample.chunk(2)
             x = self.solver.step(negative + 2. * (prompt - negative), t, x).prev_sample
         self.vae.decode(x / self.vae.config.scaling_factor)
-        if lora:
-            self.plain.delete_adapters("default")
 
 
 def arguments():

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from files import start  # noqa: F401  (before torch)
+import files.start  # noqa: F401  (before torch)
 
 import torch
 from tqdm import tqdm
@@ -123,8 +123,7 @@ def nano_encoder(args, device, deadline):
         where = {"runs": args.out, "device": device, "deadline": deadline, "seed": 0}
         pretrain.train_encoder(SimpleNamespace(**options, **where))
     if not file.exists():
-        print("stopped with the encoder half trained; the same command goes on")
-        raise SystemExit
+        raise console.Stopped(0, "stopped with the encoder half trained; the same command goes on")
     print(f"encoder: {file}")
     return people.load_encoder(file, device)
 

@@ -50,7 +50,7 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=Fal
             group["capturable"] = True
         step = recorded(step)
 
-    losses, good, before = [], *([p.detach().clone() for p in trained] for _ in range(2))
+    losses, good, before = [], *([p.detach().clone() for p in trained if keep] for _ in range(2))
     for i in range(steps):
         if keep:
             torch._foreach_copy_(before, [p.detach() for p in trained])

@@ -62,16 +62,14 @@ def unet_name(key):
     return inverse(unet_to_compvis, unet.UNet, unet.SD15)[key]
 
 
-@cache
-def averages():
-    names = inverse(unet_to_compvis, unet.UNet, unet.SD15)
-    return {name.replace(".", ""): ours for name, ours in names.items()}
+def unet_to_average(name):
+    """unet_to_compvis() without dots: what follows "model_ema.diffusion_model" in a moving average's keys."""
+    return unet_to_compvis(name).replace(".", "")
 
 
 def averaged_name(key):
-    """Our name for a tensor of the training's moving average, without "model_ema.diffusion_model", where
-    names have no dots; KeyError(key) for others."""
-    return averages()[key]
+    """The inverse of unet_to_average(); KeyError(key) for what no SD 1.x UNet has."""
+    return inverse(unet_to_average, unet.UNet, unet.SD15)[key]
 
 
 def vae_name(key):
