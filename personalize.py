@@ -39,6 +39,7 @@ from files.checkpoints import finite, open_tensors, whole_files
 from files.layouts import HERE, model_name
 from files.lora import export_lora, load_lora
 from files.merged import free_folder, merge_to_folder
+from files.parts import split
 from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person
 from files.photos import photo_files, read_photos
 from nano import faces, reader
@@ -288,18 +289,13 @@ def fit_each(args, method, stage):
     if not sitters:
         raise PersonError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
     sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
-    for paths, photo in zip(parts(list(photos), few), sitters.split(few)):
+    for paths, photo in zip(split(list(photos), few), sitters.split(few)):
         made = maker_of(args.method).make_person(
             method, photo, argparse.Namespace(**vars(args) | {"photos": paths}), stage)
         for i, path in enumerate(paths):
             person = made.map(lambda t, i=i: t[i:i + 1])
             args.people.append(str(save(person, method, args.out / photos[path])[-1]))
     return sitters
-
-
-def parts(things, size):
-    """A list in lists of this size, the last as long as it is."""
-    return [things[i:i + size] for i in range(0, len(things), size)]
 
 
 def read(args, side, crop):
@@ -397,7 +393,7 @@ def draw(method, people, edits, args):
     everybody = list(range(len(people)))
     groups = [([i], edits[i]) for i in everybody]
     if all(isinstance(edit, LowRank) for mine in edits for edit in mine.values()):
-        groups = [(few, stack([edits[i] for i in few])) for few in parts(everybody, args.side_by_side)]
+        groups = [(few, stack([edits[i] for i in few])) for few in split(everybody, args.side_by_side)]
     predicted = []
     if not args.people and people[0].theta is not None:
         predicted = sample(hdb.PROMPT, [0], method.lidb.factors(people[0].theta), args.seed)

@@ -47,20 +47,19 @@ def main(args):
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     hypernet = hypernetwork(args, model, deadline)
     method, nano = hdb.HyperDreamBooth(model, hypernet), args.model == "nano"
-    folder, encoder = Path(args.out) / args.name, {"encoder": checksum(hypernet.vit)}
+    folder = Path(args.out) / args.name
     if nano:
         data = people.People(model, hypernet.vit, model.device, args.seed)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        with_vae = encoder | {"vae": model.checksums["vae"]}
-        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", with_vae, deadline)
+        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline)
         watched = None
 
     # what θ means, and what the run depends on beside it
     faces = args.faces and os.path.abspath(args.faces)
     of = model.checksums | {"basis": method.lidb.checksum, "faces": faces}
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
-                      of=of | encoder | {"start": checksum(hypernet)})
+                      of=of | {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)})
     targets = None
     if args.beta:
         data.fix(args.targets)

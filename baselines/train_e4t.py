@@ -64,9 +64,8 @@ def main(args):
         data = people.People(model, vit, model.device, args.seed, fresh=2)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        with_these = {"vit": checksum(vit), "vae": model.checksums["vae"]}
         cache = Path(args.out) / args.name / "photos"
-        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, cache, with_these, deadline), None
+        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, cache, deadline), None
     with seeded(args.seed):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)

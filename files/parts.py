@@ -17,6 +17,11 @@ def differences(there, here):
             for name in here | there if there.get(name) != here.get(name)]
 
 
+def split(things, size):
+    """A list in lists of this size, the last as long as it is."""
+    return [things[i:i + size] for i in range(0, len(things), size)]
+
+
 def kept(folder, parts, of, make, what, deadline=float("inf")):
     """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors. Each
     of several processes makes some of them.

@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 
 from files import images
-from files.checkpoints import open_tensors
-from files.parts import kept
+from files.checkpoints import checksum, open_tensors
+from files.parts import kept, split
 from vit import encode_face
 
 PART = 64  # photos in a file of the cache
@@ -22,8 +22,13 @@ def photo_files(folder):
         return [Path(folder)]
     files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files:
-        raise images.ImageError(f"{folder}: no such folder, or it holds no photos")
+        raise no_photos(folder)
     return files
+
+
+def no_photos(folder, skipped=()):
+    """The ImageError for a folder that isn't there or holds none."""
+    return images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
 
 
 def read_photos(folder, side, crop="center", files=None):
@@ -40,7 +45,7 @@ def read_photos(folder, side, crop="center", files=None):
         else:
             yield photo
     if files is None and len(skipped) == len(some):
-        raise images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
+        raise no_photos(folder, skipped)
     if skipped:
         count = f"{len(skipped)} of {len(some)} files are not used"
         warnings.warn(f"{folder}: {count}{told(skipped)}", stacklevel=2)
@@ -53,11 +58,11 @@ def told(skipped):
 
 class Photos:
     """The photos' features (P, n, d), latents (P, 4, h, w) and `prompt`, in files in `cache`, where they are
-    encoded once. A mirrored photo counts as another person's. `of`: name -> what encodes them, as text.
-    ImageError for a folder that isn't there or holds no photos; others are skipped."""
+    encoded once. A mirrored photo counts as another person's. ImageError for a folder that isn't there or
+    holds no photos; others are skipped."""
     views = 1  # pictures of a person
 
-    def __init__(self, folder, model, vit, prompt, cache, of=None, deadline=float("inf")):
+    def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf")):
         self.model, self.prompt = model, prompt
         files, side = photo_files(folder), 8 * model.unet.config.sample_size
         listed = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
@@ -70,13 +75,13 @@ class Photos:
                 return {}
             return {"features": torch.cat([encode_face(vit, view).half() for view in views]),
                     "latents": torch.cat([model.encode(view) for view in views])}
-        few = [files[i:i + PART] for i in range(0, len(files), PART)]
-        of = {"photos": f"{listed:08x}", "side": side} | (of or {})
-        opened = [open_tensors(file) for file in kept(cache, few, of, encoded, "photos", deadline)]
+        of = {"photos": f"{listed:08x}", "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
+        made = kept(cache, split(files, PART), of, encoded, "photos", deadline)
+        opened = [open_tensors(file) for file in made]
         self.rows = [(f, i) for f in opened for i in range(rows_in(f))]
         self.count = len(self.rows)
         if not self.rows:
-            raise images.ImageError(f"{folder}: no such folder, or it holds no photos")
+            raise no_photos(folder)
 
     def fix(self, count):
         """The people that targets are fitted for: all of them."""

@@ -29,7 +29,7 @@ class People:
 
     def __init__(self, model, vit, device, seed=0, plain=.4, size=30_000, fresh=4, views=2):
         self.model, self.vit, self.device, self.seed = model, vit, device, seed
-        self.plain, self.views, self.count = plain, views, None
+        self.plain, self.views = plain, views
         self.pool = Pool(self.person, 512, fresh, size)
 
     @torch.no_grad()
@@ -46,8 +46,12 @@ class People:
 
     def fix(self, count):
         """`count` people and no others from now on: those that targets are fitted for."""
-        self.count = self.pool.first = count
-        self.pool.fresh = 0
+        self.pool.first, self.pool.fresh = count, 0
+
+    @property
+    def count(self):
+        """How many people there are at the start, and in all once they are fixed."""
+        return self.pool.first
 
     def draw(self, step, count, generator):
         """The numbers (count,) of people that there are at this step, and of their views."""

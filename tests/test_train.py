@@ -1,4 +1,5 @@
 """Training the hypernetwork, a few steps of it, as a user runs it."""
+import copy
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import hdb
 import train
 from diffusion import denoising_loss
 from files import console, images
-from files.checkpoints import LoadError, write
+from files.checkpoints import LoadError, checksum, write
 from files.photos import Photos
 from nano import seeds
 from trainer import Trainer
@@ -254,9 +255,9 @@ def test_a_folder_of_photos(runs, tmp_path):
         images.save(images.to_pil(torch.randn(3, 150, 140).clamp(-1, 1)), folder / name)
     (folder / "notes.txt").write_text("not a photo")
     images.save(images.to_pil(torch.zeros(3, 60, 60)), folder / "below/small.png")
-    cache, of = tmp_path / "cache", {"vit": "12ab"}
+    cache = tmp_path / "cache"
     with pytest.warns(UserWarning) as told:
-        data = Photos(folder, model, vit, hdb.PROMPT, cache, of)
+        data = Photos(folder, model, vit, hdb.PROMPT, cache)
     message = str(told[0].message)
     assert message.startswith(f"{folder}: 2 of 4 files are not used; below/small.png: 60 pixels a side is")
     assert "; notes.txt: cannot be read as a picture" in message
@@ -270,9 +271,11 @@ def test_a_folder_of_photos(runs, tmp_path):
     # what was encoded is not encoded again, and of other photos or by others not used
     (file,) = cache.iterdir()
     before = file.stat().st_mtime_ns
-    assert Photos(folder, model, vit, hdb.PROMPT, cache, of).count == 4 and file.stat().st_mtime_ns == before
-    with pytest.raises(LoadError, match=r"\(vit 12ab there, 34cd here\)"):
-        Photos(folder, model, vit, hdb.PROMPT, cache, {"vit": "34cd"})
+    assert Photos(folder, model, vit, hdb.PROMPT, cache).count == 4 and file.stat().st_mtime_ns == before
+    other = copy.deepcopy(vit)
+    other.layernorm.bias.data += 1
+    with pytest.raises(LoadError, match=rf"\(vit {checksum(vit)} there, {checksum(other)} here\)"):
+        Photos(folder, model, other, hdb.PROMPT, cache)
     images.save(images.to_pil(photo[0]), folder / "c.png")
     with pytest.raises(LoadError, match=r"\(photos \w+ there, \w+ here\)"):
-        Photos(folder, model, vit, hdb.PROMPT, cache, of)
+        Photos(folder, model, vit, hdb.PROMPT, cache)
