@@ -32,6 +32,7 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
     rank, size = world.share()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
     of = {name: str(value) for name, value in of.items()} | {"parts": str(len(parts))}
+    how = f"stopped with {what}, {{}} of {len(parts)} parts; the same command goes on"
     with deferred_stop() as stop:
         for i, (file, part) in enumerate(zip(files, tqdm(parts, desc=what, disable=rank > 0))):
             if file.exists():
@@ -42,10 +43,11 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
                     raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as "
                                     "before")
             elif i % size == rank:
-                if stop or time.time() > deadline:
-                    raise Stopped(stop[0] if stop else 0, f"stopped with {what}, {i} of {len(parts)} parts; "
-                                  "the same command goes on")
+                if time.time() > deadline:
+                    raise Stopped(0, how.format(i))
                 write(make(part), file, of)
+            if stop:
+                raise Stopped(stop[0], how.format(i + 1))
     world.wait()
     return files
 

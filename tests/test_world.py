@@ -1,5 +1,6 @@
 """Several processes that train as one: gloo, on the CPU."""
 import os
+import signal
 import subprocess
 import sys
 
@@ -89,6 +90,16 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
     with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
         kept(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
     assert made == [1, 3, 2]
+
+
+def test_a_signal_in_the_last_part_is_not_lost(tmp_path):
+    def make(part):
+        if part == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": torch.zeros(part)}
+    with pytest.raises(Stopped, match="stopped with numbers, 2 of 2 parts") as stop:
+        kept(tmp_path, [1, 2], {}, make, "numbers")
+    assert stop.value.signum == signal.SIGTERM and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_process_alone_is_the_whole_world():
