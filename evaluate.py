@@ -56,9 +56,7 @@ def main(args):
     prompts = [*scores.prompts]
     if args.quick:
         prompts = [name for name in prompts if name in CURVE_PROMPTS] if nano else prompts[:6]
-    work = []
-    for job in jobs:
-        work += [(job, group, prompts) for group in groups(len(photos), job.people)]
+    work = [(job, group, prompts) for job in jobs for group in groups(len(photos), job.people)]
     if args.curves:
         few = torch.arange(min(len(photos), systems.PEOPLE))
         work += [(job, few, CURVE_PROMPTS) for job in systems.curves()]

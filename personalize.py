@@ -275,11 +275,13 @@ def main(args):
 def fit_each(args, method, stage):
     """Make everybody's personal file, some people side by side, and name them in args.people; what the method
     saw of them (P, 3, H, W). A photo that can't be used is reported. PersonError where none can."""
-    photos, sitters = {}, []
+    photos, sitters, side = {}, [], 8 * method.model.unet.config.sample_size
+
+    def of(paths):
+        return argparse.Namespace(**vars(args) | {"photos": paths})
     for path in args.photos:
         try:
-            _, photo = sitter(argparse.Namespace(**vars(args) | {"photos": [path]}),
-                              8 * method.model.unet.config.sample_size)
+            _, photo = sitter(of([path]), side)
         except images.ImageError as error:
             print(console.one_line(f"  not used: {error}"))
         else:
@@ -290,8 +292,7 @@ def fit_each(args, method, stage):
         raise PersonError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
     sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
     for paths, photo in zip(split(list(photos), few), sitters.split(few)):
-        made = maker_of(args.method).make_person(
-            method, photo, argparse.Namespace(**vars(args) | {"photos": paths}), stage)
+        made = maker_of(args.method).make_person(method, photo, of(paths), stage)
         for i, path in enumerate(paths):
             person = made.map(lambda t, i=i: t[i:i + 1])
             args.people.append(str(save(person, method, args.out / photos[path])[-1]))

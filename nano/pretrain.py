@@ -16,7 +16,7 @@ from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
-from files import start  # noqa: E402, F401  (before torch)
+import files.start  # noqa: E402, F401  (before torch)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402

@@ -4,6 +4,8 @@ import json
 import bench
 import torch
 
+from evaluation import timing
+
 
 def test_rows_and_their_table(tmp_path, monkeypatch, capsys):
     def absent(model):
@@ -26,14 +28,14 @@ def test_rows_and_their_table(tmp_path, monkeypatch, capsys):
 def test_medians_ranges_and_ratios():
     row = {"key": "a", "what": "it", "seconds": [3., 1., 2.], "against": [4., 4.], "peak GB": .5,
            "possible": .25}
-    assert bench.table([row]).splitlines()[2] == "| a | it | 2 (1–3) | 4 (4–4) | 2.00 | 25% | 0.50 |"
+    assert timing.table([row]).splitlines()[2] == "| a | it | 2 (1–3) | 4 (4–4) | 2.00 | 25% | 0.50 |"
 
 
 def test_ticks_are_of_the_last_steps():
     def work(steps, callback):
         for step in range(steps):
             callback(step, 0.)
-    assert len(bench.ticks(work, 3)) == 2 and len(bench.ticks(work, 12)) == 6
+    assert len(timing.ticks(work, 3)) == 2 and len(timing.ticks(work, 12)) == 6
 
 
 def test_a_full_size_model_is_one(monkeypatch):
