@@ -31,7 +31,7 @@ from edits import IDENTIFIER, join
 from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
 from files import console
 from files.checkpoints import write_text
-from files.layouts import HERE
+from files.layouts import HERE, place
 from files.merged import config_files
 from files.person import Person, save_person
 from hypernet import HyperConfig, HyperNetwork
@@ -56,8 +56,7 @@ def full_size(device, dtype):
 
 
 def main(args):
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device, dtype = place(args.device, args.dtype and getattr(torch, args.dtype))
     nano = args.model == "nano"
     model = hdb.load("nano", device, dtype) if nano else full_size(device, dtype)
     method = hdb.HyperDreamBooth(model)

@@ -22,7 +22,7 @@ import secrets
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +36,12 @@ from baselines import registry, textual_inversion  # noqa: F401
 from edits import LINEAR, LowRank, canonical, join, named, scale, stack
 from files import console, images
 from files.checkpoints import finite, open_tensors, whole_files
+from files.console import UserError
 from files.layouts import HERE, model_name
 from files.lora import export_lora, load_lora
 from files.merged import free_folder, merge_to_folder
 from files.parts import split
-from files.person import MAKERS, OURS, Person, PersonError, is_person, load_person, save_person
+from files.person import MAKERS, OURS, Person, is_person, load_person, save_person
 from files.photos import photo_files, read_photos
 from nano import faces, reader
 from nano.judge import load_judge
@@ -86,7 +87,8 @@ def arguments(method=OURS):
     parser.add_argument("--crop", type=square, default="face", metavar="SQUARE",
                         help="of the photo: face, the largest; center; or X,Y,SIZE in pixels")
     parser.add_argument("--look", help='nano: corrects what is seen in a photo: "grey hair, no beard"')
-    maker.options(parser)
+    if hasattr(maker, "options"):
+        maker.options(parser)
     numbers = maker.NUMBERS | COMMON
     console.add_numbers(parser, numbers)
     parser.add_argument("--negative", type=console.printable, default="", help="what to avoid")
@@ -152,7 +154,7 @@ def arguments(method=OURS):
 
 
 def check_kinds(args, kinds):
-    """PersonError if an option asks for what edits of these kinds can't do."""
+    """UserError if an option asks for what edits of these kinds can't do."""
     for option, asked, possible in (
             ("--strength", args.strength != 1, LINEAR),
             ("--merge", args.merge, (LowRank,) if args.lora else LINEAR),
@@ -160,8 +162,8 @@ def check_kinds(args, kinds):
             ("--export embedding", args.export == "embedding", (textual_inversion.Rows,))):
         if asked and not all(issubclass(kind, possible) for kind in kinds):
             able = " or ".join(kind.__name__ for kind in possible)
-            raise PersonError(f"{option} needs edits that are {able}, this person's are "
-                              f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see edits.py")
+            raise UserError(f"{option} needs edits that are {able}, this person's are "
+                            f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see edits.py")
 
 
 def real(path):
@@ -192,12 +194,10 @@ def lora_and_strength(text):
     path, _, strength = text.rpartition(":")
     if Path(text).exists() or not Path(path).is_file():
         return text, 1.
-    try:
+    with suppress(ValueError):
         if abs(float(strength)) <= 100:
             return path, float(strength)
-    except ValueError:
-        pass
-    raise PersonError(f"--lora {text}: {strength!r} is no strength")
+    raise UserError(f"--lora {text}: {strength!r} is no strength")
 
 
 def main(args):
@@ -229,7 +229,7 @@ def main(args):
         photo = photo.to(model.device)
         person = maker.make_person(method, photo if len(photo) == 1 else photo[None], args, stage)
         if not all(map(finite, person.stored().values())):
-            raise PersonError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
+            raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
         # as the file keeps it, so that the pictures are the same again from there
         people = [person.map(lambda t: t.half().float())]
         written = save(people[0], method, args.out)
@@ -274,7 +274,7 @@ def main(args):
 
 def fit_each(args, method, stage):
     """Make everybody's personal file, some people side by side, and name them in args.people; what the method
-    saw of them (P, 3, H, W). A photo that can't be used is reported. PersonError where none can."""
+    saw of them (P, 3, H, W). A photo that can't be used is reported. UserError where none can."""
     photos, sitters, side = {}, [], 8 * method.model.unet.config.sample_size
 
     def of(paths):
@@ -289,7 +289,7 @@ def fit_each(args, method, stage):
             same = sum(Path(other).stem == Path(path).stem for other in photos)
             photos[path] = Path(path).stem + (f"_{same + 1}" if same else "")
     if not sitters:
-        raise PersonError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
+        raise UserError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
     sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
     for paths, photo in zip(split(list(photos), few), sitters.split(few)):
         made = maker_of(args.method).make_person(method, photo, of(paths), stage)
@@ -356,8 +356,8 @@ def make_person(method, photo, args, stage):
         theta = method.predict(photo)
         stage(f"predicted {theta.numel():,} personal weights from {', '.join(args.photos)}")
     elif not args.steps:
-        raise PersonError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
-                          "--hypernet or --steps")
+        raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
+                        "--hypernet or --steps")
     else:
         print(f"         no hypernetwork for {args.model}, so fine-tuning alone, for which 40 steps are few: "
               f"{args.steps} steps at rank {args.rank}")
@@ -402,8 +402,8 @@ def draw(method, people, edits, args):
                           for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))
                           for who, mine in groups])
     if not pictures.isfinite().all():
-        raise PersonError("a picture came out as NaN: the personal weights, --strength or --guidance are too "
-                          "large for this model or dtype")
+        raise UserError("a picture came out as NaN: the personal weights, --strength or --guidance are too "
+                        "large for this model or dtype")
     return predicted, pictures
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,9 +70,9 @@ def main(args):
     for step in trainer:
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
         who, view = (numbers[mine] for numbers in data.draw(step, size * args.batch, generator))
-        # what has learnt to iterate goes on with all of it
+        # s of Eq. 3 grows from 1 to all by half-time; what has learnt to iterate goes on with all
         full = hypernet.config.iterations
-        s = full if args.start else growing(full, step / args.steps)
+        s = full if args.start else min(full, 1 + 2 * full * step // args.steps)
         theta = hypernet.refine(data.features(who), s)
         target = None if targets is None else targets[who].to(model.device)
         with method.hyper_loss(theta, *data.pictures(who, view), generator, target, args.alpha, args.beta,
@@ -86,11 +85,6 @@ def main(args):
     if world.first():
         save_hypernet(hypernet, model, file)
         print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
-
-
-def growing(iterations, progress):
-    """s of Eq. 3 for a hypernetwork that learns from nothing: from 1 to its full value by half-time."""
-    return min(iterations, 1 + int(2 * iterations * progress))
 
 
 def hypernetwork(args, model, deadline):
@@ -132,17 +126,14 @@ def fit_targets(method, data, args, folder, of, deadline):
     were fitted before (LoadError for another's, as in files.parts)."""
     def fitted(who):
         generator = torch.Generator().manual_seed(args.seed + who[0].item())
-        pictures = partial(some_pictures, data, who, generator)
+
+        def pictures():
+            """One picture of each of these people."""
+            return data.pictures(who, torch.randint(data.views, (len(who),), generator=generator))
         return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "target_steps", "target_lr")}
     return joined(kept(folder, groups, of | settings, fitted, "targets", deadline), "theta")
-
-
-def some_pictures(data, who, generator):
-    """The latents and prompts of one picture of each of these people."""
-    view = torch.randint(data.views, (len(who),), generator=generator)
-    return data.pictures(who, view)
 
 
 def show(method, watched, trainer):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import world
-from files.checkpoints import finite, open_tensors, write
+from files.checkpoints import finite, read_tensors, write
 from files.console import Stopped, UserError, deferred_stop
 from files.parts import differences
 
@@ -239,8 +239,7 @@ class Trainer:
 
     def _resume(self, file):
         try:
-            with open_tensors(file) as f:
-                note, found = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+            found, note = read_tensors(file)
             self.step, of = int(note["step"]), note.get("of", "")
             of = dict(json.loads(of)) if of.startswith("{") else {"run": of}
             if not 0 <= self.step <= self.steps:

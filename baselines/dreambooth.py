@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion import denoising_loss
 from edits import Change, LowRank, fresh_lora
-from files.person import Person
+from files.person import Person, lora_shapes
 from hdb import PROMPT
 from lidb import personal_layers
 from sd import StableDiffusion
@@ -115,17 +115,9 @@ def edits(tensors, model):
 
 def shapes(model, tensors):
     """name -> shape of one person's tensors; of a LoRA if the first name is one's."""
-    if not next(iter(tensors), "").endswith((".A", ".B")):
-        return {name: (1, *p.shape) for name, p in parameters(model).items()}
-    expected = {}
-    for name, layer in personal_layers(model.unet, model.text).items():
-        rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
-        expected |= {f"{name}.A": (1, layer.in_features, rank), f"{name}.B": (1, rank, layer.out_features)}
-    return expected
-
-
-def options(parser):
-    """All of them are numbers."""
+    if next(iter(tensors), "").endswith((".A", ".B")):
+        return lora_shapes(personal_layers(model.unet, model.text), tensors)
+    return {name: (1, *p.shape) for name, p in parameters(model).items()}
 
 
 def kinds(args):

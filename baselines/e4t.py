@@ -12,26 +12,26 @@ fine-tuned whole, goes on from W', so that its differences from the model's say 
 """
 import copy
 import json
-import warnings
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines.dreambooth import differences, trainable_copy
+from baselines import dreambooth
+from baselines.textual_inversion import CLASS, only_token
 from diffusion import denoising_loss
 from edits import IDENTIFIER, Change, merge, shared
-from files.checkpoints import LoadError, build, checksum, configure, open_tensors, write
+from files.checkpoints import LoadError, build, checksum, configure, open_tensors, refusing, write
+from files.console import UserError
 from files.encoders import load_vit
-from files.hypernetwork import load_hypernet
+from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
-from files.person import Person, PersonError
+from files.person import Person
 from hdb import PROMPT
 from trainer import fit as descend
 from vit import encode_face
 
-CLASS = "face"   # the word that [V] is an instance of
 # s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's words are .2 long, as Stable Diffusion's
 # are, but one that shows a person is longer: Textual Inversion has a likeness of .6 at .9, of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
@@ -109,14 +109,7 @@ def offsets(model, rows, columns):
 def words(model, photo, encoders):
     """The edits that put E's word in the place of [V], of P people who take turns in the batch: what is to be
     known of their photos (P, photo), and an encoder for each of them, or one for all."""
-    return {"text.": Hole(word_id(model, IDENTIFIER)), "unet.": Word(model, photo, encoders)}
-
-
-def word_id(model, word):
-    """ValueError unless the word is a single token."""
-    if len(model.tokenizer.tokens(word)) != 1:
-        raise ValueError(f'"{word}" is not one token of {model.name}, which E4T needs')
-    return model.tokenizer([word])[0, 1].item()
+    return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoders)}
 
 
 class Hole:
@@ -137,7 +130,7 @@ class Word:
     def __init__(self, model, photo, encoders):
         self.text, self.photo, self.encoders = model.text, photo, encoders
         table = model.text.text_model.embeddings.token_embedding
-        self.face = table.weight[word_id(model, CLASS)]
+        self.face = table.weight[only_token(model, CLASS)]
         self.empty = model.text.read(table(model.tokenizer([""]).to(model.device)))
 
     def before(self, unet, inputs):
@@ -194,7 +187,7 @@ def fit(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callba
 
 
 def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
-    tuned, encoder = trainable_copy(model), copy.deepcopy(domain.encoder).requires_grad_()
+    tuned, encoder = dreambooth.trainable_copy(model), copy.deepcopy(domain.encoder).requires_grad_()
     tuned.text.requires_grad_(False)
     merge(tuned.layers, offsets(tuned, domain.rows, domain.columns))
     seen, latent = domain.look(photo), model.encode(photo).float().repeat(batch, 1, 1, 1)
@@ -205,28 +198,23 @@ def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
         return total(denoising, inside["unet."])[0]
     descend(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
             lambda: tuned.edited(inside), callback)
-    changed = {name: t for name, t in differences(model, tuned).items() if name.startswith("unet.")}
+    changed = {k: t for k, t in dreambooth.differences(model, tuned).items() if k.startswith("unet.")}
     learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
     return {"photo": seen} | learnt | changed
 
 
 def edits(tensors, model):
     """The tensors of fit() as edits: every layer's Change, the holes, and the words that fill them."""
-    people, changes, encoders = len(tensors["photo"]), {}, []
-    for name, t in tensors.items():
-        layer, _, parameter = name.rpartition(".")
-        if name.startswith("unet."):
-            changes.setdefault(layer, [{} for _ in range(people)])
-            for mine, number in zip(changes[layer], t):
-                mine[parameter] = number
-    changes = {layer: [Change(mine) for mine in each] for layer, each in changes.items()}
-    for i in range(people):
+    changes, encoders = [], []
+    for i in range(len(tensors["photo"])):
+        mine = {name: t[i:i + 1] for name, t in tensors.items()}
+        changes.append(dreambooth.edits({k: t for k, t in mine.items() if k.startswith("unet.")}, model))
         encoder = empty_encoder(model, tensors)
-        mine = {name: tensors[f"encoder.{name}"][i] for name in encoder.state_dict()}
-        encoder.load_state_dict(mine, assign=True)
+        learnt = {name: mine[f"encoder.{name}"][0] for name in encoder.state_dict()}
+        encoder.load_state_dict(learnt, assign=True)
         encoders.append(encoder)
-    turns = {layer: each[0] if people == 1 else Turns(each) for layer, each in changes.items()}
-    return turns | words(model, tensors["photo"], encoders)
+    turns = {layer: Turns([each[layer] for each in changes]) for layer in changes[0]}
+    return (turns if changes[1:] else changes[0]) | words(model, tensors["photo"], encoders)
 
 
 def empty_encoder(model, tensors):
@@ -257,23 +245,12 @@ def save_domain(domain, model, source, path):
 def load_domain(path, model):
     """The Domain in a file of save_domain, in float32 on the model's device. LoadError if it is none, is
     damaged or for other layers than this model's; a warning where those fit and the weights are others."""
-    with open_tensors(path) as f:
-        note = f.metadata() or {}
-    try:
+    note = open_tensors(path).metadata() or {}
+    with refusing(f"{path}: not a file of baselines/train_e4t.py"):
         config = configure(EncoderConfig(), json.loads(note["config"]), path)
         source, looked = note["vit"], note["vit_checksum"]
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, LoadError):
-            raise
-        raise LoadError(f"{path}: not a file of baselines/train_e4t.py ({error!r})") from None
-
-    def empty(config):
-        return Domain(config, model)
-    domain = build(empty, config, [path], str, model.device, torch.float32)  # str: keys are our names
-    ours = model.checksums
-    if differ := [part for part in ("unet", "text") if note.get(part) != ours[part]]:
-        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
-                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=2)
+    domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
+    warn_of_other_weights(path, note, model)
     domain.vit = load_looker(source, model)
     if checksum(domain.vit) != looked:
         raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}")
@@ -299,10 +276,10 @@ def kinds(args):
 
 
 def make_person(method, photo, args, stage):
-    """Photo to Person: the encoder's word and offsets, then the fine-tuning. PersonError without encoder."""
+    """Photo to Person: the encoder's word and offsets, then the fine-tuning. UserError without encoder."""
     file = args.encoder or (HERE / "nano/e4t.safetensors" if args.model == "nano" else None)
     if file is None:
-        raise PersonError(f"no encoder for {args.model}: give --encoder a file of train_e4t.py")
+        raise UserError(f"no encoder for {args.model}: give --encoder a file of train_e4t.py")
     domain = load_domain(file, method.model)
     generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:

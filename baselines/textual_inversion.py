@@ -7,17 +7,15 @@ identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of
 the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2.
 """
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from diffusion import denoising_loss
 from edits import IDENTIFIER, named, shared
-from files.checkpoints import write
+from files.checkpoints import open_tensors, read_tensors, write
 from files.console import UserError
-from files.person import Person, PersonError, check_numbers, read_tensors
+from files.person import Person, check_numbers
 from hdb import PROMPT
 from trainer import fit as descend
 
@@ -109,10 +107,6 @@ def shapes(model, tensors):
     return {"vectors": (1, min(max(count, 1), room(model)), model.layers[LAYER].embedding_dim)}
 
 
-def options(parser):
-    """All of them are numbers."""
-
-
 def kinds(args):
     """What the edits of a person made here are."""
     return [Rows]
@@ -139,7 +133,7 @@ def make_person(method, photo, args, stage):
 def save_embedding(tensors, path, token=TOKEN):
     """Write one person's vectors as diffusers' load_textual_inversion, ComfyUI and A1111 read them, in
     float32. In diffusers' prompts the word is `token`, in the others' the file's name. ValueError for several
-    people, PersonError for numbers that are none."""
+    people, UserError for numbers that are none."""
     if len(tensors["vectors"]) != 1:
         raise ValueError(f"one person's vectors are needed, not {len(tensors['vectors'])} people's")
     embedding = tensors["vectors"][0].float()
@@ -149,22 +143,22 @@ def save_embedding(tensors, path, token=TOKEN):
 
 def load_embedding(path, model):
     """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
-    is emb_params; float32, on the device of `model`. PersonError for all else."""
+    is emb_params; float32, on the device of `model`. UserError for all else."""
     tensors, _ = read_tensors(path)
     if len(tensors) != 1:
         sdxl = {"clip_g", "clip_l"} <= tensors.keys()
         what = "an embedding for SDXL, with clip_g and clip_l" if sdxl else f"{len(tensors)} tensors"
-        raise PersonError(f"{path}: {what}, not one tensor with a word's vectors")
+        raise UserError(f"{path}: {what}, not one tensor with a word's vectors")
     (embedding,) = tensors.values()
     width = model.layers[LAYER].embedding_dim
     if embedding.dim() not in (1, 2):
-        raise PersonError(f"{path}: a tensor of shape {tuple(embedding.shape)}, no word's vectors")
+        raise UserError(f"{path}: a tensor of shape {tuple(embedding.shape)}, no word's vectors")
     if embedding.shape[-1] != width:
-        raise PersonError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
+        raise UserError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
                           f"width {width}")
     vectors = embedding.reshape(1, -1, width)
     if not 1 <= vectors.shape[1] <= room(model):
-        raise PersonError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
+        raise UserError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
                           f"{room(model)}")
     check_numbers({"the embedding": vectors}, path)
     return person({"vectors": vectors.float().to(model.device)}, model.name)
@@ -173,7 +167,8 @@ def load_embedding(path, model):
 def is_embedding(path):
     """Whether `path` is a safetensors file of one embedding, by its header alone. False, and no error, for
     all else."""
-    with suppress(OSError, SafetensorError), safe_open(path if Path(path).is_file() else "", "pt") as f:
+    with suppress(OSError, ValueError):
+        f = open_tensors(path)
         parts = [f.get_slice(key) for key in f.keys()]
         return [len(part.get_shape()) in (1, 2) and "F" in part.get_dtype() for part in parts] == [True]
     return False

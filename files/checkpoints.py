@@ -27,6 +27,18 @@ class LoadError(UserError):
     """What is wrong with a model's files and what to do about it, in one line for the user."""
 
 
+@contextmanager
+def refusing(what):
+    """Where a file is made sense of: whatever goes wrong inside is a LoadError that says `what` is wrong. A
+    UserError, which says more, passes, and a full memory, which is no fault of the file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # nobody can list what odd contents lead to
+        raise LoadError(f"{what} ({error!r})") from None
+
+
 def configure(config, found, file):
     """The config dataclass with its fields that are in the dict `found` taken from there, lists as tuples.
     LoadError, naming the file, for another type than in `config` or a number no size or scale can be."""
@@ -68,12 +80,8 @@ def read_text(file):
 
 def read_json(file):
     """The dictionary in a JSON file. LoadError if there is none."""
-    try:
+    with refusing(f"{file}: not readable as a JSON dictionary"):
         return dict(json.loads(read_text(file)))
-    except LoadError:
-        raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise LoadError(f"{file}: not readable as a JSON dictionary ({error})") from None
 
 
 def open_tensors(file):
@@ -99,6 +107,13 @@ def open_tensors(file):
         raise LoadError(f"{file}: {what}; download it again") from None
 
 
+def read_tensors(file):
+    """All tensors of a safetensors file, on the CPU, and its metadata. LoadError if it is damaged."""
+    with refusing(f"{file}: damaged"):
+        f = open_tensors(file)
+        return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+
+
 class NoInit(TorchFunctionMode):
     """Skips initialisers, which do nothing on the meta device; but normal_ imports a compiler, 70 MB."""
 
@@ -107,15 +122,12 @@ class NoInit(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
 
-def build(kind, config, files, rename, device, dtype):
-    """kind(config) with the tensors of `files`. rename(key): our name for a key there, None if not needed,
-    KeyError if unknown. LoadError for impossible settings and where not every tensor has its place."""
-    try:
-        with torch.device("meta"), NoInit():
-            module = kind(config)
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:
-        where = f"{Path(files[0]).parent}: no {kind.__name__}"
-        raise LoadError(f"{where} with these settings can be built ({error!r})") from None
+def build(kind, config, files, rename, device, dtype, *more):
+    """kind(config, *more) with the tensors of `files`. rename(key): our name for a key there, None if not
+    needed, KeyError if unknown. LoadError for impossible settings, or a tensor that is missing or surplus."""
+    what = f"{Path(files[0]).parent}: no {kind.__name__} with these settings can be built"
+    with refusing(what), torch.device("meta"), NoInit():
+        module = kind(config, *more)
     # all names are looked up before gigabytes are read
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     missing, places = dict(shapes), {}
@@ -173,70 +185,57 @@ def whole_files(*paths):
     """Temporary paths near `paths`, whose folders are made, that take their places when the block ends:
     whole, all or none, and on the disk before their names are, so that nobody sees half of a file, or a new
     one beside the old one that belongs to another, where a disk is full, a program killed or power cut."""
-    paths = [Path(path) for path in paths]
-    folders = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+    # each in a folder, as safetensors leaves files of its own beside its
+    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") / path.name
+                 for path in map(Path, paths)}
     try:
-        for path, folder in zip(paths, folders):
+        for path, new in temporary.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             # what a run that was killed has left goes
             for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
                 pid = old.name.split(".")[-2]
                 if pid.isdecimal() and not alive(int(pid)):
                     shutil.rmtree(old, ignore_errors=True)
-            folder.mkdir(exist_ok=True)  # a folder, as safetensors leaves files of its own beside its
-        temporary = [folder / path.name for path, folder in zip(paths, folders)]
-        yield temporary
-        for new in temporary:
+            new.parent.mkdir(exist_ok=True)
+        yield [*temporary.values()]
+        for new in temporary.values():
             sync(new)
-        for new, path in zip(temporary, paths):
+        for path, new in temporary.items():
             new.replace(path)
-        for parent in {path.parent for path in paths}:
+        for parent in {path.parent for path in temporary}:
             sync(parent)
     finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def whole_file(path):
-    """whole_files() of one."""
-    with whole_files(path) as (temporary,):
-        yield temporary
+        for new in temporary.values():
+            shutil.rmtree(new.parent, ignore_errors=True)
 
 
 def alive(pid):
     """Whether a process of this number runs."""
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        pass
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # somebody else's
     return True
 
 
 def sync(path):
     """Have the disk hold what was written to a file or folder."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some file systems cannot, of folders
-            os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # some file systems cannot, of folders
+        os.fsync(handle)
+    os.close(handle)
 
 
 def write(tensors, path, metadata=None):
-    """Save tensors as a safetensors file at `path`, as whole_file does."""
-    with whole_file(path) as temporary:
-        # as readable as any other file; safetensors writes for the owner alone
-        temporary.touch()
-        mode = temporary.stat().st_mode
+    """Save tensors as a safetensors file at `path`, as whole_files does."""
+    with whole_files(path) as (temporary,):
         note = metadata and {k: printable(v) for k, v in metadata.items()}
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, note)
-        temporary.chmod(mode)
+        # as readable as any other file; safetensors writes for the owner alone
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
 
 
 def write_text(text, path):
-    """Write a text file, as whole_file does."""
-    with whole_file(path) as temporary:
+    """Write a text file, as whole_files does."""
+    with whole_files(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")

@@ -57,24 +57,19 @@ def inverse(to_compvis, kind, config):
         return {to_compvis(name): name for name in kind(config).state_dict()}
 
 
-def unet_name(key):
-    """The inverse of unet_to_compvis(); KeyError(key) for what no SD 1.x UNet has."""
-    return inverse(unet_to_compvis, unet.UNet, unet.SD15)[key]
-
-
 def unet_to_average(name):
     """unet_to_compvis() without dots: what follows "model_ema.diffusion_model" in a moving average's keys."""
     return unet_to_compvis(name).replace(".", "")
 
 
-def averaged_name(key):
-    """The inverse of unet_to_average(); KeyError(key) for what no SD 1.x UNet has."""
-    return inverse(unet_to_average, unet.UNet, unet.SD15)[key]
+def ours(to_compvis, kind, config, key):
+    """The name of which to_compvis() makes this key; KeyError(key) for what no SD 1.x has."""
+    return inverse(to_compvis, kind, config)[key]
 
 
-def vae_name(key):
-    """The inverse of vae_to_compvis(); KeyError(key) for what no SD 1.x VAE has."""
-    return inverse(vae_to_compvis, vae.VAE, vae.SD15)[key]
+unet_name = partial(ours, unet_to_compvis, unet.UNet, unet.SD15)
+averaged_name = partial(ours, unet_to_average, unet.UNet, unet.SD15)
+vae_name = partial(ours, vae_to_compvis, vae.VAE, vae.SD15)
 
 
 def text_name(key):

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -52,12 +52,11 @@ def peak_memory(device):
     """In words, what was held at most: on a GPU, or else in the machine's memory. "" where nobody knows."""
     if device.type == "cuda":
         return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
-    try:
+    with suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f", {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB of memory at most"
+        unit = 1 if sys.platform == "darwin" else 1024
+        return f", {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB of memory at most"
+    return ""
 
 
 def printable(text):

@@ -43,17 +43,14 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
     text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
     vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | shared, folder)
 
-    def towers(configs):
-        return clip.CLIP(*configs)
-
     def rename(key):
         return None if key in KNOWN_EXTRAS else key
-    model = build_encoder(towers, (text, vision), folder, rename, device)
+    model = build_encoder(clip.CLIP, text, folder, rename, device, vision)
     return model, read_tokenizer(vocabulary_in(folder), text, source)
 
 
-def build_encoder(kind, config, folder, rename, device):
+def build_encoder(kind, config, folder, rename, device, *more):
     file, where = folder / "model.safetensors", place(device, torch.float32)
     if not file.is_file():
         raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
-    return build(kind, config, [file], rename, *where).eval().requires_grad_(False)
+    return build(kind, config, [file], rename, *where, *more).eval().requires_grad_(False)

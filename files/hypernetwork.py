@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from files.checkpoints import LoadError, build, configure, open_tensors, write
+from files.checkpoints import LoadError, build, configure, open_tensors, refusing, write
 from files.encoders import load_vit
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB, personal_layers
@@ -27,9 +27,8 @@ def load_hypernet(path, model):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. LoadError if it is none,
     was made for other layers than this model's, or holds numbers that are none; a warning where the layers
     fit but it was trained for another model's weights."""
-    try:
-        with open_tensors(path) as f:
-            note = f.metadata() or {}
+    with refusing(f"{path}: not a hypernetwork that train.py wrote"):
+        note = open_tensors(path).metadata() or {}
         found = json.loads(note["config"])
         seed, checksum = int(note["basis_seed"]), int(note["basis_checksum"])
         HyperConfig(**found)  # a field that isn't known here would mean something else
@@ -39,20 +38,19 @@ def load_hypernet(path, model):
         lidb = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
         if (config.layers, config.size) != lidb.shape or checksum != lidb.checksum:
             raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
-    except LoadError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise LoadError(f"{path}: not a hypernetwork that train.py wrote ({error!r})") from None
-    ours = model.checksums
-    if differ := [part for part in ("unet", "text") if note.get(part, ours[part]) != ours[part]]:
-        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
-                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=2)
-
-    def hypernet(config):
-        return HyperNetwork(config, torch.nn.Identity() if config.encoder else None)
-    built = build(hypernet, config, [path], str, model.device, torch.float32)  # str: keys are our names
+    warn_of_other_weights(path, note, model)
+    vit = torch.nn.Identity() if config.encoder else None
+    built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:
         built.vit = load_vit(config.encoder, model.device)
         if built.vit.config != config.vit:
             raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
     return built.eval().requires_grad_(False)
+
+
+def warn_of_other_weights(path, note, model):
+    """A warning where the file with this metadata was trained for a model of the same layers, not weights."""
+    ours = model.checksums
+    if differ := [part for part in ("unet", "text") if note.get(part, ours[part]) != ours[part]]:
+        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
+                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=3)

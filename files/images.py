@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-from files.checkpoints import whole_file
+from files.checkpoints import whole_files
 from files.console import UserError, printable
 
 with suppress(ImportError):  # optional: what iPhones write
@@ -106,11 +106,10 @@ def ends_grey(image):
 @cache
 def detector():
     """OpenCV's finder of faces, or None where OpenCV is not installed. Loaded when one is looked for."""
-    try:
+    with suppress(ImportError):
         from cv2 import CascadeClassifier, data
-    except ImportError:
-        return None
-    return CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
+        return CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
+    return None
 
 
 def about_face(image, path):
@@ -151,22 +150,18 @@ def is_heic(path):
 def upright(image):
     """The picture turned as its EXIF says. Only the orientation is looked at: whatever else is damaged there
     does no harm."""
-    turn = None
     with suppress(Exception):  # Pillow's parsers raise many kinds
-        turn = TURNS.get(image.getexif().get(0x0112))
-    return image if turn is None else image.transpose(turn)
+        return image.transpose(TURNS[image.getexif()[0x0112]])
+    return image
 
 
 def in_srgb(image, profile):
     """8-bit RGB of a PIL image whose numbers mean the colours that an ICC profile, bytes or None, says. A
     damaged profile, or one of another kind of picture, is as none."""
+    image = image if image.mode in ("L", "CMYK") else to_rgb(image)
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        source = profile and ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = source and {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip())
-        if mode == "RGB":
-            image = to_rgb(image)
-        if mode == image.mode:
-            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return to_rgb(image)
 
 
@@ -197,7 +192,7 @@ def save(image, path, **settings):
     info = PngImagePlugin.PngInfo()
     for key, value in settings.items():
         info.add_itxt(key, printable(str(value)))
-    with whole_file(path) as temporary:
+    with whole_files(path) as (temporary,):
         image.save(temporary, "PNG", pnginfo=info)
 
 

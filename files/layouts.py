@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections import namedtuple
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import clip
 import unet
 import vae
 from files import compvis
-from files.checkpoints import PICKLES, LoadError, build, configure, open_tensors, read_json, require_settings
+from files.checkpoints import (
+    PICKLES, LoadError, build, configure, open_tensors, read_json, refusing, require_settings)
 from files.tokenizers import read_tokenizer, vocabulary_in
 
 HERE = Path(__file__).parents[1]
@@ -65,13 +67,10 @@ OTHERS = {  # what a file without our prefixes is: the first pattern that one of
 def place(device, dtype):
     """The torch.device and dtype to load to: what is asked for or, where that is None, what suits the
     machine. LoadError for a device that isn't there."""
-    try:
+    with refusing(f"device {device}: not available here"):
         device = torch.empty(0, device=device or torch.accelerator.current_accelerator(True) or "cpu").device
         if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0][:150]
-        raise LoadError(f"device {device}: not available here ({reason})") from None
+            raise ValueError("it holds no numbers")
     if dtype is None and device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if dtype is None and device.type == "mps":
@@ -110,12 +109,9 @@ def download(source, *patterns):
     """`source` if it is a folder, else that of the hub repository's files that match `patterns`."""
     if os.path.isdir(source):
         return Path(source)
-    try:
+    with refusing(f"{source}: neither a folder here nor to be had from the hub; check the name and the "
+                  "network, or download it elsewhere and give its folder"):
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub's, the network's and the disk's errors have no base in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LoadError(f"{source}: neither a folder here nor to be had from the hub ({reason}); check the "
-                        "name and the network, or download it elsewhere and give its folder") from None
 
 
 def from_hub(name, dtype):
@@ -200,8 +196,8 @@ def from_file(file):
     """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. Where it has
     the UNet's moving average alone, that is the UNet. LoadError for a file of another kind, which it names,
     or with a surplus tensor."""
-    with open_tensors(file) as f:
-        note, shapes = f.metadata() or {}, {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+    f = open_tensors(file)
+    note, shapes = f.metadata() or {}, {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
     parts = dict(PARTS)
     if not any(key.startswith(PARTS["unet"].prefix) for key in shapes):
         parts["unet"] = PARTS["unet"]._replace(prefix=AVERAGE, name_in_file=compvis.averaged_name)
@@ -232,7 +228,7 @@ def from_file(file):
 
 def predicts_v(file, note, keys):
     """Whether a single file says that it predicts v: in its metadata, by a key, or in the .yaml beside it."""
-    settings, said = Path(file).with_suffix(".yaml"), ""
+    settings, said = file.with_suffix(".yaml"), ""
     if settings.is_file():
         with open(settings, "rb") as f:
             said = f.read(100_000).decode(errors="replace")
@@ -244,10 +240,8 @@ def fetch_vocabulary(file):
     """The vocabulary of all Stable Diffusion 1.x, from the hub's cache or, failing that, from the hub."""
     for offline in (True, False):
         fetch = partial(huggingface_hub.hf_hub_download, HUB, subfolder="tokenizer", local_files_only=offline)
-        try:
+        with suppress(Exception):  # the hub's, the network's and the disk's have no base in common
             return [Path(fetch(name)) for name in ("vocab.json", "merges.txt")]
-        except Exception:  # as in download()
-            continue
     address = f"https://huggingface.co/{HUB}/tree/main/tokenizer"
     raise LoadError(f"{file}: the tokenizer's files are not here and the hub is out of reach; "
                     f"put vocab.json and merges.txt from {address} into {file.parent}")

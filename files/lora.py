@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from edits import LowRank, adaptable_layers, low_rank
-from files.checkpoints import read_text, write
+from files.checkpoints import read_tensors, read_text, refusing, write
 from files.compvis import unet_to_compvis
-from files.person import PersonError, check_numbers, read_tensors
+from files.console import UserError
+from files.person import check_numbers
 
 CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
 PREFIXES = {"unet": "unet", "text": "text_encoder"}         # diffusers' names of the two parts
@@ -46,7 +47,7 @@ def export_lora(edits, path, metadata=None, dtype=torch.float32):
     """Write one person's edits as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111 read.
     Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the UNet's
     output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one alpha
-    for all. ValueError for several people or edits not low-rank, PersonError for what dtype can't hold."""
+    for all. ValueError for several people or edits not low-rank, UserError for what dtype can't hold."""
     tensors, rank = {}, max((a.shape[2] for a, _ in low_rank(edits, people=1).values()), default=0)
     for name, (a, b) in edits.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
@@ -64,7 +65,7 @@ def export_lora(edits, path, metadata=None, dtype=torch.float32):
 
 def load_lora(path, model, strength=1.0):
     """Somebody's LoRA for SD 1.x, by kohya's scripts, diffusers or PEFT -> layer -> LowRank, float32, on the
-    device of `model`: strength · alpha / r · up · down, alpha = r where none is given. PersonError for keys
+    device of `model`: strength · alpha / r · up · down, alpha = r where none is given. UserError for keys
     that aren't understood or don't fit: they would otherwise be dropped without a word."""
     tensors, note = read_tensors(path)
     for pattern, what in FOREIGN.items():
@@ -115,11 +116,11 @@ def load_lora(path, model, strength=1.0):
 
 
 def report_problems(path, problems):
-    """PersonError that lists `problems`, a dict of what -> keys, if there are any."""
+    """UserError that lists `problems`, a dict of what -> keys, if there are any."""
     listed = [f"{what}: {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if keys[5:] else "")
               for what, keys in problems.items() if keys]
     if listed:
-        raise PersonError(f"{path}: {'; '.join(listed)}")
+        raise UserError(f"{path}: {'; '.join(listed)}")
 
 
 def plain(key):
@@ -134,7 +135,8 @@ def peft_scales(path, note, tensors, edits):
     diffusers has it in the metadata, its keys after "unet." or "text_encoder." if a pipeline wrote it,
     PEFT in adapter_config.json, without which its files can't be read: alpha is in no tensor."""
     file, kept, scales = Path(path).with_name("adapter_config.json"), note.get("lora_adapter_metadata"), {}
-    try:
+    with refusing(f"{path}: PEFT's settings make no sense or are not readable, in its metadata or in "
+                  f"{file.name} beside it"):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
             kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
@@ -147,9 +149,6 @@ def peft_scales(path, note, tensors, edits):
             special = (v for key, v in (patterns or {}).items() if named_by(key, inner))
             alpha = next(special, usual)
             scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
-        raise PersonError(f"{path}: PEFT's settings make no sense or are not readable, in its metadata or in "
-                          f"{file.name} beside it ({error})") from None
     return scales
 
 
@@ -157,7 +156,7 @@ def check_plain(config, prefix):
     """ValueError for a setting in PEFT's `config`, where it may have a prefix, of what is not in PLAIN."""
     for key, plain_ones in PLAIN.items():
         value = config.get(f"{prefix}.{key}", config.get(key, plain_ones[0]))
-        if not any(value is one or value == one and type(value) is type(one) for one in plain_ones):
+        if not any(value == one and type(value) is type(one) for one in plain_ones):
             raise ValueError(f"{key} is {value!r}, so it is more than a plain LoRA, or its base was changed")
 
 

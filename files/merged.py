@@ -11,16 +11,17 @@ import torch
 from clip import END, START
 from edits import merge
 from files.checkpoints import read_json, write, write_text
+from files.console import UserError
 from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
-from files.person import PersonError, check_numbers
+from files.person import check_numbers
 from files.tokenizers import write_tokenizer
 
 
 def free_folder(out):
-    """The Path of a folder to write that doesn't exist yet or is empty; PersonError if it is taken."""
+    """The Path of a folder to write that doesn't exist yet or is empty; UserError if it is taken."""
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PersonError(f"{out}: exists already; give a new or an empty folder")
+        raise UserError(f"{out}: exists already; give a new or an empty folder")
     return out
 
 
@@ -28,7 +29,7 @@ def merge_to_folder(model, edits, source, out):
     """Write a model folder in the hub's layout with one person's edits merged into its weights; the
     model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
     our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written: a person would
-    hardly survive 8 bits. PersonError if out is taken, ValueError if the edits are not one person's."""
+    hardly survive 8 bits. UserError if out is taken, ValueError if the edits are not one person's."""
     out, layers = free_folder(out), model.layers
     copies = {name: copy.deepcopy(layers[name]).float() for name in edits}
     merge(copies, edits)

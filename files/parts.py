@@ -36,9 +36,7 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
     with deferred_stop() as stop:
         for i, (file, part) in enumerate(zip(files, tqdm(parts, desc=what, disable=rank > 0))):
             if file.exists():
-                with open_tensors(file) as f:
-                    differ = differences(f.metadata() or {}, of)
-                if differ:
+                if differ := differences(open_tensors(file).metadata() or {}, of):
                     others = "; ".join(differ)
                     raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as "
                                     "before")
@@ -54,8 +52,4 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
 
 def joined(files, name):
     """The tensor of this name in all files, one after the other."""
-    found = []
-    for file in files:
-        with open_tensors(file) as f:
-            found.append(f.get_tensor(name))
-    return torch.cat(found)
+    return torch.cat([open_tensors(file).get_tensor(name) for file in files])

@@ -7,21 +7,15 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from edits import IDENTIFIER, LowRank, join, scale
-from files.checkpoints import LoadError, finite, open_tensors, write
+from files.checkpoints import finite, open_tensors, read_tensors, refusing, write
 from files.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
 MAKERS = {}  # made_by -> another method's module, which has edits(tensors, model) and shapes(model, tensors)
-
-
-class PersonError(UserError):
-    """What is wrong with a personal file or a LoRA and what to do about it, in one line for the user."""
 
 
 @dataclass
@@ -63,11 +57,11 @@ class Person:
 
 def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
     """Write `person`, made for the model of `method`, an hdb.HyperDreamBooth, to a safetensors file in
-    `dtype`; lidb_only: without LoRA, a few KB. PersonError for nobody, another basis, numbers dtype can't
+    `dtype`; lidb_only: without LoRA, a few KB. UserError for nobody, another basis, numbers dtype can't
     hold."""
     tensors = {key: t.detach().to(dtype) for key, t in person.stored(lidb_only).items()}
     if person.made_by == OURS and (here := method.lidb.seed) != person.basis_seed:
-        raise PersonError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
+        raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
     check_person(tensors, method, path, person.made_by, "nothing to write, the person has no such weights")
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
     about["scale"] = repr(float(person.scale))
@@ -75,7 +69,7 @@ def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
 
 
 def load_person(path, method):
-    """The Person in a file of save_person, float32, on the device of `method`. PersonError if it is none, is
+    """The Person in a file of save_person, float32, on the device of `method`. UserError if it is none, is
     damaged, or belongs to other layers or another basis than method's; a warning if only the weights, or in a
     file without their checksums the model's name, are others."""
     tensors, note = read_tensors(path)
@@ -94,14 +88,12 @@ def load_person(path, method):
              f"basis there than here ({other}): the file was altered, or torch draws other random numbers"),
             (differ, f"{made}with another basis: {other}")):
         if wrong:
-            raise PersonError(f"{path}: {what}")
+            raise UserError(f"{path}: {what}")
     check_person(tensors, method, path, made_by, "empty")
-    try:
+    with refusing(f"{path}: damaged metadata"):
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
-    except (KeyError, ValueError) as error:
-        raise PersonError(f"{path}: damaged metadata ({error!r})") from None
-    if not -10 <= about["scale"] <= 10 or made_by != OURS and about["scale"] != 1:
-        raise PersonError(f"{path}: damaged metadata (scale {about['scale']})")
+        if not -10 <= about["scale"] <= 10 or made_by != OURS and about["scale"] != 1:
+            raise ValueError(f"scale {about['scale']}")
 
     # a model with the same layers can still be another one; files were once written without checksums
     if not note.keys() & {"unet", "text"}:
@@ -119,8 +111,8 @@ def load_person(path, method):
 
 def is_person(path):
     """Whether `path` is a file of save_person, by its header alone. False, and no error, for all else."""
-    with suppress(OSError, SafetensorError), safe_open(path if Path(path).is_file() else "", "pt") as f:
-        return (f.metadata() or {}).get("format") == FORMAT
+    with suppress(OSError, ValueError):
+        return (open_tensors(path).metadata() or {}).get("format") == FORMAT
     return False
 
 
@@ -142,46 +134,36 @@ def belongs_to(method, made_by):
     return {key: str(value) for key, value in found.items()}
 
 
-def shapes(method, tensors):
-    """name -> shape of everything that one of our persons can have, at the ranks that `tensors` have."""
-    expected = {"theta": (1, *method.lidb.shape)}
-    for name, m in method.layers.items():
-        rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
-        expected |= {f"{name}.A": (1, m.in_features, rank), f"{name}.B": (1, rank, m.out_features)}
+def lora_shapes(layers, tensors):
+    """name -> shape of one person's A and B of all `layers` that `tensors` have either of, at A's rank."""
+    expected = {}
+    for name, m in layers.items():
+        if {f"{name}.A", f"{name}.B"} & tensors.keys():
+            rank = max([1, *tensors.get(f"{name}.A", torch.empty(0)).shape[2:]])
+            expected |= {f"{name}.A": (1, m.in_features, rank), f"{name}.B": (1, rank, m.out_features)}
     return expected
 
 
 def check_person(tensors, method, path, made_by, empty):
-    """PersonError unless these are one person's numbers for method's model; `empty`: that there are none."""
+    """UserError unless these are one person's numbers for method's model; `empty`: that there are none."""
     check_numbers(tensors, path, empty)
     if made_by == OURS:
-        expected = shapes(method, tensors)
-        absent = {name[:-1] + {"A": "B", "B": "A"}[name[-1]] for name in tensors if name != "theta"
-                  and name in expected} - tensors.keys()
+        expected = {"theta": (1, *method.lidb.shape)} if "theta" in tensors else {}
+        expected |= lora_shapes(method.layers, tensors)
     else:
         expected = MAKERS[made_by].shapes(method.model, tensors)
-        absent = expected.keys() - tensors.keys()
-    if absent:
-        raise PersonError(f"{path}: {min(absent)} is missing")
+    if absent := expected.keys() - tensors.keys():
+        raise UserError(f"{path}: {min(absent)} is missing")
     for key, t in tensors.items():
         there, needed = tuple(t.shape), expected.get(key, "no such tensor")
         if there != needed:
-            raise PersonError(f"{path}: {key} has shape {there}, expected {needed}")
+            raise UserError(f"{path}: {key} has shape {there}, expected {needed}")
 
 
 def check_numbers(tensors, path, empty=None):
-    """PersonError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
+    """UserError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
     if empty and not tensors:
-        raise PersonError(f"{path}: {empty}")
+        raise UserError(f"{path}: {empty}")
     for key, t in tensors.items():
         if not t.is_floating_point() or not finite(t.float()):
-            raise PersonError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
-
-
-def read_tensors(path):
-    """All tensors of a safetensors file, on the CPU, and its metadata. PersonError if it is damaged."""
-    try:
-        with open_tensors(path) as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
-    except (LoadError, OSError, SafetensorError, RuntimeError) as error:
-        raise PersonError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            raise UserError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")

@@ -77,8 +77,8 @@ class Photos:
                     "latents": torch.cat([model.encode(view) for view in views])}
         of = {"photos": f"{listed:08x}", "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
         made = kept(cache, split(files, PART), of, encoded, "photos", deadline)
-        opened = [open_tensors(file) for file in made]
-        self.rows = [(f, i) for f in opened for i in range(rows_in(f))]
+        opened = [f for f in map(open_tensors, made) if f.keys()]  # a part may have no photo in it
+        self.rows = [(f, i) for f in opened for i in range(f.get_slice("latents").get_shape()[0])]
         self.count = len(self.rows)
         if not self.rows:
             raise no_photos(folder)
@@ -103,8 +103,3 @@ class Photos:
         """From the files, as all features of 15,000 people would fill most memories."""
         rows = [self.rows[i] for i in who.tolist()]
         return torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]).to(self.model.device)
-
-
-def rows_in(file):
-    """How many people a part of the cache has."""
-    return file.get_slice("latents").get_shape()[0] if "latents" in file.keys() else 0

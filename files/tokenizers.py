@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from clip import Tokenizer
-from files.checkpoints import LoadError, read_json, read_text, whole_files
+from files.checkpoints import LoadError, read_json, read_text, refusing, whole_files
 
 
 def vocabulary_in(folder):
@@ -19,7 +19,7 @@ def read_tokenizer(vocabulary, text_config, name):
     if not vocabulary:
         raise LoadError(f"{name}: has no vocab.json and merges.txt")
     file, folder = vocabulary[0], vocabulary[0].parent
-    try:
+    with refusing(f"{file}: not a CLIP tokenizer"):
         vocab, merges = read_bpe(*vocabulary)
         tokenizer = Tokenizer(vocab, merges, text_config.max_position_embeddings)
         if not all(type(token) is int and token >= 0 for token in vocab.values()):
@@ -28,10 +28,6 @@ def read_tokenizer(vocabulary, text_config, name):
         files = [folder / "tokenizer.json", folder / "added_tokens.json"]
         listed, more = (read_json(file) if file.is_file() else {} for file in files)
         named = {str(token["content"]) for token in listed.get("added_tokens") or []} | set(map(str, more))
-    except LoadError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise LoadError(f"{file}: not a CLIP tokenizer ({error!r})") from None
     if added := sorted(named - vocab.keys()):
         raise LoadError(f"{folder}: tokens added to CLIP's ({', '.join(added)[:100]}) are not implemented")
     tokens = max(vocab.values()) + 1

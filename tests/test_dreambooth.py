@@ -8,7 +8,8 @@ import hdb
 from baselines import dreambooth, registry  # noqa: F401
 from diffusion import ALPHAS_CUMPROD, denoising_loss
 from edits import Change, LowRank, fresh_lora
-from files.person import Person, PersonError, load_person, save_person
+from files.console import UserError
+from files.person import Person, load_person, save_person
 from lidb import personal_layers
 
 PRIOR = torch.randn(5, 4, 8, 8, generator=generator(8))
@@ -144,8 +145,8 @@ def test_a_person_in_a_file(tmp_path, rank):
     assert all(torch.equal(back.tensors[name], t) for name, t in tensors.items())
     name = next(iter(tensors))
     for broken in {name: tensors[name][..., :1]}, {"unet.nowhere": torch.zeros(1)}, {name: tensors[name] / 0}:
-        with pytest.raises(PersonError):
+        with pytest.raises(UserError):
             save_person(Person(tensors=tensors | broken, made_by="dreambooth"), method, tmp_path / "x")
     del tensors[name]
-    with pytest.raises(PersonError, match=f"{name} is missing"):
+    with pytest.raises(UserError, match=f"{name} is missing"):
         save_person(Person(tensors=tensors, made_by="dreambooth"), method, tmp_path / "x")

@@ -159,7 +159,7 @@ def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, word
 
 def test_settings_that_nothing_can_be_built_with_are_refused(file):
     alter(file, settings={"heads": 3})
-    with pytest.raises(LoadError, match="no hypernet with these settings"):
+    with pytest.raises(LoadError, match="no HyperNetwork with these settings"):
         load_hypernet(file, shared_model())
 
 

@@ -18,7 +18,8 @@ import unet
 import vae
 from edits import LowRank, fresh_lora, join
 from files.lora import export_lora, load_lora
-from files.person import Person, PersonError, is_person, load_person, save_person
+from files.console import UserError
+from files.person import Person, is_person, load_person, save_person
 
 VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
 UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -63,7 +64,7 @@ def someone(seed=0, rank=4, **more):
 
 
 def refused(call, *words):
-    with pytest.raises(PersonError) as info:
+    with pytest.raises(UserError) as info:
         call()
     message = str(info.value)
     assert "\n" not in message and all(word in message for word in words), message
