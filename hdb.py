@@ -125,7 +125,7 @@ class HyperDreamBooth:
                 context = self.model.text(ids) if fixed is None else fixed
                 return denoising_error(self.model.unet, context, *drawn).mean()
             fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, callback=callback,
-                keep=True, draw=lambda: noised(latent(), generator))
+                generator=generator, draw=lambda: noised(latent(), generator))
         return detach(relaxed)
 
     def sample(self, prompts, edits=None, seeds=None, **options):

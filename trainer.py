@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch.optim.adamw import adamw
 from tqdm import tqdm
 
 import world
@@ -16,6 +17,7 @@ from files.console import Stopped, UserError, deferred_stop
 from files.parts import differences
 
 SCALE = 2 ** 10
+RISEN = 1.5  # a loss that is so many times what it was at the start
 
 
 def backward(loss, parameters):
@@ -26,47 +28,74 @@ def backward(loss, parameters):
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
-def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, keep=False, draw=None):
-    """Change `parameters`, a list of tensors that require gradients, or of groups of them with a rate each,
-    {"params": [tensors], "lr": rate}, by `steps` of Adam down the scalar loss().
+def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generator=None, states=8,
+        draw=None):
+    """Change `parameters`, a list of tensors that require gradients, or of groups of them, {"params":
+    [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss().
 
     around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
-    callback(step, loss) after every step. keep: where the loss has risen for good, the parameters of the last
-    step at which it hadn't are put back, with a warning. draw() -> all tensors that change from step to step,
-    in shapes that don't, for loss(*draw()): with it a GPU is given each step in one piece, `recorded`.
+    callback(step, loss) after every step. generator: what the losses' noise comes from. Given, the first
+    noise is tried again at the end, with a warning where its loss is well above what it was; then the last of
+    so many `states` in between of which that is not so is put back. draw() -> all tensors that change from
+    step to step, in shapes that don't, for loss(*draw()): with it a GPU is given each step in one piece,
+    `recorded`.
     """
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(.9, .99), weight_decay=0., fused=True)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+    trained = [p for group in groups for p in group["params"]]
+    zeros = torch.zeros_like
+    memory = {p: (zeros(p), zeros(p), p.new_zeros(())) for p in trained}  # both moments, and steps made
 
     def step(*tensors):
         with torch.enable_grad(), around():
             value = loss(*tensors)
             backward(value, trained)
-        optimizer.step()
-        optimizer.zero_grad()
+        with torch.no_grad():
+            for group in groups:
+                adam(group["params"], memory, group.get("lr", lr))
         return value.detach()
     if draw and trained[0].is_cuda:
-        for group in optimizer.param_groups:
-            group["capturable"] = True
         step = recorded(step)
 
-    losses, good, before = [], *([p.detach().clone() for p in trained if keep] for _ in range(2))
+    draw = draw or tuple
+    kept, beginning = [], generator and generator.get_state()
     for i in range(steps):
-        if keep:
-            torch._foreach_copy_(before, [p.detach() for p in trained])
-        value = step(*(draw() if draw else ()))
-        shown = value.item() if keep or callback else None  # on a GPU, to read it is to wait for it
-        if keep:
-            losses.append(shown)
-            if not risen(losses):
-                good, before = before, good
+        if generator and states and i % (steps // states + 1) == 0:
+            kept.append([p.detach().clone() for p in trained])
+        value = step(*draw())
+        if i == 0:
+            first = value.clone()  # a recorded step writes to the same place
         if callback:
-            callback(i, shown)
-    if risen(losses):
-        warnings.warn(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g}, so the last steps are not "
-                      f"kept: a rate of {lr:g} is too high; a tenth of it, or fewer steps, may do",
-                      stacklevel=3)
-        torch._foreach_copy_([p.detach() for p in trained], good)
+            callback(i, value.item())  # on a GPU, to read it is to wait for it
+    if not (generator and steps):
+        return
+
+    def risen():
+        """What the first step's noise gives now, if that is well above what it gave then or no number."""
+        now = generator.get_state()
+        generator.set_state(beginning)
+        with torch.no_grad(), around():
+            value = loss(*draw())
+        generator.set_state(now)
+        return None if value <= RISEN * first else value
+    if (last := risen()) is not None:
+        so = ", so the last steps are not kept" if kept else ""
+        warnings.warn(f"the loss rose from {first:.3g} to {last:.3g}{so}: a rate of {lr:g} is too high; a "
+                      "tenth of it, or fewer steps, may do", stacklevel=3)
+        for state in reversed(kept):
+            torch._foreach_copy_([p.detach() for p in trained], state)
+            if risen() is None:
+                break
+
+
+def adam(parameters, memory, lr):
+    """A step of Adam down the parameters' gradients, which are gone afterwards. torch.optim's class would do
+    the same, but imports a compiler first, a quarter of the time that a person on nano takes."""
+    moved = [p for p in parameters if p.grad is not None]
+    first, second, steps = map(list, zip(*(memory[p] for p in moved)))
+    adamw(moved, [p.grad for p in moved], first, second, [], steps, fused=True, amsgrad=False, beta1=.9,
+          beta2=.99, lr=lr, weight_decay=0., eps=1e-8, maximize=False)
+    for p in moved:
+        p.grad = None
 
 
 def recorded(step, eager=3):
@@ -92,14 +121,6 @@ def recorded(step, eager=3):
         graph.replay()
         return result
     return run
-
-
-def risen(losses, few=5, well=1.5):
-    """Whether the mean of the last few losses is well above that of the first few, or no number. Of so few
-    that these overlap nothing can be said."""
-    if len(losses) < 2 * few:
-        return False
-    return not sum(losses[-few:]) <= well * sum(losses[:few])
 
 
 @contextmanager

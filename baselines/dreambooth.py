@@ -71,12 +71,13 @@ def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_we
         lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
         factors = {f"{name}.{ab}": t for name, edit in lora.items() for ab, t in zip("AB", edit)}
         descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback,
-                keep=True)
+                generator)
         return {name: t.detach() for name, t in factors.items()}
     if len(photo) > 1:
         raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")
     trained = trainable_copy(model)
-    descend(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback)
+    descend(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
+            generator=generator, states=0)  # each would be as large as the model
     return differences(model, trained)
 
 

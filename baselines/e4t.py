@@ -197,7 +197,7 @@ def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
         denoising = denoising_loss(tuned, latent, [PROMPT], generator)
         return total(denoising, inside["unet."])[0]
     descend(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
-            lambda: tuned.edited(inside), callback)
+            lambda: tuned.edited(inside), callback, generator, states=0)  # each as large as the UNet
     changed = {k: t for k, t in dreambooth.differences(model, tuned).items() if k.startswith("unet.")}
     learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
     return {"photo": seen} | learnt | changed

@@ -181,14 +181,15 @@ def fit(model, photo, steps=400, lr=.03, embedding_lr=.006, batch=4, identifier=
         return {"token": digits, "embedding": embedding, "input": i, "dual": dual(i, c_inverse)} | values
 
     def around():
-        # i* follows its word, no gradient goes back through it
-        with model.edited({LAYER: Rows(embedding[:, None], token)}):
-            i.lerp_(encoding(model, named("[V] face", identifier), token, people), 1 - KEPT)
+        # in every step i* follows its word, no gradient goes back through it
+        if torch.is_grad_enabled():
+            with model.edited({LAYER: Rows(embedding[:, None], token)}):
+                i.lerp_(encoding(model, named("[V] face", identifier), token, people), 1 - KEPT)
         return model.edited(gated(tensors(), model, face, *TRAINING))
 
     rates = [{"params": [*values.values()], "lr": lr}, {"params": [embedding], "lr": embedding_lr}]
     descend(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
-            around, callback, keep=True)
+            around, callback, generator)
     return {name: t.detach() for name, t in tensors().items()}
 
 

@@ -89,7 +89,7 @@ def fit(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, cal
     # [V] is spelt out here, as the model would make it one word
     prompts = [named(PROMPT, identifier(tokens))] * len(photo)
     descend(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
-            lambda: model.edited({LAYER: Rows(vectors, token)}), callback, keep=True)
+            lambda: model.edited({LAYER: Rows(vectors, token)}), callback, generator)
     return {"vectors": vectors.detach()}
 
 

@@ -303,3 +303,13 @@ def test_a_prompt_that_is_cut_before_its_v_is_warned_of_before_the_work(tmp_path
     done = run("nano/example.png", words, "--steps", 0, "--sample-steps", 1, "--out", tmp_path)
     assert done.returncode == 0 and done.stderr.count("cut: ") == 1
     assert "does not say [V] before that" in done.stderr
+
+
+def test_a_person_takes_no_compiler(tmp_path):
+    """Whose import takes seconds: random numbers on the meta device would, and torch.optim's classes."""
+    words = ["nano/example.png", "[V]", "--steps=1", "--sample-steps=1", f"--out={tmp_path}"]
+    job = ["import sys, personalize", f"sys.argv += {words}",
+           "personalize.main(personalize.arguments())",
+           "assert 'torch._dynamo' not in sys.modules and 'sympy' not in sys.modules"]
+    done = subprocess.run([sys.executable, "-c", "; ".join(job)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from files import checkpoints
 from files.checkpoints import write
 from files.console import Stopped, UserError
 from files.parts import differences
-from trainer import Pool, Trainer, backward, fit, risen, seeded
+from trainer import Pool, Trainer, backward, fit, seeded
 
 
 def train(out, steps, total=120, **options):
@@ -114,23 +115,56 @@ def adam_by_hand(p, gradients, lr, betas=(.9, .99), decay=0.):
 
 
 def test_a_loss_that_rises_for_good_is_taken_back():
-    """Down a slope that turns into a cliff: what stood before the cliff stays, with a warning."""
+    """Down a slope that turns into a cliff: of the states kept the last one before the cliff stays."""
     x, y = (torch.zeros(1, requires_grad=True) for _ in range(2))
 
     def loss(x):
         return (2 - x + 100 * (x.detach() > 1.05)).sum()
     with pytest.warns(UserWarning, match="rose from 2 to 100, .* a rate of 0.1 is too high; a tenth"):
-        fit(lambda: loss(x), [x], 16, .1, keep=True)
-    assert x.item() == pytest.approx(1., abs=1e-4)
-    fit(lambda: loss(y), [y], 16, .1)  # not asked to keep
+        fit(lambda: loss(x), [x], 16, .1, generator=generator(0))
+    assert x.item() == pytest.approx(.9, abs=1e-4)  # of 0, .3, .6, .9, 1.2 and 1.5
+    fit(lambda: loss(y), [y], 16, .1)  # not asked to look
     assert y.item() == pytest.approx(1.6, abs=1e-4)
+    with pytest.warns(UserWarning, match="rose from 100 to 200: a rate"):  # nothing is kept
+        fit(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, generator=generator(0), states=0)
+    assert y.item() == pytest.approx(1.9, abs=1e-4)
 
 
-@pytest.mark.parametrize("losses, expected", [
-    ([1.] * 9, False), ([1.] * 5 + [1.4] * 5, False), ([1.] * 5 + [1.6] * 5, True), ([1., 9.] * 20, False),
-    ([1.] * 9 + [float("nan")], True), ([1.] * 5 + [9.] * 20 + [1.] * 5, False), ([], False)])
-def test_whether_losses_have_risen(losses, expected):
-    assert risen(losses) == expected
+@pytest.mark.parametrize("steps, worse", [(1, 2.), (4, 100.), (4, torch.nan), (30, torch.inf)])
+def test_what_is_destroyed_by_the_first_step_is_put_back_to_the_start(steps, worse):
+    x = torch.zeros(1, requires_grad=True)
+    with pytest.warns(UserWarning, match="the loss rose from 1 to"):
+        fit(lambda: (1 - x + (worse if x.item() else 0)).sum(), [x], steps, .5, generator=generator(0))
+    assert x.item() == 0
+
+
+@pytest.mark.parametrize("passed", [True, False], ids=["drawn before", "drawn in the loss"])
+def test_the_loss_is_compared_on_the_noise_of_the_first_step(passed, recwarn):
+    """Noises of very different sizes: whatever stands beside them has not risen. What is drawn afterwards is
+    what would have been drawn without a look back."""
+    g, other, x = generator(3), generator(3), torch.zeros(1, requires_grad=True)
+
+    def draw():
+        return [torch.rand(1, generator=g) ** 9]
+    if passed:
+        fit(lambda noise: (noise + 1e-9 * x).sum(), [x], 20, .01, generator=g, draw=draw)
+    else:
+        fit(lambda: (draw()[0] + 1e-9 * x).sum(), [x], 20, .01, generator=g)
+    assert not recwarn.list
+    torch.rand(20, generator=other)
+    assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=other))
+
+
+def test_looking_back_is_no_step():
+    """around() is entered without gradients then, so that what it does in a step can be left out."""
+    entered, x = [], torch.zeros(1, requires_grad=True)
+
+    @contextmanager
+    def around():
+        entered.append(torch.is_grad_enabled())
+        yield
+    fit(lambda: (x ** 2).sum(), [x], 3, .1, around, generator=generator(0))
+    assert entered == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -197,6 +231,26 @@ def test_fit_is_adam_on_the_loss_with_its_context_around():
         assert torch.allclose(after, now, atol=1e-5)
     fit(loss, [p], 0, .1, Around)
     assert torch.allclose(p, now, atol=1e-5)
+
+
+def test_groups_have_rates_of_their_own():
+    """As torch.optim's AdamW has them, to the last bit; what the loss doesn't depend on stays."""
+    def some():
+        return [torch.linspace(start, 2, 5).requires_grad_() for start in (-1, 0, 1)]
+
+    def groups(p, q, alone):
+        return [{"params": [p, alone], "lr": .1}, {"params": [q], "lr": .01}]
+
+    def loss(p, q, alone):
+        return (p ** 3 + (2 * q).sin()).sum()
+    ours, theirs = some(), some()
+    fit(lambda: loss(*ours), groups(*ours), 6, .1)
+    optimizer = torch.optim.AdamW(groups(*theirs), betas=(.9, .99), weight_decay=0., fused=True)
+    for _ in range(6):
+        loss(*theirs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(map(torch.equal, ours, theirs)) and torch.equal(ours[2], some()[2])
 
 
 def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path):
