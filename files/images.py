@@ -4,6 +4,7 @@ import os
 import warnings
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,15 +17,23 @@ with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener
     register_heif_opener()
 
+Image.init()
+# What cameras, phones and browsers write. Others are no photos, and of some the decoder is Python, or a
+# program of its own
+FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000")
+           if name in Image.OPEN]
 SMALLEST = 64          # pixels a side of a face
 ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
-# Megapixels that take at most 5 s and 500 MB: any, and JPEGs, which can be decoded to a fraction
-LARGEST, LARGEST_JPEG = 50, 120
+MEANS = "L", "LA", "RGB", "RGBA", "CMYK", "I", "F"  # modes whose pixels have a mean
+# Megapixels that take at most 5 s and 500 MB, measured: any; JPEGs, which can be decoded to a fraction; more
+# than a byte for each of three colours; formats that are decoded in several copies
+LARGEST, LARGEST_JPEG, LARGEST_RICH, LARGEST_HEAVY = 50, 120, 35, 24
+SCANS = 40             # of a progressive JPEG, each of which goes through all of it
 ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
 REASONS = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a photo",
            NotImplementedError: "an HEIC photo; pip install pillow-heif to have those read",
            Image.DecompressionBombError: f"too large; at most {LARGEST} megapixels, {LARGEST_JPEG} as a JPEG "
-           "without --crop X,Y,SIZE"}
+           f"without --crop X,Y,SIZE, {LARGEST_HEAVY} as a WebP"}
 
 # EXIF's orientation -> what puts the picture upright
 TURNS = dict(zip(range(2, 9), (
@@ -60,7 +69,7 @@ def read(path, side, crop="center"):
         raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} pixels")
     if size < SMALLEST:
         raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
-    image = in_srgb(image.crop((x, y, x + size, y + size)), image.info.get("icc_profile"))
+    image = in_srgb(smaller(image.crop((x, y, x + size, y + size))), image.info.get("icc_profile"))
     if not whole and ends_grey(image):
         raise ImageError(f"{path}: the file was cut off, and the face with it; copy or download it again")
     image = image.resize((side, side), Image.Resampling.LANCZOS)
@@ -71,21 +80,18 @@ def opened(path, reduced):
     """The picture at `path`, upright, and whether all of it is there: a JPEG may end early. `reduced`: where
     it is large, decoded to a fraction of its pixels. Raises what PIL raises."""
     # the limits are these here, and damage either raises or does no harm
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
-        jpeg = file.format in ("JPEG", "MPO")
-        if file.width * file.height > (LARGEST_JPEG if jpeg and reduced else LARGEST) * 10 ** 6:
-            raise Image.DecompressionBombError
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+        check_size(file, path, reduced)
         if reduced:
             file.draft(None, (ENOUGH, ENOUGH))
         try:
             file.load()
         except OSError:
-            if not jpeg or ImageFile.LOAD_TRUNCATED_IMAGES:
+            if file.format not in ("JPEG", "MPO") or ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise
         else:
-            means = reduced and file.mode in ("L", "LA", "RGB", "RGBA", "CMYK")  # others' pixels have no mean
-            times = min(file.size) // ENOUGH if means else 1
-            return upright(file.reduce(times) if times > 1 else file), True
+            image = file.convert("I") if file.mode.startswith("I;") else file
+            return upright(smaller(image) if reduced else image), True
 
     # cut off: once more, for as far as it goes
     ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -95,6 +101,28 @@ def opened(path, reduced):
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     warnings.warn(f"{path}: the file was cut off; what there is of it is used", stacklevel=4)
     return image, False
+
+
+def check_size(file, path, reduced):
+    """DecompressionBombError for an opened file that would take too long or too much memory to read."""
+    progressive = "progressive" in file.info
+    most = LARGEST if file.mode in ("1", "L", "RGB") else LARGEST_RICH
+    if file.format in ("JPEG", "MPO") and reduced and not progressive:
+        most = LARGEST_JPEG
+    if file.format in ("WEBP", "JPEG2000"):
+        most = LARGEST_HEAVY
+    tags = getattr(file, "tag_v2", {})
+    tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF, decoded whole
+    slow = any(decoder in Image.DECODERS for decoder, *_ in file.tile)  # written in Python
+    slow = slow or progressive and Path(path).read_bytes().count(b"\xff\xda") > SCANS
+    if slow or max(file.width * file.height, tile) > most * 10 ** 6:
+        raise Image.DecompressionBombError
+
+
+def smaller(image):
+    """A PIL image with no more pixels than are needed, where they have a mean."""
+    times = min(image.size) // ENOUGH
+    return image.reduce(times) if times > 1 and image.mode in MEANS else image
 
 
 def ends_grey(image):
@@ -169,7 +197,7 @@ def to_rgb(image):
     """8-bit RGB from a PIL image of any mode, transparency laid over white."""
     # 16 and 32 bit grey, which PIL would clip instead of scaling
     if image.mode.startswith("I") or image.mode == "F":
-        values, transparent = np.asarray(image, dtype=np.float64), image.info.get("transparency")
+        values, transparent = np.asarray(image, dtype=np.float32), image.info.get("transparency")
         greatest = values.max(initial=0, where=np.isfinite(values))
         whites = (1, 255, 65535, 2 ** 31 - 1) if image.mode == "F" else (255, 65535, 2 ** 31 - 1)
         white = next((white for white in whites if greatest <= 1.1 * white), greatest)

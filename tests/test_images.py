@@ -1,3 +1,4 @@
+import struct
 import warnings
 
 import numpy as np
@@ -75,6 +76,61 @@ def test_a_large_photo_is_no_bomb(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         images.read(picture(tmp_path / "a.png"), 64)
+
+
+@pytest.mark.parametrize("limit, mode, name, settings", [
+    ("LARGEST", "RGB", "a.png", {}), ("LARGEST_RICH", "RGBA", "a.png", {}),
+    ("LARGEST_RICH", "I;16", "a.png", {}), ("LARGEST_RICH", "CMYK", "a.tiff", {}),
+    ("LARGEST_HEAVY", "RGB", "a.webp", {}), ("LARGEST_JPEG", "RGB", "a.jpg", {}),
+    ("LARGEST_JPEG", "CMYK", "a.jpg", {}), ("LARGEST", "RGB", "a.jpg", {"progressive": True}),
+    ("LARGEST_RICH", "CMYK", "a.jpg", {"progressive": True})])
+def test_the_most_pixels_of_each_kind(tmp_path, monkeypatch, limit, mode, name, settings):
+    Image.new(mode, (80, 70)).save(tmp_path / name, **settings)
+    for other in {"LARGEST", "LARGEST_JPEG", "LARGEST_RICH", "LARGEST_HEAVY"} - {limit}:
+        monkeypatch.setattr(images, other, 0)
+    images.read(tmp_path / name, 64)
+    monkeypatch.setattr(images, limit, .0055)
+    with pytest.raises(images.ImageError, match="too large"):
+        images.read(tmp_path / name, 64)
+
+
+def test_files_that_are_small_and_take_for_ever(tmp_path):
+    """A progressive JPEG of many scans, a run-length BMP, which is decoded in Python, a TIFF's huge tile."""
+    picture(tmp_path / "few.jpg", progressive=True)
+    data = (tmp_path / "few.jpg").read_bytes()
+    last = data[data.rindex(b"\xff\xda"):-2]
+    (tmp_path / "many.jpg").write_bytes(data[:-2] + 50 * last + data[-2:])
+    images.read(tmp_path / "few.jpg", 64)
+
+    header = struct.pack("<IiiHHIIiiII", 40, 80, 80, 1, 8, 1, 4, 0, 0, 256, 0)  # compression 1: runs
+    body = header + bytes(1024) + b"\0\1"
+    (tmp_path / "runs.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 14 + len(body), 0, 0, 1078) + body)
+
+    tags = {256: 80, 257: 80, 258: 8, 259: 8, 262: 1, 277: 1, 322: 24_000, 323: 24_000, 324: 200, 325: 10}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
+    (tmp_path / "tile.tiff").write_bytes(head + entries + bytes(300))
+    for name in "many.jpg", "runs.bmp", "tile.tiff":
+        with pytest.raises(images.ImageError, match="too large"):
+            images.read(tmp_path / name, 64)
+
+
+@pytest.mark.parametrize("name", ["a.ppm", "a.eps", "a.ico", "a.tga"])
+def test_what_is_no_photo(tmp_path, name):
+    Image.new("RGB", (80, 80)).save(tmp_path / name)
+    with pytest.raises(images.ImageError, match="cannot be read as a picture"):
+        images.read(tmp_path / name, 64)
+
+
+def test_a_crop_of_a_large_picture_is_made_smaller(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "ENOUGH", 64)
+    noise = np.random.default_rng(0).integers(0, 65535, (300, 300), np.uint16)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    seen, before = [], images.in_srgb
+    monkeypatch.setattr(images, "in_srgb", lambda image, icc: seen.append(image.size) or before(image, icc))
+    images.read(tmp_path / "a.png", 64, (10, 20, 256))
+    images.read(tmp_path / "a.png", 64)
+    assert seen == [(64, 64), (75, 75)]
 
 
 @pytest.mark.parametrize("name, factor", [("a.jpg", 4), ("a.png", 4), ("b.png", 1)])
