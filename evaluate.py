@@ -14,6 +14,7 @@ command, and other rows can be added.
 import csv
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,7 @@ import hdb
 from evaluation import report, systems
 from evaluation.scores import Judged, Paper
 from files import console, images
-from files.checkpoints import checksum, read_json, write_text
+from files.checkpoints import checksum, read_json, refusing, write_text
 from files.layouts import HERE, model_name
 from files.parts import differences
 from files.person import save_person
@@ -126,16 +127,23 @@ def fit(job, group, method, photos, costs):
 
 
 class Table:
-    """A CSV file that grows by a line at a time. The first `key` columns, as text, say what a line is of;
-    what has a line is `in` the table. UserError for a file with other columns."""
+    """A CSV file that grows by a line at a time. The first `key` columns, as text, say what a line is of,
+    numbers follow; what has a line is `in` the table. The last line, if it was cut off, is measured again.
+    UserError for a file with other columns, or lines that make no sense."""
 
     def __init__(self, path, key, columns):
         self.path, self.key, rows = path, key, []
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as f:
-                rows = [tuple(row) for row in csv.reader(f)]
-            if rows[:1] != [columns]:
-                raise console.UserError(f"{path}: has other columns; give another folder with --out")
+            with refusing(f"{path}: damaged; mend it, or give another folder with --out"):
+                whole, end, cut = path.read_bytes().decode().rpartition("\n")
+                rows = [tuple(row) for row in csv.reader(whole.splitlines())]
+                if rows[:1] != [columns]:
+                    raise console.UserError(f"{path}: has other columns; give another folder with --out")
+                if any(len(row) != len(columns) or not all(map(math.isfinite, map(float, row[key:])))
+                       for row in rows[1:]):
+                    raise ValueError("a line is no row of numbers")
+            if cut:
+                write_text(whole + end, path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write(columns)

@@ -166,6 +166,24 @@ def test_a_table_goes_on_where_it_was(tmp_path):
         evaluate.Table(tmp_path / "new/a.csv", 2, ("a", "c"))
 
 
+def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
+    path, columns = tmp_path / "a.csv", ("a", "b")
+    whole = b"a,b\r\nx,1\r\n"
+    for cut in b"y", b"y,", b"y,0.5":
+        path.write_bytes(whole + cut)
+        table = evaluate.Table(path, 1, columns)
+        assert ("x",) in table and ("y",) not in table and path.read_bytes() == whole
+        table.add(("y", .75))
+        assert path.read_bytes() == whole + b"y,0.75\r\n"
+
+
+@pytest.mark.parametrize("line", [b"x", b"x,1,2", b"x,one", b"x,nan", b"x,inf", b"\xff,1", b"x,\0"])
+def test_a_table_that_makes_no_sense(tmp_path, line):
+    (tmp_path / "a.csv").write_bytes(b"a,b\r\n" + line + b"\r\n")
+    with pytest.raises(UserError, match="a.csv: damaged"):
+        evaluate.Table(tmp_path / "a.csv", 1, ("a", "b"))
+
+
 def test_numbers_of_other_weights_are_not_mixed(tmp_path):
     args = SimpleNamespace(out=tmp_path / "run", sample_steps=15, guidance=3., faces=None)
     method = hdb.HyperDreamBooth(shared_model())
