@@ -13,7 +13,7 @@ import torch
 
 from diffusion import denoising_loss
 from edits import IDENTIFIER, named, shared
-from files.checkpoints import open_tensors, read_tensors, write
+from files.checkpoints import open_tensors, outline, read_tensors, write
 from files.console import UserError
 from files.person import Person, check_numbers
 from hdb import PROMPT
@@ -144,7 +144,7 @@ def save_embedding(tensors, path, token=TOKEN):
 def load_embedding(path, model):
     """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
     is emb_params; float32, on the device of `model`. UserError for all else."""
-    tensors, _ = read_tensors(path)
+    tensors, _ = outline(path)
     if len(tensors) != 1:
         sdxl = {"clip_g", "clip_l"} <= tensors.keys()
         what = "an embedding for SDXL, with clip_g and clip_l" if sdxl else f"{len(tensors)} tensors"
@@ -156,6 +156,7 @@ def load_embedding(path, model):
     if embedding.shape[-1] != width:
         raise UserError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
                           f"width {width}")
+    (embedding,) = read_tensors(path)[0].values()
     vectors = embedding.reshape(1, -1, width)
     if not 1 <= vectors.shape[1] <= room(model):
         raise UserError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "

@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from files.console import UserError, printable
 
-LARGEST_TEXT = 20  # megabytes; CLIP's tokenizer.json has two
+# of settings that say how often something is built, and how large a picture is
+LIMITS = {"layers_per_block": 64, "num_hidden_layers": 64, "depth": 64, "iterations": 64, "sample_size": 1000}
+LARGEST_TEXT = 10  # megabytes, of headers too; CLIP's tokenizer.json has two
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 # these are 1×1 convolutions (c, c, 1, 1) in single files
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
@@ -46,8 +48,7 @@ def configure(config, found, file):
     for name in vars(config).keys() & found.keys():
         value, usual = found[name], getattr(config, name)
         value = tuple(value) if isinstance(value, list) else value
-        repeated = "layers" in name or name in ("depth", "iterations", "sample_size")
-        if not fits(value, usual, 1000 if repeated else 1_000_000):
+        if not fits(value, usual, LIMITS.get(name, 1_000_000)):
             raise LoadError(f"{file}: {name} cannot be {value!r}")
         taken[name] = value
     return replace(config, **taken)
@@ -57,7 +58,7 @@ def fits(value, usual, limit):
     """Whether a setting is of the usual one's type, a number positive (in a list, not negative) and below the
     limit, which no model comes near: to build what a hostile file asks for could take hours."""
     if isinstance(usual, tuple):
-        short = isinstance(value, tuple) and len(value) < 100
+        short = isinstance(value, tuple) and len(value) < 9  # levels
         return short and all(fits(v, usual[0], limit) or v == 0. for v in value)
     if isinstance(usual, (int, float)):
         return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < limit
@@ -96,6 +97,8 @@ def open_tensors(file):
     except OSError as error:
         raise LoadError(f"{file}: {error.strerror}") from None
     has_header = head[8:] == b"{"
+    if has_header and int.from_bytes(head[:8], "little") > LARGEST_TEXT * 10 ** 6:
+        raise LoadError(f"{file}: a header of more than {LARGEST_TEXT} MB, which no such file has")
     if file.suffix in PICKLES or head.startswith((b"PK", b"\x80")) and not has_header:
         raise LoadError(f"{file}: a pickle, which could run any code; download or convert it as .safetensors")
     # pread copies each tensor out: a memory map's pages would count as memory beside the copy in another
@@ -105,6 +108,14 @@ def open_tensors(file):
     except (SafetensorError, OSError) as error:
         what = f"damaged or truncated ({error})" if has_header else "not safetensors" if head else "empty"
         raise LoadError(f"{file}: {what}; download it again") from None
+
+
+def outline(file):
+    """As read_tensors(), but the tensors without their numbers: enough to refuse what would take long."""
+    with refusing(f"{file}: damaged"):
+        f = open_tensors(file)
+        shapes = {key: f.get_slice(key).get_shape() for key in f.keys()}
+        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, f.metadata() or {}
 
 
 def read_tensors(file):

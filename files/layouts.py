@@ -42,7 +42,8 @@ IMPLEMENTED = {
     "scheduler/scheduler_config.json": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
     "unet/config.json": {"act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True,
                          "freq_shift": 0, "mid_block_scale_factor": 1, "downsample_padding": 1,
-                         "resnet_time_scale_shift": "default", "num_attention_heads": None},
+                         "resnet_time_scale_shift": "default", "num_attention_heads": None,
+                         "time_embedding_act_fn": None, "timestep_post_act": None},
     "vae/config.json": {"act_fn": "silu", "shift_factor": None, "latents_mean": None},
     "text_encoder/config.json": {}}
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
@@ -174,9 +175,10 @@ def folder_settings(folder):
     pipeline, network = settings.get("model_index.json", {}), settings.get("unet/config.json", {})
     width, heads = network.get("cross_attention_dim"), network.get("attention_head_dim")
     channels = network.get("in_channels", 4)
-    xl = "text_encoder_2" in pipeline or network.get("addition_embed_type") or width == 2048
+    parts = {name for name, kind in pipeline.items() if kind not in (None, [None, None])}
+    xl = "text_encoder_2" in parts or network.get("addition_embed_type") or width == 2048
     for other, family in (
-            ("transformer" in pipeline, f"a diffusion transformer ({pipeline.get('_class_name')}); {ONLY}"),
+            ("transformer" in parts, f"a diffusion transformer ({pipeline.get('_class_name')}); {ONLY}"),
             (xl, f"an SDXL model; {ONLY}"),
             (width == 1024 or isinstance(heads, list), f"a Stable Diffusion 2.x model; {ONLY}"),
             (channels != network.get("out_channels", 4), INPAINTING.format(channels))):

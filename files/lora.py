@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from edits import LowRank, adaptable_layers, low_rank
-from files.checkpoints import read_tensors, read_text, refusing, write
+from files.checkpoints import outline, read_tensors, read_text, refusing, write
 from files.compvis import unet_to_compvis
 from files.console import UserError
 from files.person import check_numbers
@@ -23,7 +23,8 @@ RENAMES = {
     r"\.alpha$": ":alpha", r"[._]lora(_linear_layer)?[._](down|up)\.weight$": r":\2",
     r"\.lora_A(\.\w+)?\.weight$": ":down", r"\.lora_B(\.\w+)?\.weight$": ":up", r"\.processor\.": ".",
     r"\.to_out:": ".to_out.0:", r"self_attn\.to_(q|k|v|out)(\.0)?:": r"self_attn.\1_proj:",
-    r"^((unet|text|text_encoder|base_model\.model|model\.diffusion_model)\.|lora_(unet|te1?)_)?"
+    r"^((unet|text|text_encoder|base_model\.model|(model\.)?diffusion_model|text_encoders\.clip_l\.transformer|"
+    r"clip_l)\.|lora_(unet|te1?)_)?"
     r"(text_model[._])?": "", r"\.": "_"}
 FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
     r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|(1|s[._]\d)[._]transformer_blocks[._][1-9]":
@@ -67,7 +68,7 @@ def load_lora(path, model, strength=1.0):
     """Somebody's LoRA for SD 1.x, by kohya's scripts, diffusers or PEFT -> layer -> LowRank, float32, on the
     device of `model`: strength · alpha / r · up · down, alpha = r where none is given. UserError for keys
     that aren't understood or don't fit: they would otherwise be dropped without a word."""
-    tensors, note = read_tensors(path)
+    tensors, note = outline(path)
     for pattern, what in FOREIGN.items():
         report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
 
@@ -91,20 +92,22 @@ def load_lora(path, model, strength=1.0):
             found[name][role] = key
 
     # the matrices fit one another and the layer
-    edits = {}
     for name, keys in found.items():
         if not {"down", "up"} <= keys.keys():
             problems["one matrix without the other"] += keys.values()
             continue
         down, up = tensors[keys["down"]], tensors[keys["up"]]
         (n_out, n_in), rank = layers[name].weight.shape[:2], max([1, *down.shape[:1]])
-        if [(*t.shape[:2], t.shape[2:].numel()) for t in (down, up)] == [(rank, n_in, 1), (n_out, rank, 1)]:
-            edits[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in (down, up)))
-        else:
+        if [(*t.shape[:2], t.shape[2:].numel()) for t in (down, up)] != [(rank, n_in, 1), (n_out, rank, 1)]:
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}"
             problems["made for other widths"].append(f"{keys['down']} and up, {shapes}")
     report_problems(path, problems)
 
+    # only now is read what may be large
+    tensors, edits = read_tensors(path)[0], {}
+    for name, keys in found.items():
+        pair = tensors[keys["down"]], tensors[keys["up"]]
+        edits[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
     scales = peft_scales(path, note, tensors, edits)
     for name, (a, b) in edits.items():
         if "alpha" in found[name]:
@@ -142,13 +145,14 @@ def peft_scales(path, note, tensors, edits):
         config = {} if kept is None else dict(json.loads(kept))
         for part in {name.split(".")[0] for name in edits}:
             check_plain(config, PREFIXES[part])
-        for name, (a, _) in edits.items():
-            (part, inner), rank = name.split(".", 1), a.shape[2]
             patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
                                            for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
-            special = (v for key, v in (patterns or {}).items() if named_by(key, inner))
-            alpha = next(special, usual)
-            scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
+            special, mine = compiled(patterns or {}), [name for name in edits if name.startswith(part)]
+            for name in mine:
+                layer, rank = name.removeprefix(f"{part}."), edits[name].a.shape[2]
+                names = layer, layer.removeprefix("text_model.")  # which transformers 5 leaves out
+                alpha = next((v for pattern, v in special if any(map(pattern.fullmatch, names))), usual)
+                scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
     return scales
 
 
@@ -160,10 +164,13 @@ def check_plain(config, prefix):
             raise ValueError(f"{key} is {value!r}, so it is more than a plain LoRA, or its base was changed")
 
 
-def named_by(pattern, layer):
-    """Whether PEFT's pattern, a regular expression, means this layer: all of its name or the end after a dot.
-    transformers 5 has no text_model. ValueError for one that could take for ever to match."""
-    if re.search(r"\)[*+?{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3 or len(pattern) > 200:
-        raise ValueError(f"the pattern {pattern[:50]!r} is too involved")
-    names = layer, layer.removeprefix("text_model.")
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+def compiled(patterns):
+    """PEFT's patterns, a dict of regular expressions -> value, that mean all of a layer's name or its end
+    after a dot: pairs of the same, compiled. ValueError for what could take for ever to match."""
+    repeats = [len(re.findall(r"[*+?{]", pattern)) for pattern in patterns]
+    for pattern, count in zip(patterns, repeats):
+        if re.search(r"\)[*+?{]", pattern) or count > 2 or len(pattern) > 200:
+            raise ValueError(f"the pattern {pattern[:50]!r} is too involved")
+    if len(patterns) > 1000 or sum(repeats) > 40:
+        raise ValueError(f"{len(patterns)} patterns are too many, or too involved")
+    return [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]

@@ -11,10 +11,11 @@ from datetime import date
 import torch
 
 from edits import IDENTIFIER, LowRank, join, scale
-from files.checkpoints import finite, open_tensors, read_tensors, refusing, write
+from files.checkpoints import finite, open_tensors, outline, read_tensors, refusing, write
 from files.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
+LONGEST_WORD = 500
 MAKERS = {}  # made_by -> another method's module, which has edits(tensors, model) and shapes(model, tensors)
 
 
@@ -63,6 +64,7 @@ def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
     if person.made_by == OURS and (here := method.lidb.seed) != person.basis_seed:
         raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
     check_person(tensors, method, path, person.made_by, "nothing to write, the person has no such weights")
+    check_numbers(tensors, path)
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
     about["scale"] = repr(float(person.scale))
     write(tensors, path, about | belongs_to(method, person.made_by))
@@ -72,7 +74,7 @@ def load_person(path, method):
     """The Person in a file of save_person, float32, on the device of `method`. UserError if it is none, is
     damaged, or belongs to other layers or another basis than method's; a warning if only the weights, or in a
     file without their checksums the model's name, are others."""
-    tensors, note = read_tensors(path)
+    outlined, note = outline(path)
     made_by = note.get("made_by", OURS)
     model, ours = method.model, belongs_to(method, made_by)
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours if note.get(key) != ours[key]}
@@ -89,11 +91,16 @@ def load_person(path, method):
             (differ, f"{made}with another basis: {other}")):
         if wrong:
             raise UserError(f"{path}: {what}")
-    check_person(tensors, method, path, made_by, "empty")
+    check_person(outlined, method, path, made_by, "empty")
     with refusing(f"{path}: damaged metadata"):
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
         if not -10 <= about["scale"] <= 10 or made_by != OURS and about["scale"] != 1:
             raise ValueError(f"scale {about['scale']}")
+        word = about["identifier"]  # or several, which prompts have room for
+        if not word.strip() or not word.isprintable() or len(word) > LONGEST_WORD:
+            raise ValueError(f"identifier {word[:50]!r}")
+    tensors, _ = read_tensors(path)
+    check_numbers(tensors, path)
 
     # a model with the same layers can still be another one; files were once written without checksums
     if not note.keys() & {"unet", "text"}:
@@ -145,8 +152,10 @@ def lora_shapes(layers, tensors):
 
 
 def check_person(tensors, method, path, made_by, empty):
-    """UserError unless these are one person's numbers for method's model; `empty`: that there are none."""
-    check_numbers(tensors, path, empty)
+    """UserError unless these have the shapes of one person's for method's model; `empty`: that there are
+    none."""
+    if not tensors:
+        raise UserError(f"{path}: {empty}")
     if made_by == OURS:
         expected = {"theta": (1, *method.lidb.shape)} if "theta" in tensors else {}
         expected |= lora_shapes(method.layers, tensors)

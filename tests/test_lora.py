@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from test_person import LAYER, equal, method, output, refused, small, someone
 
 from edits import LowRank, adaptable_layers, join, merge
+from files import lora
+from files.console import UserError
 from files.lora import export_lora, load_lora
 
 REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
@@ -202,10 +204,23 @@ def test_pefts_patterns(tmp_path, pattern, scale):
     assert edit.b[0, 0, 0] == scale and edit.a[0, 0, 0] == 1
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+$", "(.*)*x", ".*.*.*.*.*q", "q" * 201])
-def test_patterns_that_would_take_for_ever(tmp_path, pattern):
-    path = peft_text(tmp_path, alpha_pattern={pattern: 10})
-    refused(lambda: load_lora(path, method().model), "too involved")
+@pytest.mark.parametrize("patterns", [
+    {"(a+)+$": 1}, {"(.*)*x": 1}, {".*.*.*q": 1}, {"q" * 201: 1}, {".?" * 24 + "!": 1}, {".{1,9}.{1,9}.?": 1},
+    {f".*.*[!]{i}": 1 for i in range(21)}, {f"layer{i}": 1 for i in range(1001)}])
+def test_patterns_that_would_take_for_ever(tmp_path, patterns):
+    path = peft_text(tmp_path, alpha_pattern=patterns)
+    refused(lambda: load_lora(path, method().model), "too")
+
+
+def test_a_large_file_is_refused_by_its_header(tmp_path, monkeypatch):
+    """Whatever has other names or shapes is not read."""
+    def read(path):
+        raise AssertionError("read")
+    monkeypatch.setattr(lora, "read_tensors", read)
+    for name in f"{LAYER}.lora_A.weight", "model.diffusion_model.out.2.bias", "lora_unet_x.lora_down.weight":
+        save_file({name: z(3, 3)}, tmp_path / "large.safetensors")
+        with pytest.raises(UserError):
+            load_lora(tmp_path / "large.safetensors", method().model)
 
 
 @pytest.mark.parametrize("settings", [

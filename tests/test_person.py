@@ -17,8 +17,9 @@ import sd
 import unet
 import vae
 from edits import LowRank, fresh_lora, join
-from files.lora import export_lora, load_lora
+from files import person
 from files.console import UserError
+from files.lora import export_lora, load_lora
 from files.person import Person, is_person, load_person, save_person
 
 VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
@@ -158,6 +159,7 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({}, {"scale": "nan"}, ["scale nan"]),
     ({}, {"scale": "1e300"}, ["scale 1e+300"]),
     ({}, {"identifier": None}, ["damaged"]),
+    *(({}, {"identifier": word}, ["damaged metadata"]) for word in ("", " ", "s\x1b[31m", "a\nb", "x" * 501)),
     ({"theta": torch.zeros(1, 3, 5)}, {}, ["theta has shape (1, 3, 5)"]),
     ({"theta": torch.zeros(2, 42, 32)}, {}, ["theta has shape (2, 42, 32)"]),
     ({f"{LAYER}.A": torch.zeros(1, 9, 4)}, {}, [f"{LAYER}.A has shape", "expected (1, 16, 4)"]),
@@ -169,6 +171,15 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({f"{LAYER}.B": torch.zeros(1, 4, 16, dtype=torch.int32)}, {}, ["torch.int32"])])
 def test_a_file_that_does_not_fit_is_refused(file, tensors, note, words):
     refused(altered(file, tensors, **note), str(file), *words)
+
+
+def test_what_does_not_fit_is_not_read(file, monkeypatch):
+    def read(path):
+        raise AssertionError("read")
+    monkeypatch.setattr(person, "read_tensors", read)
+    for tensors in {"theta": torch.zeros(2, 2, 2)}, {"x": torch.zeros(9)}:
+        refused(altered(file, tensors), str(file))
+    refused(altered(file, {}, format="pt"), str(file))
 
 
 def test_a_file_of_nobody_is_refused(file):
