@@ -17,6 +17,7 @@ The systems that the paper compares with have the same command line: python -m b
 .textual_inversion, .perfusion, .e4t.
 """
 import argparse
+import itertools
 import os
 import secrets
 import sys
@@ -275,7 +276,8 @@ def main(args):
 def fit_each(args, method, stage):
     """Make everybody's personal file, some people side by side, and name them in args.people; what the method
     saw of them (P, 3, H, W). A photo that can't be used is reported. UserError where none can."""
-    photos, sitters, side = {}, [], 8 * method.model.unet.config.sample_size
+    used, folders, sitters, side = [], [], [], 8 * method.model.unet.config.sample_size
+    taken = ["sheet.png", *(f"{i}.png" for i in range(len(args.photos) * len(args.prompts)))]
 
     def of(paths):
         return argparse.Namespace(**vars(args) | {"photos": paths})
@@ -285,18 +287,25 @@ def fit_each(args, method, stage):
         except images.ImageError as error:
             print(console.one_line(f"  not used: {error}"))
         else:
+            taken.append(free_name(Path(path).stem, taken))
+            folders.append(args.out / taken[-1])
+            used.append(path)
             sitters.append(photo)
-            same = sum(Path(other).stem == Path(path).stem for other in photos)
-            photos[path] = Path(path).stem + (f"_{same + 1}" if same else "")
     if not sitters:
         raise UserError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
     sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
-    for paths, photo in zip(split(list(photos), few), sitters.split(few)):
+    for paths, outs, photo in zip(split(used, few), split(folders, few), sitters.split(few)):
         made = maker_of(args.method).make_person(method, photo, of(paths), stage)
-        for i, path in enumerate(paths):
+        for i, out in enumerate(outs):
             person = made.map(lambda t, i=i: t[i:i + 1])
-            args.people.append(str(save(person, method, args.out / photos[path])[-1]))
+            args.people.append(str(save(person, method, out)[-1]))
     return sitters
+
+
+def free_name(stem, taken):
+    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+    return next(name for name in names if name.casefold() not in map(str.casefold, taken))
 
 
 def read(args, side, crop):

@@ -223,6 +223,13 @@ def test_every_photo_is_another_person(tmp_path):
         assert (first - second).abs().max() < .02
 
 
+def test_everybody_has_a_folder_of_their_own():
+    assert personalize.free_name("a", []) == "a"
+    assert personalize.free_name("a", ["a", "a_2", "A_3"]) == "a_4"
+    assert personalize.free_name("A_2", ["a", "a_2"]) == "A_2_2"
+    assert personalize.free_name("0.png", ["sheet.png", "0.png"]) == "0.png_2"
+
+
 def test_no_photo_that_can_be_used(tmp_path, refusal):
     (tmp_path / "notes.txt").write_text("not a photo")
     common = "[V] face", "--each", "--out", tmp_path / "out"
