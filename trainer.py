@@ -267,7 +267,7 @@ class Trainer:
                 raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
             if bad := [key for key, t in found.items() if not finite(t)]:
                 raise ValueError(f"{bad[0]} holds NaN or infinite numbers")
-        except (UserError, LookupError, TypeError, ValueError) as error:
+        except (UserError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
         ours = self.tensors()
         differ = differences(of, self.of)

@@ -18,6 +18,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the description's lines and adds every option's default."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line that isn't too long."""
+
+    def error(self, message):
+        super().error(one_line(message))
+
+
 class UserError(ValueError):
     """What a user did wrong and what to do about it, in one line."""
 
@@ -66,7 +73,7 @@ def printable(text):
 
 def parser(description, model):
     """An argument parser with the options that say which model, whose name model() makes, and where."""
-    options = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+    options = Parser(description=description, formatter_class=HelpFormatter)
     options.add_argument("--model", type=model, default="nano",
                          help="nano, or a Stable Diffusion 1.x: a hub id, a folder or a .safetensors file")
     options.add_argument("--device", help="cuda, mps or cpu")
@@ -134,9 +141,11 @@ def run(main, arguments):
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # files/start.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"
-    # a terminal without the prompt's letters is no reason to stop; None: closed by the shell
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="replace")
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        # a terminal without the prompt's letters is no reason to stop
+        getattr(sys, name).reconfigure(errors="replace")
     try:
         main(arguments())
     except KeyboardInterrupt:

@@ -3,19 +3,14 @@
 A person is a vector of `len(IDENTITY)` numbers in [0, 1]; a photo adds a vector of nuisances (pose, light, …)
 and one of `STYLES`. Every shape is a signed distance (negative inside, in head units: 1 = half the picture's
 height) turned into an anti-aliased mask; they are painted back to front. Numbers of a person or photo are
-(B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1). A contact sheet:  python nano/faces.py sheet.png
+(B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
 """
 import math
 import re
-import sys
-from pathlib import Path
 
 import torch
 
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from files import images  # noqa: E402
-from files.console import UserError  # noqa: E402
+from files.console import UserError
 
 IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "hair_style", "hair_colour",
             "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",
@@ -387,10 +382,3 @@ def props(paint, on, fx, x, y, w, h, eye_x, eye_y):
         a, b = x - w * .95, y + .40
         paint(flower(a, b, .13, -.035), (.98, .35, .45), on["beach"])
         paint(ellipse(a, b, .05, .05), (1., .88, .30), on["beach"])
-
-
-if __name__ == "__main__":  # ten people: four photos each, then every style
-    shown = [0, 0, 0, *range(len(STYLES)), 0]
-    crowd = identities(range(10)).repeat_interleave(len(shown), 0)
-    portraits = photos(crowd, torch.Generator().manual_seed(0), "cpu", torch.tensor(shown).repeat(10))
-    images.save(images.sheet(portraits, len(shown)), sys.argv[1])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from test_personalize import ROOT
+from tqdm import tqdm
 
 from files import console
 from files.checkpoints import whole_files
@@ -70,8 +71,18 @@ def test_our_own_mistakes_are_not_the_users():
 
 
 def test_a_closed_terminal(monkeypatch):
+    """Where the shell closes both there is nothing to write to, and yet all who write go on."""
     monkeypatch.setattr("sys.stdout", None)
-    console.run(lambda _: None, lambda: None)
+    monkeypatch.setattr("sys.stderr", None)
+    console.run(lambda _: print("x", file=sys.stderr) or list(tqdm([1], mininterval=0)), lambda: None)
+
+
+def test_what_is_wrong_with_an_option_is_not_long(capsys):
+    parser = console.parser("", str)
+    parser.add_argument("--steps", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steps", "9" * 5000])
+    assert len(capsys.readouterr().err.splitlines()[-1]) < 550
 
 
 def test_folders_that_can_be_written(tmp_path):

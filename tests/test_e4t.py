@@ -656,6 +656,9 @@ def test_training_goes_on_where_it_was_stopped(train, tmp_path):
         train("--steps", 2, "--minutes", 0, "--name", "parts")
     assert train("--steps", 2, "--name", "parts", "--save", tmp_path / "here.safetensors") == whole
     assert len(train("--steps", 3, "--name", "parts")) == 1
+    before = (tmp_path / "here.safetensors").read_bytes()  # which what is not done doesn't replace
+    train("--steps", 4, "--minutes", 0, "--name", "parts", "--save", tmp_path / "here.safetensors")
+    assert (tmp_path / "here.safetensors").read_bytes() == before
     first, second = load_file(tmp_path / "whole/e4t.safetensors"), load_file(tmp_path / "here.safetensors")
     assert all(torch.equal(t, second[name]) for name, t in first.items())
     (tmp_path / "faces").rename(tmp_path / "others")

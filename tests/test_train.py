@@ -97,6 +97,15 @@ def test_training_goes_on_from_a_hypernetwork(runs, monkeypatch):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
+def test_a_training_that_is_not_done_replaces_nothing(runs, monkeypatch, capsys):
+    file = runs / "good.safetensors"
+    file.write_bytes(b"good")
+    train_here(monkeypatch, "--out", runs, "--steps", 2, "--minutes", 0, "--save", file)
+    ours = runs / "hypernet/hypernet.safetensors"
+    assert file.read_bytes() == b"good" and ours.exists()
+    assert f"stopped, the same command goes on; {ours}" in capsys.readouterr().out
+
+
 def test_training_on_photos_names_its_encoder(tmp_path):
     """A folder model, photos and an encoder of transformers' kind, then going on from the result, from
     another working directory."""

@@ -70,7 +70,8 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
         with pytest.raises(UserError, match=why):
             train(tmp_path, 5, of=of)
     steps = [{"step": step} for step in ("x", "-1", "121", "9" * 5000)]
-    for wrong in (*steps, {}, {"step": "3", "of": "{"}):
+    deep = [{"step": "3", "of": '{"a":' * 100_000}]
+    for wrong in (*steps, *deep, {}, {"step": "3", "of": "{"}):
         write(tensors, file, wrong)
         with pytest.raises(UserError, match="damaged"):
             train(tmp_path, 5, of=of)
