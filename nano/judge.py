@@ -130,6 +130,7 @@ def arguments():
                          lr=(0, 1), seed=(0, seeds.SEEDS))
     if args.batch > args.people:
         parser.error(f"--batch {args.batch} is more than the --people {args.people}")
+    console.check_folder(parser, "--runs", args.runs)
     args.device, _ = place(args.device, torch.float32)
     return args
 

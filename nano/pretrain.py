@@ -327,6 +327,7 @@ def arguments():
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
                          lr=(0, 1), ema=(0, 1), pool=(1, 10 ** 8), fresh=(1, 4096), seed=(0, seeds.SEEDS))
     args.deadline = time.time() + 60 * args.minutes
+    console.check_folder(parser, "--runs", args.runs)
     args.device, _ = place(args.device, torch.float32)
     return args
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from files import console, images  # noqa: E402
-from files.checkpoints import write  # noqa: E402
+from files.checkpoints import refusing, write  # noqa: E402
+from files.layouts import place  # noqa: E402
 from nano import faces, seeds  # noqa: E402
 from nano.reader import (  # noqa: E402
     CLASSES, FILE, NUMBERS, STORED, Reader, drawn, identity_of, load_reader, read, view)
@@ -147,7 +148,7 @@ def train(args, photos, truth):
         model = Reader()
 
     # from here on everything happens on the device
-    device = torch.device(args.device)
+    device = args.device
     generator, model = torch.Generator(device), model.to(device)
     photos, drawings = photos.to(device), drawings.to(device)
     truth, of_drawings, weights = ({name: t.to(device) for name, t in some.items()}
@@ -209,15 +210,18 @@ def arguments():
     usual = {"steps": 2000, "batch": 64, "drawings": 2000, "lr": 2e-3, "seed": 0, "runs": "runs"}
     for option, value in usual.items():
         parser.add_argument(f"--{option}", type=type(value), default=value, help=" ")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+    parser.add_argument("--device")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(8, 4096), lr=(0, 1),
                          drawings=(8, 10 ** 6), seed=(0, seeds.SEEDS))
+    console.check_folder(parser, "--runs", args.runs)
+    args.device, _ = place(args.device, torch.float32)
     return args
 
 
 def main(args):
-    photos, truth = labelled(args.photos)
+    with refusing(f"{args.photos}: not a folder of portraits with their labels.csv"):
+        photos, truth = labelled(args.photos)
     held = torch.arange(len(photos)) % 5 == 0
     if args.steps:
         train(args, photos[~held], {name: t[~held] for name, t in truth.items()})

@@ -483,7 +483,7 @@ def test_two_people_in_a_model_have_a_word_each():
 
 
 def args(**given):
-    return SimpleNamespace(**{"beta": .7, "tau": .15, "beside": None} | given)
+    return SimpleNamespace(**{"beta": .7, "tau": .15, "beside": None, "identifier": "sks"} | given)
 
 
 def test_the_knobs_turn_every_gate():
@@ -515,6 +515,11 @@ def test_the_second_person_comes_from_a_file(tmp_path, monkeypatch):
     assert [ours[LAYER].first.token, ours[LAYER].second.token] == [SKS, ROCK]
     save_person(Person(tensors=some_tensors(), made_by="perfusion"), method, file)
     with pytest.raises(UserError, match="both people are called sks"):
+        turn(me, args(beside=str(file)), method)
+    twin = some_tensors() | {"token": you["token"]}
+    save_person(Person(tensors=twin, made_by="perfusion", identifier="rock"), method, file)
+    me = edits({name: t.half().float() for name, t in some_tensors().items()}, model)
+    with pytest.raises(UserError, match="its word cannot be told from sks"):
         turn(me, args(beside=str(file)), method)
     save_person(Person(torch.zeros(1, *method.lidb.shape)), method, file)
     with pytest.raises(UserError, match="made by hyperdreambooth"):

@@ -15,7 +15,7 @@ import unet
 import vae
 from files.checkpoints import read_json, write
 from files.console import UserError
-from nano import faces, judge, pretrain, seeds
+from nano import faces, judge, pretrain, seeds, train_reader
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,15 @@ def test_what_a_user_did_wrong_is_one_clear_line(train, capsys, arguments, why):
     with pytest.raises(SystemExit):
         train(*arguments)
     assert why in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script, arguments", [
+    (pretrain, ["vae"]), (judge, []), (train_reader, ["--photos", "x"])])
+def test_where_nothing_can_be_written_nothing_is_trained(script, arguments, refusal):
+    assert "is a file, not a folder" in refusal(script, *arguments, "--runs", ROOT / "README.md")
+
+
+@pytest.mark.parametrize("table", [b"", b"file,x\n", b"skin\n1\n", b"\xff\xfe"])
+def test_labels_that_make_no_sense(tmp_path, table, refusal):
+    (tmp_path / "labels.csv").write_bytes(table)
+    assert "not a folder of portraits with their labels.csv" in refusal(train_reader, "--photos", tmp_path)
