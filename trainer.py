@@ -42,8 +42,9 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generato
     """
     groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
     trained = [p for group in groups for p in group["params"]]
-    zeros = torch.zeros_like
-    memory = {p: (zeros(p), zeros(p), p.new_zeros(())) for p in trained}  # both moments, and steps made
+    # both moments and how many steps were made
+    like = torch.zeros_like
+    memory = {p: (like(p), like(p), torch.zeros((), device=p.device)) for p in trained}
 
     def step(*tensors):
         with torch.enable_grad(), around():

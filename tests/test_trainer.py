@@ -139,6 +139,17 @@ def test_what_is_destroyed_by_the_first_step_is_put_back_to_the_start(steps, wor
     assert x.item() == 0
 
 
+@pytest.mark.parametrize("times, risen", [(1.4, False), (1.6, True)])
+def test_how_much_of_a_rise_is_one(times, risen, recwarn):
+    x = torch.zeros(1, requires_grad=True)
+
+    def loss():
+        return ((times if x.item() else 1) - 1e-9 * x).sum()
+    fit(loss, [x], 3, .1, generator=generator(0))
+    assert bool(recwarn.list) == risen and bool(x.item()) == (not risen)
+    fit(lambda: x.sum(), [x], 0, .1, generator=generator(0))  # no step, nothing to look back at
+
+
 @pytest.mark.parametrize("passed", [True, False], ids=["drawn before", "drawn in the loss"])
 def test_the_loss_is_compared_on_the_noise_of_the_first_step(passed, recwarn):
     """Noises of very different sizes: whatever stands beside them has not risen. What is drawn afterwards is
@@ -235,15 +246,17 @@ def test_fit_is_adam_on_the_loss_with_its_context_around():
 
 
 def test_groups_have_rates_of_their_own():
-    """As torch.optim's AdamW has them, to the last bit; what the loss doesn't depend on stays."""
+    """As torch.optim's AdamW has them, to the last bit, kernels that lie channels last as well; what the loss
+    doesn't depend on stays."""
     def some():
-        return [torch.linspace(start, 2, 5).requires_grad_() for start in (-1, 0, 1)]
+        kernels = (torch.linspace(start, 2, 54).view(2, 3, 3, 3) for start in (-1, 0, 1))
+        return [k.to(memory_format=torch.channels_last).requires_grad_() for k in kernels]
 
     def groups(p, q, alone):
         return [{"params": [p, alone], "lr": .1}, {"params": [q], "lr": .01}]
 
     def loss(p, q, alone):
-        return (p ** 3 + (2 * q).sin()).sum()
+        return (p ** 3 * torch.arange(3.) + (2 * q).sin()).sum()
     ours, theirs = some(), some()
     fit(lambda: loss(*ours), groups(*ours), 6, .1)
     optimizer = torch.optim.AdamW(groups(*theirs), betas=(.9, .99), weight_decay=0., fused=True)
