@@ -55,8 +55,8 @@ THINGS = ("face person man woman child king astronaut dog cat horse bird bear ho
 
 # On nano, elsewhere, the least, the most, what it is
 NUMBERS = {"steps": (400, 400, 1, 100_000, "of training"),
-           "lr": (.03, .03, 0, 1, "learning rate of the values"),
-           "embedding_lr": (.006, .006, 0, 1, "learning rate of the word's embedding"),
+           "lr": (.1, .03, 0, 1, "learning rate of the values"),
+           "embedding_lr": (.02, .006, 0, 1, "learning rate of the word's embedding"),
            "batch": (4, 16, 1, 1024, "noises of the photo a step"),
            "beta": (.7, .7, -100, 100, "bias of the gate in sampling; higher for less of the person"),
            "tau": (.15, .15, .001, 100, "temperature of the gate in sampling")}
@@ -155,7 +155,7 @@ def super_category(model):
 # ------------------------------------------------------------------------------------------------------------
 # The method
 
-def fit(model, photo, steps=400, lr=.03, embedding_lr=.006, batch=4, identifier=IDENTIFIER, generator=None,
+def fit(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=IDENTIFIER, generator=None,
         callback=None):
     """The photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors for edits(), (P, …), float32.
 
@@ -258,7 +258,10 @@ def turn(edits, args, method):
         if other[LAYER].token == edits[LAYER].token:
             raise UserError(f"{args.beside}: both people are called {person.identifier}; make one of them "
                             "with another --identifier")
-        edits = together(edits, other)
+        try:
+            edits = together(edits, other)
+        except torch.linalg.LinAlgError:  # i* of one is 0 or the other's
+            raise UserError(f"{args.beside}: its word cannot be told from {args.identifier}") from None
     return at(edits, args.beta, args.tau)
 
 
