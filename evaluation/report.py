@@ -2,6 +2,7 @@
 against style with every knob as a curve."""
 import csv
 from collections import defaultdict
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -94,7 +95,7 @@ def table(rows, people, costs):
     heads += [f"paper: {metric}" if metric == METRICS[0] else metric for metric in METRICS] if paper else []
     lines = [heads, ["---"] * len(heads)]
     for name, values in rows.items():
-        line = [name, str(people[name]), *(f"{value:.3f} ± {error:.3f}" for value, error in values.values())]
+        line = [name, str(people[name]), *(figure(*pair) for pair in values.values())]
         if costs:
             seconds, size = (float(costs[name][key]) if name in costs else 0 for key in ("seconds", "bytes"))
             line += [f"{seconds:.1f}", f"{size / 1000:,.1f}"]
@@ -102,6 +103,11 @@ def table(rows, people, costs):
             line += [f"{value:.3f}" for value in PAPER.get(name, ())] or ["–"] * len(METRICS)
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(value, error):
+    """A mean and its standard error, in words; of one person alone there is none."""
+    return f"{value:.3f}" if isnan(error) else f"{value:.3f} ± {error:.3f}"
 
 
 def picture(folder, system, person, prompt):

@@ -210,6 +210,12 @@ def test_a_summary_is_of_people():
         assert found[name] == pytest.approx(pair), name
 
 
+def test_one_person_has_no_error():
+    rows = [{"person": "0", "likeness": "0.5"}, {"person": "0", "likeness": "0.7"}]
+    assert report.figure(*report.over_people(rows, "likeness")) == "0.600"
+    assert report.figure(.5, .01) == "0.500 ± 0.010"
+
+
 def test_a_report_of_tables_grids_and_a_scatter(tmp_path):
     settings = ("HyperDreamBooth",), ("No Hyper",), ("HyperDreamBooth", "steps", "5")
     rows = [line(who, prompt, .5, 1, *one) for who in "01" for prompt in faces.STYLES for one in settings]
