@@ -109,13 +109,15 @@ def edited(layers, edits):
     def hook(edit):
         return lambda layer, inputs, output: edit(layer, inputs[0], output)
 
-    handles, weights = [], []
+    handles, own = [], []
     try:
         for name, edit in edits.items():
             layer = layers[name]
             if absorbs(layer, edit):
-                weights.append((layer.weight, layer.weight.data))
-                layer.weight.data = layer.weight + edit.changes(layer)["weight"]
+                # not as nn.Parameters: a change that is trained has its gradient through them
+                own.append((layer._parameters, dict(layer._parameters)))
+                for key, change in edit.changes(layer).items():
+                    layer._parameters[key] = layer._parameters[key] + change
                 continue
             if hasattr(edit, "before"):
                 handles.append(layer.register_forward_pre_hook(edit.before))
@@ -124,16 +126,19 @@ def edited(layers, edits):
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, own in weights:
-            parameter.data = own
+        for parameters, before in reversed(own):
+            parameters.update(before)
 
 
 def absorbs(layer, edit):
-    """Whether W + ΔW may take the place of W while an edit is in force: it is one person's and fixed, nobody
-    asks for W's own gradient, and float32 rounds nothing away."""
-    if not isinstance(edit, LowRank) or len(edit.a) > 1 or edit.a.requires_grad or edit.b.requires_grad:
-        return False
-    return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
+    """Whether W + ΔW may take the place of W while an edit is in force: it is one person's, as numbers that
+    don't change meanwhile, nobody asks for W's own gradient, and float32 rounds nothing away."""
+    if isinstance(edit, LowRank):
+        fixed = len(edit.a) == 1 and not edit.a.requires_grad and not edit.b.requires_grad
+    else:
+        fixed = isinstance(edit, Change)
+    own = layer.parameters(recurse=False)
+    return fixed and all(p.dtype == torch.float32 and not p.requires_grad for p in own)
 
 
 def adaptable_layers(unet, text):
@@ -196,6 +201,12 @@ def linear(name, edit):
     if not isinstance(edit, LINEAR):
         raise ValueError(f"{name}: only changes of weights can be scaled or merged")
     return edit
+
+
+def in_weights(edits, layers):
+    """One person's low-rank edits as changes of whole weights, ΔW = A·B as it is now. Gradients reach A and
+    B through them. Where layers are small, that is fewer operations than a product beside each."""
+    return {name: Change(edit.changes(layers[name])) for name, edit in low_rank(edits, people=1).items()}
 
 
 def detach(edits):

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from diffusion import denoising_error, denoising_loss, noised
-from edits import detach, fresh_lora
+from edits import detach, fresh_lora, in_weights
 from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load  # noqa: F401
@@ -23,6 +23,7 @@ from trainer import fit
 from vit import encode_face
 
 PROMPT = "a [V] face"
+SMALL = 2 ** 18  # weights in the largest layer up to which a CPU had better change them than what they make
 
 
 def several(photo):
@@ -117,15 +118,22 @@ class HyperDreamBooth:
         # people on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
         layers = self.layers if theta is None else unet_layers(self.layers)
         relaxed = fresh_lora(layers, rank, generator, people)
-        with self.model.edited(predicted), self.model.edited(relaxed):
+        largest = max(layer.weight.numel() for layer in layers.values())
+        here = self.model.device.type == "cpu" and self.model.dtype == torch.float32
+        light = here and people == 1 and largest <= SMALL
+
+        def around():
+            """The LoRA is in force, as it is now."""
+            return self.model.edited(in_weights(relaxed, layers) if light else relaxed)
+        with self.model.edited(predicted):
             ids = self.model.tokens([PROMPT] * people)
             fixed = None if theta is None else self.model.text(ids).detach()  # encoded once
 
             def loss(*drawn):
                 context = self.model.text(ids) if fixed is None else fixed
                 return denoising_error(self.model.unet, context, *drawn).mean()
-            fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, callback=callback,
-                generator=generator, draw=lambda: noised(latent(), generator))
+            fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, around, callback,
+                generator, draw=lambda: noised(latent(), generator))
         return detach(relaxed)
 
     def sample(self, prompts, edits=None, seeds=None, **options):

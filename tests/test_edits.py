@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import Changed, deltas, generator, shared_model, tiny_model
 from torch import nn
 from torch.func import functional_call
@@ -16,6 +17,7 @@ from edits import (
     detach,
     edited,
     fresh_lora,
+    in_weights,
     join,
     low_rank,
     merge,
@@ -124,10 +126,47 @@ def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
     layer, fixed = nn.Linear(24, 40).requires_grad_(False), some(24, 40)
     assert edits.absorbs(layer, fixed)
     a, b = (t.clone().requires_grad_() for t in fixed)
-    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2),
-                 Change({"weight": fixed.a}), lambda layer, x, y: y):
+    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), lambda layer, x, y: y):
         assert not edits.absorbs(layer, edit)
-    assert not edits.absorbs(nn.Linear(24, 40), fixed) and not edits.absorbs(layer.bfloat16(), fixed)
+    for edit in fixed, Change({"weight": torch.ones(40, 24)}):
+        assert edits.absorbs(layer.float(), edit) and not edits.absorbs(nn.Linear(24, 40), edit)
+        assert not edits.absorbs(layer.bfloat16(), edit)
+
+
+def test_changes_are_in_all_weights_inside_and_give_gradients():
+    """Of a layer with a bias, one within the other; afterwards it has its own parameters, in their order."""
+    layer, x = nn.Linear(3, 4).requires_grad_(False), x_of(2, 3)
+    own, names = dict(layer.named_parameters()), list(layer.state_dict())
+    weight, bias = torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)
+    layers = {"one": layer}
+    with edited(layers, {"one": Change({"weight": weight, "bias": bias})}):
+        assert torch.allclose(layer(x), F.linear(x, own["weight"] + weight, own["bias"] + bias), atol=1e-6)
+        layer(x).sum().backward()
+        with edited(layers, {"one": some(3, 4)}):
+            a, b = some(3, 4)
+            expected = F.linear(x, own["weight"] + weight, own["bias"] + bias) + x @ a[0] @ b[0]
+            assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(weight.grad, x.sum(0).expand(4, 3), atol=1e-6)
+    assert torch.equal(bias.grad, torch.full((4,), 2.))
+    assert list(layer.state_dict()) == names and all(p is own[k] for k, p in layer.named_parameters())
+
+
+def test_low_rank_edits_in_weights_do_and_learn_the_same():
+    layers, x = small_layers(), x_of(2, 5, 24)
+    for layer in layers.values():
+        layer.requires_grad_(False)
+    edit = {"one": some(24, 40), "three": some(16, 8)}
+    gradients, outputs = [], []
+    for as_weights in False, True:
+        trained = {name: LowRank(*(t.clone().requires_grad_() for t in one)) for name, one in edit.items()}
+        with edited(layers, in_weights(trained, layers) if as_weights else trained):
+            outputs.append(run(layers, x))
+            outputs[-1].square().sum().backward()
+        gradients.append([t.grad for one in trained.values() for t in one])
+    assert torch.allclose(*outputs, atol=1e-4)
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(*gradients))
+    with pytest.raises(ValueError, match="1 person's edits are needed, not 2 people's"):
+        in_weights({"one": some(24, 40, people=2)}, layers)
 
 
 def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():

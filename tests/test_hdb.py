@@ -270,6 +270,22 @@ def test_ten_losses_of_a_fine_tuning(method):
 LOSSES = [4.56725, 3.26457, 2.84317, 3.08453, 2.98364, 2.77414, 3.1169, 3.34462, 3.36288, 2.99894]
 
 
+def test_in_a_small_models_weights_the_lora_learns_the_same(method, monkeypatch):
+    used, settings = [], {"steps": 3, "lr": 1e-2}
+    whole = hdb.in_weights
+    monkeypatch.setattr(hdb, "in_weights", lambda *edits: used.append(1) or whole(*edits))
+    for theta in some_theta(method), None:
+        in_weights = method.fine_tune(photo(), theta, **settings)
+        assert len(used) == 4  # every step, and once to look back
+        with monkeypatch.context() as patch:
+            patch.setattr(hdb, "SMALL", 0)
+            beside = method.fine_tune(photo(), theta, **settings)
+        assert all(torch.allclose(in_weights[k].b, beside[k].b, rtol=.02, atol=1e-3) for k in beside)
+        method.fine_tune(photo(2), None if theta is None else theta.repeat(2, 1, 1), **settings)  # two people
+        assert len(used) == 4
+        used.clear()
+
+
 def test_people_fine_tuned_side_by_side_do_not_mix(method):
     theta = some_theta(method, 3, size=1.)
 
