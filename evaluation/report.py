@@ -62,7 +62,9 @@ def write(folder, scores):
     for row in rows:
         settings[row["system"], row["knob"], row["value"]].append(row)
     found = {key: summary(some, scores) for key, some in settings.items()}
-    main = {system: values for (system, knob, _), values in found.items() if not knob}
+    # each once, in the order of the tables, so that the colours stay
+    listed = dict.fromkeys(system for systems in TABLES.values() for system in systems)
+    main = {system: found[system, "", ""] for system in listed if (system, "", "") in found}
     count = {key: len({row["person"] for row in some}) for key, some in settings.items()}
     prompts = {row["prompt"] for row in rows if not row["knob"]}
     parts = [f"{len(prompts)} prompts a person; ± is the standard error over people."]
