@@ -126,7 +126,7 @@ def edited(layers, edits):
     finally:
         for handle in handles:
             handle.remove()
-        for parameters, before in reversed(own):
+        for parameters, before in own:
             parameters.update(before)
 
 

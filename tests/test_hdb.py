@@ -284,6 +284,11 @@ def test_in_a_small_models_weights_the_lora_learns_the_same(method, monkeypatch)
         method.fine_tune(photo(2), None if theta is None else theta.repeat(2, 1, 1), **settings)  # two people
         assert len(used) == 4
         used.clear()
+    half = tiny_model()  # where 8 bits would round W + ΔW
+    for part in half.unet, half.text, half.vae:
+        part.bfloat16()
+    hdb.HyperDreamBooth(half).fine_tune(photo(), steps=1)
+    assert not used
 
 
 def test_people_fine_tuned_side_by_side_do_not_mix(method):
