@@ -81,7 +81,7 @@ def main(args):
         if watched and world.first() and (trainer.step % args.every == 0 or trainer.done):
             show(method, watched, trainer)
     trainer.average()
-    file = trainer.done and args.save or folder / "hypernet.safetensors"
+    file = (args.save if trainer.done else None) or folder / "hypernet.safetensors"
     if world.first():
         save_hypernet(hypernet, model, file)
         print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")

@@ -91,7 +91,7 @@ def main(args):
         for i, delta in enumerate(deltas):
             for p, factor in zip((domain.rows[i], domain.columns[i]), delta()):
                 p.copy_(factor)
-    file = trainer.done and args.save or folder / "e4t.safetensors"
+    file = (args.save if trainer.done else None) or folder / "e4t.safetensors"
     e4t.save_domain(domain, model, source, file)
     print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
 

@@ -17,11 +17,9 @@ with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener
     register_heif_opener()
 
-Image.init()
 # What cameras, phones and browsers write. Others are no photos, and of some the decoder is Python, or a
 # program of its own
-FORMATS = [name for name in ("JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000")
-           if name in Image.OPEN]
+FORMATS = "JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000"
 SMALLEST = 64          # pixels a side of a face
 ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
 MEANS = "L", "LA", "RGB", "RGBA", "CMYK", "I", "F"  # modes whose pixels have a mean
@@ -80,7 +78,7 @@ def opened(path, reduced):
     """The picture at `path`, upright, and whether all of it is there: a JPEG may end early. `reduced`: where
     it is large, decoded to a fraction of its pixels. Raises what PIL raises."""
     # the limits are these here, and damage either raises or does no harm
-    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats()) as file:
         check_size(file, path, reduced)
         if reduced:
             file.draft(None, (ENOUGH, ENOUGH))
@@ -101,6 +99,13 @@ def opened(path, reduced):
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     warnings.warn(f"{path}: the file was cut off; what there is of it is used", stacklevel=4)
     return image, False
+
+
+@cache
+def formats():
+    """Those of FORMATS that Pillow can read here. All its plugins are imported when a photo is looked at."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def check_size(file, path, reduced):
