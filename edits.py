@@ -205,8 +205,16 @@ def linear(name, edit):
 
 def in_weights(edits, layers):
     """One person's low-rank edits as changes of whole weights, ΔW = A·B as it is now. Gradients reach A and
-    B through them. Where layers are small, that is fewer operations than a product beside each."""
-    return {name: Change(edit.changes(layers[name])) for name, edit in low_rank(edits, people=1).items()}
+    B through them. Where layers are small, that is fewer operations than a product beside each: those of all
+    layers of one shape are made at once."""
+    alike, changes = {}, {}
+    for name, (a, b) in low_rank(edits, people=1).items():
+        alike.setdefault((a.shape, b.shape), []).append(name)
+    for names in alike.values():
+        a, b = (torch.cat(factors) for factors in zip(*(edits[name] for name in names)))
+        for name, change in zip(names, b.mT.float() @ a.mT.float()):
+            changes[name] = Change({"weight": change.view_as(layers[name].weight)})
+    return changes
 
 
 def detach(edits):

@@ -153,14 +153,15 @@ def test_changes_are_in_all_weights_inside_and_give_gradients():
 
 def test_low_rank_edits_in_weights_do_and_learn_the_same():
     layers, x = small_layers(), x_of(2, 5, 24)
+    layers["alike"] = nn.Linear(24, 40)
     for layer in layers.values():
         layer.requires_grad_(False)
-    edit = {"one": some(24, 40), "three": some(16, 8)}
+    edit = {"one": some(24, 40), "three": some(16, 8), "alike": some(24, 40, seed=1)}
     gradients, outputs = [], []
     for as_weights in False, True:
         trained = {name: LowRank(*(t.clone().requires_grad_() for t in one)) for name, one in edit.items()}
         with edited(layers, in_weights(trained, layers) if as_weights else trained):
-            outputs.append(run(layers, x))
+            outputs.append(torch.cat([run(layers, x).flatten(), layers["alike"](x).flatten()]))
             outputs[-1].square().sum().backward()
         gradients.append([t.grad for one in trained.values() for t in one])
     assert torch.allclose(*outputs, atol=1e-4)
