@@ -14,12 +14,12 @@ from functools import cached_property
 
 import torch
 
+from descent import descend
 from diffusion import denoising_error, denoising_loss, noised
 from edits import detach, fresh_lora, in_weights
 from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load  # noqa: F401
-from trainer import fit
 from vit import encode_face
 
 PROMPT = "a [V] face"
@@ -88,8 +88,8 @@ class HyperDreamBooth:
         the denoising loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P
         prompts."""
         theta = torch.zeros(people, *self.lidb.shape, device=self.model.device, requires_grad=True)
-        fit(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
-            lambda: self.model.edited(self.lidb.factors(theta)))
+        descend(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
+                lambda: self.model.edited(self.lidb.factors(theta)))
         return theta.detach()
 
     def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
@@ -132,8 +132,9 @@ class HyperDreamBooth:
             def loss(*drawn):
                 context = self.model.text(ids) if fixed is None else fixed
                 return denoising_error(self.model.unet, context, *drawn).mean()
-            fit(loss, [factor for pair in relaxed.values() for factor in pair], steps, lr, around, callback,
-                generator, draw=lambda: noised(latent(), generator))
+            factors = [factor for pair in relaxed.values() for factor in pair]
+            descend(loss, factors, steps, lr, around, callback, generator,
+                    draw=lambda: noised(latent(), generator))
         return detach(relaxed)
 
     def sample(self, prompts, edits=None, seeds=None, **options):

@@ -48,7 +48,7 @@ def main(args):
     method, nano = hdb.HyperDreamBooth(model, hypernet), args.model == "nano"
     folder = Path(args.out) / args.name
     if nano:
-        data = people.People(model, hypernet.vit, model.device, args.seed)
+        data = people.People(model, hypernet.vit, args.seed)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
         data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline)

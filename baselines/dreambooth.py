@@ -13,13 +13,13 @@ import copy
 import torch
 from tqdm import tqdm
 
+from descent import descend
 from diffusion import denoising_loss
 from edits import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
 from hdb import PROMPT
 from lidb import personal_layers
 from sd import StableDiffusion
-from trainer import fit as descend
 
 CLASS_PROMPT = "a face"
 # On nano, elsewhere, the least, the most, what it is

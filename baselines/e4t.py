@@ -20,6 +20,7 @@ from torch import nn
 
 from baselines import dreambooth
 from baselines.textual_inversion import CLASS, only_token
+from descent import descend
 from diffusion import denoising_loss
 from edits import IDENTIFIER, Change, merge, shared
 from files.checkpoints import LoadError, build, checksum, configure, open_tensors, refusing, write
@@ -29,7 +30,6 @@ from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
 from files.person import Person
 from hdb import PROMPT
-from trainer import fit as descend
 from vit import encode_face
 
 # s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's words are .2 long, as Stable Diffusion's
@@ -106,10 +106,10 @@ def offsets(model, rows, columns):
             for (name, layer), row, column in zip(attention(model).items(), rows, columns)}
 
 
-def words(model, photo, encoders):
-    """The edits that put E's word in the place of [V], of P people who take turns in the batch: what is to be
-    known of their photos (P, photo), and an encoder for each of them, or one for all."""
-    return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoders)}
+def words(model, photo, encoder):
+    """The edits that put E's word in the place of [V], of P people who take turns in the batch, by what is to
+    be known of their photos (P, photo)."""
+    return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoder)}
 
 
 class Hole:
@@ -127,8 +127,8 @@ class Hole:
 class Word:
     """Of the UNet: fills the holes and reads the words. `predicted` is what E said last (B, d)."""
 
-    def __init__(self, model, photo, encoders):
-        self.text, self.photo, self.encoders = model.text, photo, encoders
+    def __init__(self, model, photo, encoder):
+        self.text, self.photo, self.encoder = model.text, photo, encoder
         table = model.text.text_model.embeddings.token_embedding
         self.face = table.weight[only_token(model, CLASS)]
         self.empty = model.text.read(table(model.tokenizer([""]).to(model.device)))
@@ -144,25 +144,12 @@ class Word:
 
     def encode(self, unet, x, t):
         """E of each sample. ValueError for a batch that cannot be shared among the people."""
-        people, photo = len(self.encoders), shared(self.photo, len(x)).expand(len(x), -1)
+        photo = shared(self.photo, len(x)).expand(len(x), -1)
         # u is looked at as the photo is: no gradient goes through it
         with torch.no_grad():
             skips, _ = unet.down(x, t, self.empty.expand(len(x), -1, -1))
             u = torch.cat([skip.mean((2, 3)) for skip in skips], 1).float()
-        each = [encoder(photo[i::people], u[i::people]) for i, encoder in enumerate(self.encoders)]
-        return torch.stack(each, 1).flatten(0, 1)
-
-
-class Turns:
-    """Several people's changes of a layer, who take turns in the batch."""
-
-    def __init__(self, people):
-        self.people = people
-
-    def __call__(self, layer, x, y):
-        count = len(self.people)
-        each = [change(layer, x[i::count], y[i::count]) for i, change in enumerate(self.people)]
-        return torch.stack(each, 1).flatten(0, 1)
+        return self.encoder(photo, u)
 
 
 def total(denoising, word):
@@ -175,23 +162,18 @@ def total(denoising, word):
 # One person
 
 def fit(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
-    """Photos (P, 3, H, W) in [-1, 1] -> tensors for edits(): all of the UNet, from W' on, and the encoder
+    """A photo (1, 3, H, W) in [-1, 1] -> tensors for edits(): all of the UNet, from W' on, and the encoder
     after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
-
-    The people are fitted one after the other: each has a UNet of their own, so side by side they would need
-    P times the memory and be no faster.
+    ValueError for several people: each has a UNet of their own, and side by side they would be no faster.
     """
+    if len(photo) > 1:
+        raise ValueError("E4T takes one person at a time")
     generator = generator or torch.Generator().manual_seed(0)
-    people = [fit_one(model, one, domain, steps, lr, batch, generator, callback) for one in photo.split(1)]
-    return {name: torch.cat([person[name] for person in people]) for name in people[0]}
-
-
-def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
     tuned, encoder = dreambooth.trainable_copy(model), copy.deepcopy(domain.encoder).requires_grad_()
     tuned.text.requires_grad_(False)
     merge(tuned.layers, offsets(tuned, domain.rows, domain.columns))
     seen, latent = domain.look(photo), model.encode(photo).float().repeat(batch, 1, 1, 1)
-    inside = words(tuned, seen, [encoder])
+    inside = words(tuned, seen, encoder)
 
     def loss():
         denoising = denoising_loss(tuned, latent, [PROMPT], generator)
@@ -205,16 +187,11 @@ def fit_one(model, photo, domain, steps, lr, batch, generator, callback):
 
 def edits(tensors, model):
     """The tensors of fit() as edits: every layer's Change, the holes, and the words that fill them."""
-    changes, encoders = [], []
-    for i in range(len(tensors["photo"])):
-        mine = {name: t[i:i + 1] for name, t in tensors.items()}
-        changes.append(dreambooth.edits({k: t for k, t in mine.items() if k.startswith("unet.")}, model))
-        encoder = empty_encoder(model, tensors)
-        learnt = {name: mine[f"encoder.{name}"][0] for name in encoder.state_dict()}
-        encoder.load_state_dict(learnt, assign=True)
-        encoders.append(encoder)
-    turns = {layer: Turns([each[layer] for each in changes]) for layer in changes[0]}
-    return (turns if changes[1:] else changes[0]) | words(model, tensors["photo"], encoders)
+    changes = {name: t for name, t in tensors.items() if name.startswith("unet.")}
+    encoder = empty_encoder(model, tensors)
+    learnt = {name: tensors[f"encoder.{name}"][0] for name in encoder.state_dict()}
+    encoder.load_state_dict(learnt, assign=True)
+    return dreambooth.edits(changes, model) | words(model, tensors["photo"], encoder)
 
 
 def empty_encoder(model, tensors):
@@ -254,7 +231,7 @@ def load_domain(path, model):
     domain.vit = load_looker(source, model)
     if checksum(domain.vit) != looked:
         raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}")
-    return domain.eval().requires_grad_(False)
+    return domain
 
 
 def load_looker(source, model):

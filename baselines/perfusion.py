@@ -29,13 +29,13 @@ import torch.nn.functional as F
 
 import clip
 from baselines.textual_inversion import CLASS, LAYER, Rows, only_token
+from descent import descend
 from diffusion import denoising_loss
 from edits import IDENTIFIER, named, shared
 from files.console import UserError
 from files.person import Person, load_person
 from hdb import PROMPT
 from nano import faces, seeds
-from trainer import fit as descend
 
 TRAINING, SAMPLING = (.75, .1), (.7, .15)  # β and τ
 KEPT = .99    # of the average i*, a step

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from descent import descend
 from diffusion import denoising_loss
 from edits import IDENTIFIER, named, shared
 from files.checkpoints import open_tensors, outline, read_tensors, write
 from files.console import UserError
 from files.person import Person, check_numbers
 from hdb import PROMPT
-from trainer import fit as descend
 
 LAYER = "text.text_model.embeddings.token_embedding"
 CLASS = "face"   # the word of PROMPT that the person is one of

@@ -61,7 +61,7 @@ def main(args):
     source = e4t.NANO_VIT if args.model == "nano" else args.encoder
     vit = e4t.load_looker(source, model)
     if args.model == "nano":
-        data = people.People(model, vit, model.device, args.seed, fresh=2)
+        data = people.People(model, vit, args.seed, fresh=2)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
         cache = Path(args.out) / args.name / "photos"
@@ -99,7 +99,7 @@ def main(args):
 def in_training(domain, deltas, model, seen):
     """The edits of people whose photos (P, photo) the encoder has seen."""
     factors = zip(*(delta() for delta in deltas))
-    return e4t.offsets(model, *factors) | e4t.words(model, seen, [domain.encoder])
+    return e4t.offsets(model, *factors) | e4t.words(model, seen, domain.encoder)
 
 
 @torch.no_grad()

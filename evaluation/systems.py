@@ -36,58 +36,49 @@ def ours(method, photo, generator, steps=40, predict=True, iterations=None, **se
     return Person(theta, relaxed, method.basis_seed)
 
 
-def theirs(name, **settings):
-    """fit of one of baselines/ with these settings."""
+def theirs(name, shared=None, **settings):
+    """fit of one of baselines/ with these settings; shared(model): more of them, the same for everybody."""
     def fit(method, photo, generator):
-        tensors = MAKERS[name].fit(method.model, photo, generator=generator, **settings)
+        given = settings | (shared(method.model) if shared else {})
+        tensors = MAKERS[name].fit(method.model, photo, generator=generator, **given)
         return Person(tensors=tensors, made_by=name)
     return fit
 
 
-def prior_preserving(**settings):
-    """fit of DreamBooth with these settings. Everybody shares the pictures of the class."""
-    def fit(method, photo, generator):
-        return theirs("dreambooth", prior=shared_prior(method.model), **settings)(method, photo, generator)
-    return fit
-
-
-def tuned(method, photo, generator):
-    """fit of E4T on nano, with the encoder that it ships."""
-    return theirs("e4t", domain=shared_domain(method.model))(method, photo, generator)
+@cache
+def domain(model):
+    """For E4T on nano: the encoder that it ships."""
+    return {"domain": e4t.load_domain(HERE / "nano/e4t.safetensors", model)}
 
 
 @cache
-def shared_domain(model):
-    return e4t.load_domain(HERE / "nano/e4t.safetensors", model)
+def prior(model):
+    """For DreamBooth: pictures of the class."""
+    return {"prior": dreambooth.class_pictures(model, 64, torch.Generator().manual_seed(0))}
 
 
-@cache
-def shared_prior(model):
-    return dreambooth.class_pictures(model, 64, torch.Generator().manual_seed(0))
-
-
-def usual(module, nano, *names, **others):
-    """A module's usual settings of these names, on nano or elsewhere, and others."""
-    return {name: module.NUMBERS[name][0 if nano else 1] for name in names} | others
+def usual(module, nano, *names):
+    """A module's usual settings of these names, on nano or elsewhere."""
+    return {name: module.NUMBERS[name][0 if nano else 1] for name in names}
 
 
 def rows(nano, single=None):
     """The rows of the paper's tables: on nano at rates that were the best of several on validation people,
     else at published ones. single: a method whose hypernetwork was trained at s = 1, for the row "k = 1"."""
-    def prior(steps, lr, **others):
-        return prior_preserving(steps=steps, lr=lr[0 if nano else 1], **others)
+    def dreamt(steps, lr, **others):
+        return theirs("dreambooth", prior, steps=steps, lr=lr[0 if nano else 1], **others)
     fast = {} if nano else {"lr": 5e-4}
     inverted = usual(textual_inversion, nano, "steps", "lr", "batch")
     gated = usual(perfusion, nano, "steps", "lr", "embedding_lr", "batch")
     jobs = [
         Job("HyperDreamBooth", partial(ours, **fast)),
-        Job("DreamBooth", prior(1200, (1e-5, 1e-6)), 1),
+        Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1),
         Job("Textual Inversion", theirs("textual_inversion", **inverted)),
-        Job("LoRA DreamBooth", prior(400 if nano else 800, (5e-4, 1e-4), rank=4)),
+        Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4)),
         Job("Perfusion", theirs("perfusion", **gated)),
-        Job("E4T", tuned, 1),
-        Job("DreamBooth-Agg-1", prior(400, (2e-5, 3e-6)), 1),
-        Job("DreamBooth-Agg-2", prior(40, (5e-5, 3e-5)), 1),
+        Job("E4T", theirs("e4t", domain), 1),
+        Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1),
+        Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1),
         Job("No Hyper", partial(ours, predict=False, **fast)),
         Job("Only Hyper", partial(ours, steps=0)),
         Job("k = 1", lambda method, photo, generator: ours(single, photo, generator, **fast)),

@@ -134,8 +134,9 @@ class NoInit(TorchFunctionMode):
 
 
 def build(kind, config, files, rename, device, dtype, *more):
-    """kind(config, *more) with the tensors of `files`. rename(key): our name for a key there, None if not
-    needed, KeyError if unknown. LoadError for impossible settings, or a tensor that is missing or surplus."""
+    """kind(config, *more) with the tensors of `files`, frozen and in eval mode. rename(key): our name for a
+    key there, None if not needed, KeyError if unknown. LoadError for impossible settings, or a tensor that is
+    missing or surplus."""
     what = f"{Path(files[0]).parent}: no {kind.__name__} with these settings can be built"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
@@ -175,7 +176,7 @@ def build(kind, config, files, rename, device, dtype, *more):
         layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
         weights[name] = tensor.to(memory_format=layout)
     module.load_state_dict(weights, assign=True)
-    return module
+    return module.eval().requires_grad_(False)
 
 
 def finite(tensor):

@@ -53,4 +53,4 @@ def build_encoder(kind, config, folder, rename, device, *more):
     file, where = folder / "model.safetensors", place(device, torch.float32)
     if not file.is_file():
         raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
-    return build(kind, config, [file], rename, *where, *more).eval().requires_grad_(False)
+    return build(kind, config, [file], rename, *where, *more)

@@ -45,7 +45,7 @@ def load_hypernet(path, model):
         built.vit = load_vit(config.encoder, model.device)
         if built.vit.config != config.vit:
             raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
-    return built.eval().requires_grad_(False)
+    return built
 
 
 def warn_of_other_weights(path, note, model):

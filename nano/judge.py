@@ -53,7 +53,7 @@ class Judge(nn.Module):
 
 def load_judge(device="cpu"):
     """The shipped referee, frozen."""
-    return build(Judge, WIDTHS, [FILE], str, device, torch.float32).eval().requires_grad_(False)
+    return build(Judge, WIDTHS, [FILE], str, device, torch.float32)
 
 
 def train(args):

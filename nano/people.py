@@ -6,30 +6,30 @@ import torch
 from files.checkpoints import build
 from files.console import UserError
 from nano import faces, seeds
-from nano.faces import photos
 from nano.judge import load_judge
 from trainer import Pool
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
 PROMPTS = [caption.format("[V]") for caption in faces.STYLES.values()]
+PLAIN = .4  # the share of a training's pictures that are in no style
 
 
 def load_encoder(file, device):
     """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError where there is none."""
     if not Path(file).exists():
         raise UserError(f"{file}: no encoder here; make it with: python nano/pretrain.py encoder")
-    return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32).eval().requires_grad_(False)
+    return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32)
 
 
 class People:
     """Pairs for Eq. 2: features of a photo of a person, and the latent of another picture of them in some
-    style, with its prompt. A share `plain` of the pictures, `views` a person, is in no style. `fresh` people
-    join at every step, and the `size` that came last are drawn from. `seed`: the training's."""
+    style, with its prompt. `fresh` people join at every step, and the `size` that came last are drawn from.
+    `seed`: the training's."""
+    views = 2  # pictures of a person
 
-    def __init__(self, model, vit, device, seed=0, plain=.4, size=30_000, fresh=4, views=2):
-        self.model, self.vit, self.device, self.seed = model, vit, device, seed
-        self.plain, self.views = plain, views
+    def __init__(self, model, vit, seed=0, size=30_000, fresh=4):
+        self.model, self.vit, self.seed = model, vit, seed
         self.pool = Pool(self.person, 512, fresh, size)
 
     @torch.no_grad()
@@ -38,10 +38,10 @@ class People:
         generator = torch.Generator().manual_seed(seeds.row(self.seed, n))
         identity = torch.rand(1, len(faces.IDENTITY), generator=generator)
         styles = torch.randint(len(STYLES), (self.views,), generator=generator)
-        styles[torch.rand(self.views, generator=generator) < self.plain] = 0
-        features = self.vit(photos(identity, generator, self.device)).half()
+        styles[torch.rand(self.views, generator=generator) < PLAIN] = 0
+        features = self.vit(faces.photos(identity, generator, self.model.device)).half()
         again = identity.expand(self.views, -1)
-        latents = self.model.encode(photos(again, generator, self.device, styles))
+        latents = self.model.encode(faces.photos(again, generator, self.model.device, styles))
         return features[0], latents, styles
 
     def fix(self, count):
@@ -76,12 +76,12 @@ class HeldOut:
         self.judge = load_judge(device)
         self.identity = faces.identities(range(first, first + count))
         self.first, self.device = first, device
-        self.photos = photos(self.identity, torch.Generator().manual_seed(first), device)
+        self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def again(self, count):
         """`count` further photos (P, count, 3, 128, 128) of everybody."""
         generator = torch.Generator().manual_seed(self.first + 1)
-        return torch.stack([photos(self.identity, generator, self.device) for _ in range(count)], 1)
+        return torch.stack([faces.photos(self.identity, generator, self.device) for _ in range(count)], 1)
 
     @torch.no_grad()
     def measure(self, model, edits, style, seeds, who=slice(None), **options):

@@ -214,8 +214,7 @@ def train_unet(args):
         torch.nn.init.zeros_(model.conv_out.weight)
     if args.warm:
         restore(model, UNET)
-    for part in (model.to(args.device), text, autoencoder):
-        part.requires_grad_(part is model)
+    model.to(args.device)
     words = tokenizer()
 
     @torch.no_grad()

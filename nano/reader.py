@@ -55,7 +55,7 @@ class Reader(nn.Module):
 
 def load_reader(device="cpu"):
     """The shipped network, frozen."""
-    return build(Reader, WIDTHS, [FILE], str, device, torch.float32).eval().requires_grad_(False)
+    return build(Reader, WIDTHS, [FILE], str, device, torch.float32)
 
 
 def view(pictures, x, y, zoom, angle=None):

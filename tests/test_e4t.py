@@ -190,9 +190,9 @@ def test_offsets_at_delta_zero_leave_the_model_and_are_no_saddle():
 # ------------------------------------------------------------------------------------------------------------
 # The word
 
-def said(model, seen, encoders, prompts, x, t, **more):
+def said(model, seen, encoder, prompts, x, t, **more):
     """What the UNet is given as context under the edits, and its output."""
-    given, words = [], e4t.words(model, seen, encoders)
+    given, words = [], e4t.words(model, seen, encoder)
     with model.edited(words | more):
         handle = model.unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2]))
         y = model.unet(x, t, model.context(prompts))
@@ -204,7 +204,7 @@ def said(model, seen, encoders, prompts, x, t, **more):
 def test_the_context_is_that_of_a_table_with_another_row():
     model, domain, x = shared_model(), tiny_domain(), some_latent(2)
     seen, t = some_photos(2), [3, 700]
-    context, y = said(model, seen, [domain.encoder], PEOPLE, x, torch.tensor(t))
+    context, y = said(model, seen, domain.encoder, PEOPLE, x, torch.tensor(t))
     for i in range(2):
         e = written_out_word(model, model.unet, domain.encoder.state_dict(), seen[i], x[i:i + 1], t[i])
         expected = written_out_context(model, e, PEOPLE[i])
@@ -220,7 +220,7 @@ def test_the_word_is_another_for_each_photo_latent_and_time():
     model, domain = shared_model(), tiny_domain()
 
     def context(seen=5, latent=0, t=3):
-        return said(model, some_photos(1, seen), [domain.encoder], PEOPLE[:1], some_latent(1, latent), t)[0]
+        return said(model, some_photos(1, seen), domain.encoder, PEOPLE[:1], some_latent(1, latent), t)[0]
     first = context()
     assert torch.equal(first, context())
     for other in (context(seen=6), context(latent=1), context(t=600)):
@@ -231,12 +231,12 @@ def test_the_word_is_another_for_each_photo_latent_and_time():
 def test_holes_are_where_v_stands_and_nowhere_else():
     model, domain, x = shared_model(), tiny_domain(), some_latent(4)
     prompts = ["", "a face", "a [V] face", "[V] as [V]"]
-    with model.edited(e4t.words(model, some_photos(1), [domain.encoder])):
+    with model.edited(e4t.words(model, some_photos(1), domain.encoder)):
         words = model.context(prompts)
     ids = model.tokenizer([prompt.replace("[V]", "sks") for prompt in prompts])
     assert torch.equal(words.isnan().all(2), ids == SKS) and torch.equal(words.isnan().any(2), ids == SKS)
     assert torch.equal(words[ids != SKS], model.text.state_dict()[TABLE][ids[ids != SKS]])
-    context, _ = said(model, some_photos(1), [domain.encoder], prompts, x, torch.tensor([500]))
+    context, _ = said(model, some_photos(1), domain.encoder, prompts, x, torch.tensor([500]))
     assert torch.allclose(context[:2], model.context(prompts[:2]), atol=1e-5)
     e = written_out_word(model, model.unet, domain.encoder.state_dict(), some_photos(1)[0], x[3:], 500)
     assert torch.allclose(context[3:], written_out_context(model, e, prompts[3]), atol=1e-4)
@@ -259,7 +259,7 @@ def test_guidance_and_a_sampler_meet_the_word_at_every_step():
             outs.append(away + 3 * (towards - away))
         return torch.cat(outs)
     expected = model.decode(diffusion.dpmpp_2m(denoise, noise, 3)).clamp(-1, 1)
-    with model.edited(e4t.words(model, seen, [domain.encoder])):
+    with model.edited(e4t.words(model, seen, domain.encoder)):
         got = model.sample(PEOPLE, [3, 4], steps=3, guidance=3., negative="blurry")
     assert (got - expected).norm() < .01 * expected.norm()
     assert (model.sample(PEOPLE, [3, 4], steps=3, negative="blurry") - got).norm() > .02 * got.norm()
@@ -269,7 +269,7 @@ def test_guidance_and_a_sampler_meet_the_word_at_every_step():
 def test_the_look_at_the_latent_is_through_the_edited_unet():
     model, domain, x = shared_model(), tiny_domain(), some_latent(1)
     changes = e4t.offsets(model, domain.rows, domain.columns)
-    context, _ = said(model, some_photos(1), [domain.encoder], PEOPLE[:1], x, torch.tensor([500]), **changes)
+    context, _ = said(model, some_photos(1), domain.encoder, PEOPLE[:1], x, torch.tensor([500]), **changes)
     twin = tiny_model()
     for name, change in changes.items():
         twin.layers[name].weight += change.tensors["weight"]
@@ -284,7 +284,7 @@ def test_v_and_its_class_have_to_be_tokens():
     model.tokenizer = copy.copy(model.tokenizer)
     model.tokenizer.tokens = lambda text: ["s", "ks</w>"]
     with pytest.raises(ValueError, match='"sks" is not one token of tiny'):
-        e4t.words(model, some_photos(1), [tiny_domain().encoder])
+        e4t.words(model, some_photos(1), tiny_domain().encoder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def written_out_loss(model, unet, weights, seen, latent, prompts, g):
 def test_the_loss_and_its_gradient():
     model, domain, latent, seen = shared_model(), tiny_domain(), some_latent(2), some_photos(2)
     encoder = copy.deepcopy(domain.encoder).requires_grad_()
-    inside = e4t.words(model, seen, [encoder])
+    inside = e4t.words(model, seen, encoder)
     with model.edited(inside):
         denoising = denoising_loss(model, latent, PEOPLE, generator(3))
         loss, size = e4t.total(denoising, inside["unet."])
@@ -413,24 +413,9 @@ def test_a_person_is_sampled_as_they_were_fitted():
     assert (plain - got).norm() > .1 * got.norm() and untouched(model)
 
 
-@torch.no_grad()
-def test_several_people_are_each_their_own():
-    model, domain, x = shared_model(), tiny_domain(), some_latent(4)
-    photos, g = torch.cat([photo(seed=1), photo(seed=2)]), generator(7)
-    alone = [e4t.fit(model, one, domain, 2, 1e-2, 2, g) for one in photos.split(1)]
-    both = e4t.fit(model, photos, domain, 2, 1e-2, 2, generator(7))
-    for name, t in both.items():
-        assert len(t) == 2 and all(torch.equal(t[i], one[name][0]) for i, one in enumerate(alone)), name
-    prompts = ["", "a face", *PEOPLE]  # in two groups of both
-    with model.edited(e4t.edits(both, model)):
-        together = model.unet(x, 300, model.context(prompts))
-    for i, one in enumerate(alone):
-        mine = by_hand(model, one, prompts[i::2], x[i::2], 300)
-        assert (together[i::2] - mine).norm() < 1e-3 * mine.norm()
-    other = by_hand(model, alone[1], prompts[::2], x[::2], 300)
-    assert (together[::2] - other).norm() > .02 * other.norm()
-    with model.edited(e4t.edits(both, model)), pytest.raises(ValueError, match="3 cannot be shared among 2"):
-        model.unet(x[:3], 300, model.context(prompts[:3]))
+def test_it_takes_one_person_at_a_time():
+    with pytest.raises(ValueError, match="one person at a time"):
+        e4t.fit(shared_model(), torch.cat([photo(seed=1), photo(seed=2)]), tiny_domain(), 1)
 
 
 def test_shapes_are_those_of_one_person():
@@ -688,7 +673,7 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     train("--steps", 3, "--every", 2, model="nano")
     file, (given, _), watched, *measures = made
     assert file == HERE / "nano/hypernet.safetensors" and looker == []
-    assert given == (vit, model.device, 0)
+    assert given == (vit, 0)
     assert watched == (8, model.device, seeds.MONITOR)
     assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star")] * 2  # after 2 steps and 3
     lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ import lidb
 from diffusion import denoising_loss
 from edits import LowRank, edited, fresh_lora, join, merge
 from sd import StableDiffusion
-from trainer import fit
+from descent import descend
 from vit import encode_face
 
 
@@ -241,7 +241,7 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
-    monkeypatch.setattr(hdb, "fit", lambda *_, **__: None)  # as its optimiser knows no meta tensors
+    monkeypatch.setattr(hdb, "descend", lambda *_, **__: None)  # as its optimiser knows no meta tensors
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
@@ -313,7 +313,7 @@ def test_people_with_several_photos_each_do_not_mix(method):
 
 
 def test_a_known_start_comes_to_a_known_optimum():
-    """fit() on ‖x·(W + ΔW + A·B) − x·(W + ΔW*)‖²: the relaxed factors become what the prediction lacks."""
+    """descend on ‖x·(W + ΔW + A·B) − x·(W + ΔW*)‖²: the relaxed factors become what the prediction lacks."""
     layers = {"one": torch.nn.Linear(6, 5)}
     g = generator(2)
     start = {"one": LowRank(torch.randn(1, 6, 1, generator=g), torch.randn(1, 1, 5, generator=g))}
@@ -321,9 +321,9 @@ def test_a_known_start_comes_to_a_known_optimum():
     x = torch.linalg.qr(torch.randn(64, 6, generator=g))[0] * 8
     aim = layers["one"](x).detach() + x @ (deltas(start)["one"] + lacking)
     relaxed, losses = fresh_lora(layers, 2, g), []
-    fit(lambda: (layers["one"](x) - aim).square().mean(), list(relaxed["one"]), 400, .03,
-        lambda: edited(layers, join(start, relaxed)),
-        lambda step, loss: losses.append(loss))
+    descend(lambda: (layers["one"](x) - aim).square().mean(), list(relaxed["one"]), 400, .03,
+            lambda: edited(layers, join(start, relaxed)),
+            lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx((x @ lacking).square().mean().item(), rel=1e-4)
     assert torch.allclose(deltas(relaxed)["one"], lacking, atol=.02) and losses[-1] < 1e-3 * losses[0]
 

@@ -18,8 +18,8 @@ from nano.people import load_encoder
 from trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-ROOMS = [{"unet", "clip", "vae", "vit", "world"}, {"edits", "diffusion"}, {"lidb", "hypernet"}, {"files"},
-         {"trainer", "sd"}, {"hdb"}, {"nano"}, {"baselines"}, {"evaluation"},
+ROOMS = [{"unet", "clip", "vae", "vit", "world"}, {"edits", "diffusion", "descent"}, {"lidb", "hypernet"},
+         {"files"}, {"trainer", "sd"}, {"hdb"}, {"nano"}, {"baselines"}, {"evaluation", "arguments"},
          {"personalize", "train", "evaluate", "bench"}]
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 

@@ -38,12 +38,12 @@ def test_traits_are_the_numbers_and_the_kinds():
 
 
 def test_training_pairs(model, vit):  # noqa: F811
-    data = people.People(model, vit, "cpu", seed=1, fresh=2)
+    data = people.People(model, vit, seed=1, fresh=2)
     who, view = data.draw(0, 5, generator())
     latents, prompts = data.pictures(who, view)
     assert latents.shape == (5, 4, 16, 16) and data.features(who).shape == (5, 65, 128)
     # everybody follows from their number and the training's, whenever they are asked for
-    again, other = (people.People(model, vit, "cpu", seed=seed, fresh=2) for seed in (1, 2))
+    again, other = (people.People(model, vit, seed=seed, fresh=2) for seed in (1, 2))
     assert torch.equal(again.pictures(who.flip(0), view.flip(0))[0].flip(0), latents)
     assert not torch.equal(other.features(who), data.features(who))
     both, said = data.pictures(torch.cat([who, who]), torch.tensor([0] * 5 + [1] * 5))
@@ -58,7 +58,7 @@ def test_training_pairs(model, vit):  # noqa: F811
 
 
 def test_new_people_join_until_they_are_fixed(model, vit):  # noqa: F811
-    data = people.People(model, vit, "cpu", fresh=2, size=7)
+    data = people.People(model, vit, fresh=2, size=7)
     assert set(data.draw(1, 99, generator())[0].tolist()) == set(range(507, 514))
     data.fix(3)
     who, view = data.draw(1, 99, generator())

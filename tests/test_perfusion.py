@@ -28,7 +28,7 @@ from baselines.textual_inversion import LAYER, Rows
 from diffusion import denoising_loss
 from files.console import UserError
 from files.person import MAKERS, Person, load_person, save_person
-from trainer import fit as descend
+from descent import descend
 
 VOCAB = shared_model().tokenizer.vocab
 SKS, FACE, ROCK = (VOCAB[f"{word}</w>"] for word in ("sks", "face", "rock"))

@@ -101,3 +101,13 @@ class Stage:
     def progress(self, steps):
         self.steps = steps
         yield lambda step, loss: self.losses.append(loss)
+
+
+def adam_by_hand(p, gradients, lr, decay=0.):
+    """Loshchilov & Hutter, arXiv 1711.05101, algorithm 2."""
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, (g, rate) in enumerate(zip(gradients, lr), 1):
+        m, v = .9 * m + .1 * g, .99 * v + .01 * g ** 2
+        ahead = m / (1 - .9 ** t) / ((v / (1 - .99 ** t)).sqrt() + 1e-8)
+        p = p - rate * decay * p - rate * ahead
+    return p
