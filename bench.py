@@ -250,7 +250,7 @@ class Theirs:
 
 def arguments():
     parser = console.parser(__doc__, str)
-    parser.add_argument("--rows", nargs="*", choices=list("abcdefgist"), help="all if not given")
+    parser.add_argument("--rows", nargs="+", choices=list("abcdefgist"), help="all if not given")
     parser.add_argument("--repeats", type=int, default=5)
     console.add_numbers(parser, NUMBERS)
     parser.add_argument("--out", type=Path, default=Path("results"))

@@ -149,7 +149,9 @@ def fit_each(args, method, stage):
     """Make everybody's personal file, some people side by side, and name them in args.people; what the method
     saw of them (P, 3, H, W). A photo that can't be used is reported. UserError where none can."""
     used, folders, sitters, side = [], [], [], 8 * method.model.unet.config.sample_size
-    taken = ["sheet.png", *(f"{i}.png" for i in range(len(args.photos) * len(args.prompts)))]
+    pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
+    # names that stay free: of no folder of one's own, of what is written, of files that are there
+    taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
 
     def of(paths):
         return argparse.Namespace(**vars(args) | {"photos": paths})
@@ -297,7 +299,7 @@ def write_pictures(pictures, shown, columns, model, args):
         settings["lora"] = ", ".join(f"{path}:{strength:g}" for path, strength in args.lora)
     if args.saw:
         settings["saw"] = args.saw
-    if not args.people:
+    if args.photos:
         tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
         settings |= {"crop": args.crop, "method": args.method, "fine-tuning": tuning,
                      "hypernet": args.hypernet or "the model's own, if any"}

@@ -132,7 +132,7 @@ def fit_targets(method, data, args, folder, of, deadline):
             return data.pictures(who, torch.randint(data.views, (len(who),), generator=generator))
         return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
     groups = torch.arange(data.count).split(args.batch)
-    settings = {name: getattr(args, name) for name in ("seed", "target_steps", "target_lr")}
+    settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}
     return joined(kept(folder, groups, of | settings, fitted, "targets", deadline), "theta")
 
 

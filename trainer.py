@@ -89,8 +89,8 @@ class Trainer:
 
     def ended(self, stop):
         """Whether the deadline or a signal has ended the training for one, and so for all processes."""
-        self.signal = int(world.greatest(stop[0] if stop else 0, self.device))
-        return self.signal or world.greatest(time.time() >= self.deadline, self.device)
+        self.signal = int(world.greatest(stop[0] if stop else 0))
+        return self.signal or world.greatest(time.time() >= self.deadline)
 
     @property
     def done(self):
@@ -99,8 +99,10 @@ class Trainer:
     def update(self, loss, **numbers):
         """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
         backward(loss, self.parameters.values())
-        loss = loss.detach().clone()
-        world.average([loss, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        shown = {name: torch.as_tensor(value, device=self.device).detach().float().clone()
+                 for name, value in {"loss": loss, **numbers}.items()}
+        world.average([*shown.values(), *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        loss = shown["loss"]
         if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} "
                             "is too high, or the data or the start hold such numbers")
@@ -123,9 +125,9 @@ class Trainer:
         torch._foreach_lerp_([*self.ema.values()], [p.detach() for p in self.parameters.values()], 1 - decay)
 
         self.step += 1
-        for key, value in {"loss": loss, **numbers}.items():
-            value = float(value.detach() if torch.is_tensor(value) else value)
-            self.mean[key] = self.mean.get(key, value) + .02 * (value - self.mean.get(key, value))
+        for key, value in shown.items():
+            before = self.mean.get(key, value.item())
+            self.mean[key] = before + .02 * (value.item() - before)
         if self.step % 50 == 0:
             self.log(lr=lr, **self.mean)
 

@@ -1,5 +1,6 @@
 """Several processes that train as one, started by torchrun; in a process alone nothing here does anything."""
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,8 @@ def join(device=None):
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo")
+    # one may wait long for another's part; torchrun ends all where one is lost
+    dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo", timeout=timedelta(days=1))
     return device
 
 
@@ -36,19 +38,13 @@ def average(tensors):
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
 
 
-def greatest(number, device):
-    """The greatest of the numbers that the processes give here."""
+def greatest(number):
+    """The greatest of the numbers that the processes give here, once all are here."""
     if not dist.is_initialized():
         return number
-    found = torch.tensor(float(number), device=device)
+    found = torch.tensor(float(number), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.item()
-
-
-def wait():
-    """Go on when all are here."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def lost(error):

@@ -1,4 +1,5 @@
 """How long things take, how much memory, and how near that is to what the device could do: for bench.py."""
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from files.console import status
 
 
 class Row(NamedTuple):
@@ -52,7 +55,8 @@ def measured(row, repeats, rate, device):
     for _ in range(repeats):
         ours += row.ours()
         theirs += row.theirs() if row.theirs else []
-    found = {"key": row.key, "what": row.what, "seconds": ours, "against": theirs, "peak GB": memory / 1e9}
+    found = {"key": row.key, "what": row.what, "seconds": ours, "against": theirs,
+             "peak GB": memory and memory / 1e9}
     if row.flops:
         # what the counter doesn't know
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -67,25 +71,20 @@ def measured(row, repeats, rate, device):
 
 
 def peak(work, device):
-    """Bytes that work() takes at most, beside what is held before."""
+    """Bytes that work() takes at most, beside what is held before; None where nobody knows."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # or what rows before have left would be used without being counted
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        work()
-        return status("VmHWM") - before
-    except OSError:  # not Linux
-        return float("nan")
-
-
-def status(name):
-    """A number of bytes from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+    except (OSError, AttributeError):  # not Linux with glibc
+        return None
+    work()
+    return status("VmHWM") - before
 
 
 def table(lines):
@@ -99,8 +98,9 @@ def table(lines):
         ours, theirs = line["seconds"], line["against"]
         ratio = f"{statistics.median(theirs) / statistics.median(ours):.2f}" if theirs else "–"
         share = f"{line['possible']:.0%}" if "possible" in line else "–"
+        memory = "–" if line["peak GB"] is None else f"{line['peak GB']:.2f}"
         text.append(f"| {line['key']} | {line['what']} | {span(ours)} | {span(theirs)} | {ratio} | {share} | "
-                    f"{line['peak GB']:.2f} |")
+                    f"{memory} |")
     return "\n".join(text)
 
 

@@ -107,7 +107,7 @@ def open_tensors(file):
         return safe_open(file, "pt", backend="pread")
     except (SafetensorError, OSError) as error:
         what = f"damaged or truncated ({error})" if has_header else "not safetensors" if head else "empty"
-        raise LoadError(f"{file}: {what}; download it again") from None
+        raise LoadError(f"{file}: {what}; download or make it again") from None
 
 
 def outline(file):

@@ -59,11 +59,19 @@ def peak_memory(device):
     """In words, what was held at most: on a GPU, or else in the machine's memory. "" where nobody knows."""
     if device.type == "cuda":
         return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
-    with suppress(ImportError):  # Windows
+    with suppress(OSError):  # Linux, whose rusage would count the program that has started this one
+        return f", {status('VmHWM') / 1e9:.1f} GB of memory at most"
+    with suppress(ImportError):  # all but Windows
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
         return f", {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB of memory at most"
     return ""
+
+
+def status(name):
+    """A number of bytes that Linux knows of this program. OSError elsewhere."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def printable(text):

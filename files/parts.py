@@ -32,22 +32,32 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
     rank, size = world.share()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
     of = {name: str(value) for name, value in of.items()} | {"parts": str(len(parts))}
-    how = f"stopped with {what}, {{}} of {len(parts)} parts; the same command goes on"
+    refuse_others(files, of)
+
+    def stopped(signum):
+        done = sum(file.exists() for file in files)
+        return Stopped(signum, f"stopped with {what}, {done} of {len(parts)} parts; the same command goes on")
+    late = False
     with deferred_stop() as stop:
-        for i, (file, part) in enumerate(zip(files, tqdm(parts, desc=what, disable=rank > 0))):
-            if file.exists():
-                if differ := differences(open_tensors(file).metadata() or {}, of):
-                    others = "; ".join(differ)
-                    raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as "
-                                    "before")
-            elif i % size == rank:
-                if time.time() > deadline:
-                    raise Stopped(0, how.format(i))
+        for i, (file, part) in enumerate(zip(tqdm(files, desc=what, disable=rank > 0), parts)):
+            if not file.exists() and i % size == rank:
+                if late := time.time() > deadline:
+                    break
                 write(make(part), file, of)
             if stop:
-                raise Stopped(stop[0], how.format(i + 1))
-    world.wait()
+                raise stopped(stop[0])
+    if world.greatest(late):  # known when all are here
+        raise stopped(0)
+    refuse_others(files, of)  # what the others have made meanwhile, of what they see
     return files
+
+
+def refuse_others(files, of):
+    """LoadError where one of those files that are there says that it was made of something else."""
+    for file in filter(Path.exists, files):
+        if differ := differences(open_tensors(file).metadata() or {}, of):
+            others = "; ".join(differ)
+            raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as before")
 
 
 def joined(files, name):

@@ -65,7 +65,8 @@ class Photos:
     def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf")):
         self.model, self.prompt = model, prompt
         files, side = photo_files(folder), 8 * model.unet.config.sample_size
-        listed = zlib.crc32("\n".join(str(file.relative_to(folder)) for file in files).encode())
+        listed = (f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
+        listed = zlib.crc32(os.fsencode("\n".join(listed)))
 
         @torch.no_grad()
         def encoded(some):

@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 START = time.time()  # what is printed as time should be what a user waits
 
@@ -11,7 +12,9 @@ START = time.time()  # what is printed as time should be what a user waits
 # on a free machine. OpenMP reads this as torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over
-if sys.argv[0].endswith(("personalize.py", "train.py", "evaluate.py", "pretrain.py")):
+# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over. A program is
+# one of ours; python -m has no name yet while it imports the package
+HERE = Path(__file__).resolve().parents[1]
+if sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent in (HERE, HERE / "nano"):
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where nohup ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -26,6 +26,7 @@ import clip  # noqa: E402
 import diffusion  # noqa: E402
 import unet  # noqa: E402
 import vae  # noqa: E402
+import world  # noqa: E402
 from files import console, images  # noqa: E402
 from files.checkpoints import build, checksum, read_json, whole_files, write, write_text  # noqa: E402
 from files.layouts import place  # noqa: E402
@@ -297,7 +298,9 @@ def train_encoder(args):
         trainer.update(mean + places, mean=mean, places=places)
     if trainer.done:
         trainer.average()
-        write(vit.state_dict(), trainer.out / "vit.safetensors")
+        if world.first():
+            write(vit.state_dict(), trainer.out / "vit.safetensors")
+    world.greatest(0)  # the others read it next
 
 
 # What trains a part, and its options beside those of all

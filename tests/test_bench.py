@@ -31,6 +31,14 @@ def test_medians_ranges_and_ratios():
     assert timing.table([row]).splitlines()[2] == "| a | it | 2 (1–3) | 4 (4–4) | 2.00 | 25% | 0.50 |"
 
 
+def test_memory_that_was_used_before_counts_again():
+    device = torch.device("cpu")
+    found = [timing.peak(lambda: [torch.ones(2 ** 14) for _ in range(2 ** 10)], device) for _ in range(2)]
+    assert all(6e7 < memory < 1e8 for memory in found)  # 67 MB in pieces that malloc keeps
+    row = {"key": "a", "what": "it", "seconds": [3.], "against": [], "peak GB": None}
+    assert timing.table([row]).splitlines()[2] == "| a | it | 3 (3–3) | – | – | – | – |"
+
+
 def test_ticks_are_of_the_last_steps():
     def work(steps, callback):
         for step in range(steps):
@@ -46,3 +54,4 @@ def test_a_full_size_model_is_one(monkeypatch):
 
 def test_another_model_is_refused(refusal):
     assert "--model is nano or random" in refusal(bench, "--model", "somewhere")
+    assert "--rows: expected at least one argument" in refusal(bench, "--rows")

@@ -116,11 +116,11 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
     assert {p.name for p in tmp_path.rglob("*")} == {"a", "b", "weights", "config.json"}
 
 
-@pytest.mark.parametrize("script", ["train.py", "personalize.py", "evaluate.py", "nano/pretrain.py"])
+@pytest.mark.parametrize("script", ["train.py", "bench.py", "nano/pretrain.py", "-m baselines.e4t"])
 def test_ctrl_c_while_torch_is_imported_says_nothing(script):
     def heed():  # also where the tests run in the background, which ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([sys.executable, ROOT / script], stderr=subprocess.PIPE, cwd=ROOT, text=True,
+    process = subprocess.Popen([sys.executable, *script.split()], stderr=subprocess.PIPE, cwd=ROOT, text=True,
                                preexec_fn=heed)
     time.sleep(.4)
     process.send_signal(signal.SIGINT)

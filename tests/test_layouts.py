@@ -480,7 +480,7 @@ def test_truncated_files(file, folder):
     whole = file.read_bytes()
     for kept in (len(whole) - 1, len(whole) // 2, 2000, 20):
         file.write_bytes(whole[:kept])
-        refused(file, file, "damaged or truncated", "download it again")
+        refused(file, file, "damaged or truncated", "download or make it again")
     part = folder / "vae/diffusion_pytorch_model.safetensors"
     part.write_bytes(part.read_bytes()[:-100])
     refused(folder, part, "damaged or truncated")

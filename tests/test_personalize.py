@@ -191,22 +191,27 @@ def difference(one, two):
 def test_every_photo_is_another_person(tmp_path):
     """Their files, each in a folder; their pictures are those of the files; a bad photo is reported."""
     everybody, out, settings = tmp_path / "photos", tmp_path / "out", ("--sample-steps", 2, "--seed", 7)
-    who, names = range(seeds.VALIDATION, seeds.VALIDATION + 3), ("a.png", "b.png", "deep/a.png")
+    who, names = range(seeds.VALIDATION, seeds.VALIDATION + 3), ("a.png", "...png", "deep/a.png")
     portraits = faces.photos(faces.identities(who), generator(1), "cpu")
     for name, portrait in zip(names, portraits):
         images.save(images.to_pil(portrait), everybody / name)
     (everybody / "notes.txt").write_text("not a photo")
-    done = run(everybody, "[V] face", "a [V] face as a king", "--each", "--side-by-side", 2, "--steps", 1,
+    given = everybody / "a.png", everybody / "...png", everybody / "deep", everybody / "notes.txt"
+    done = run(*given, "[V] face", "a [V] face as a king", "--each", "--side-by-side", 2, "--steps", 1,
                *settings, "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"  not used: {everybody}/notes.txt: cannot be read as a picture" in done.stdout
     assert "predicted 15,168 personal weights from" in done.stdout
     assert done.stdout.count("fine-tuned 1 step") == 2
-    people = [out / name / "person_tuned.safetensors" for name in ("a", "b", "a_2")]
+    # an odd name leads nowhere else: the stem of "...png" is ".."
+    people = [out / name / "person_tuned.safetensors" for name in ("a", ".._2", "a_2")]
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"sheet.png", *(f"{i}.png" for i in range(6)), *(
-        f"{name}/{file}" for name in ("a", "b", "a_2") for file in personalize.PERSONAL)}
+        f"{name}/{file}" for name in ("a", ".._2", "a_2") for file in personalize.PERSONAL)}
     assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128)
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
+    about = Image.open(out / "5.png").text
+    assert about["method"] == personalize.OURS and about["fine-tuning"].startswith("steps 1, rank 4")
     for i, portrait in enumerate(portraits):
         seen = images.read(out / "sheet.png", 128, (128 * i, 0, 128))[0]
         assert (seen - portrait).abs().max() < .02

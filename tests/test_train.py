@@ -195,6 +195,9 @@ def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitt
         train.fit_targets(method, Two(), target_settings(), folder, {"unet": "34cd"}, math.inf)
     with pytest.raises(LoadError, match=r"\(target_steps 8 there, 9 here\)"):
         train.fit_targets(method, Two(), target_settings(target_steps=9), folder, of, math.inf)
+    # who is in a file follows from the batch, also where as many files come of another
+    with pytest.raises(LoadError, match=r"\(batch 1 there, 3 here; parts 2 there, 1 here\)"):
+        train.fit_targets(method, Two(), target_settings(batch=3), folder, of, math.inf)
 
 
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(runs, monkeypatch):
@@ -285,6 +288,10 @@ def test_a_folder_of_photos(runs, tmp_path):
     other.layernorm.bias.data += 1
     with pytest.raises(LoadError, match=rf"\(vit {checksum(vit)} there, {checksum(other)} here\)"):
         Photos(folder, model, other, hdb.PROMPT, cache)
-    images.save(images.to_pil(photo[0]), folder / "c.png")
+    # another photo of the same name, and one more, whose name is no text
+    (folder / "a.png").write_bytes((folder / "below/deeper/b.png").read_bytes())
     with pytest.raises(LoadError, match=r"\(photos \w+ there, \w+ here\)"):
         Photos(folder, model, vit, hdb.PROMPT, cache)
+    images.save(images.to_pil(photo[0]), folder / os.fsdecode(b"caf\xe9.png"))
+    with pytest.warns(UserWarning, match="2 of 5 files"):
+        assert Photos(folder, model, vit, hdb.PROMPT, tmp_path / "others").count == 6

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import adam_by_hand, generator
 from torch import nn
 
+import world
 from files import checkpoints
 from files.checkpoints import write
 from files.console import Stopped, UserError
@@ -171,6 +172,14 @@ def test_the_numbers_shown_are_running_means(tmp_path):
     for value in 1., 2.:
         trainer.update(model.weight.sum() * 0 + value, other=value * 10)
     assert trainer.mean["loss"] == pytest.approx(1.02) and trainer.mean["other"] == pytest.approx(10.2)
+
+
+def test_the_numbers_shown_are_those_of_all_processes(tmp_path, monkeypatch):
+    model, mine = nn.Linear(1, 1), torch.tensor(3.)
+    monkeypatch.setattr(world, "average", lambda tensors: torch._foreach_mul_(tensors, .5))
+    trainer = Trainer({"m": model}, tmp_path, 10, lr=0.)
+    trainer.update(model.weight.sum() * 0 + 2, other=mine, third=8)
+    assert trainer.mean == {"loss": 1., "other": 1.5, "third": 4.} and mine == 3
 
 
 def test_a_deadline_ends_the_loop_and_a_later_call_goes_on(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_personalize import ROOT
 
 import world
-from files.checkpoints import LoadError
+from files.checkpoints import LoadError, write
 from files.console import Stopped
 from files.parts import joined, kept
 
@@ -85,11 +85,35 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
     assert made == [1, 3, 2] and joined(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
     monkeypatch.undo()
     files[1].unlink()
-    with pytest.raises(Stopped, match="stopped with numbers, 1 of 3 parts; the same command goes on"):
+    with pytest.raises(Stopped, match="stopped with numbers, 2 of 3 parts; the same command goes on"):
         kept(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers", deadline=0)
     with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
         kept(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
     assert made == [1, 3, 2]
+
+
+def test_processes_end_together_and_see_the_same(tmp_path, monkeypatch, capsys):
+    """What another one is late with, or has made of other things meanwhile, is known once all are there."""
+    monkeypatch.setattr(world, "share", lambda: (0, 2))
+    monkeypatch.setattr(world, "greatest", lambda late: True)  # the other one's deadline
+    with pytest.raises(Stopped, match="stopped with numbers, 1 of 2 parts") as stop:
+        kept(tmp_path, [1, 2], {"of": 7}, lambda part: {"x": torch.ones(part)}, "numbers")
+    assert stop.value.signum == 0 and "100%" in capsys.readouterr().err
+
+    def other(late):
+        write({"x": torch.ones(2)}, tmp_path / "00001.safetensors", {"of": "8", "parts": "2"})
+    monkeypatch.setattr(world, "greatest", other)
+    with pytest.raises(LoadError, match=r"00001.safetensors: made for others \(of 8 there, 7 here\)"):
+        kept(tmp_path, [1, 2], {"of": 7}, None, "numbers")
+
+
+def test_a_process_may_wait_long_for_another(monkeypatch):
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group",
+                        lambda kind, **more: given.update(more, kind=kind))
+    assert world.join("cpu") == "cpu" and given["kind"] == "gloo"
+    assert given["timeout"].total_seconds() > 12 * 3600
 
 
 def test_a_signal_in_the_last_part_is_not_lost(tmp_path):
@@ -105,7 +129,6 @@ def test_a_signal_in_the_last_part_is_not_lost(tmp_path):
 def test_a_process_alone_is_the_whole_world():
     tensor = torch.tensor([1., 2.])
     world.average([tensor])
-    world.wait()
     assert world.share() == (0, 1) and world.first() and world.join("cpu") == "cpu"
-    assert world.greatest(3, "cpu") == 3 and tensor.tolist() == [1., 2.]
+    assert world.greatest(3) == 3 and tensor.tolist() == [1., 2.]
     assert not world.lost(RuntimeError("gloo"))
