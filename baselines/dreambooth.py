@@ -9,6 +9,7 @@ Against hdb.py: nothing is predicted; what is trained is every weight or, with -
 HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
 """
 import copy
+from functools import lru_cache
 
 import torch
 from tqdm import tqdm
@@ -32,12 +33,18 @@ NUMBERS = {"steps": (1200, 1200, 1, 100_000, "of training"),
 
 
 @torch.no_grad()
-def class_pictures(model, count, generator, sample_steps=25, guidance=3.):
+def class_pictures(model, count, generator):
     """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved."""
     seeds = torch.randint(2 ** 31, (count,), generator=generator).split(8)
-    pictures = (model.sample([CLASS_PROMPT] * len(few), few.tolist(), sample_steps, guidance)
+    pictures = (model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.)
                 for few in tqdm(seeds, desc="class pictures", leave=False))
     return torch.cat([model.encode(some) for some in pictures]).float()
+
+
+@lru_cache(1)
+def shared_prior(model, count, seed):
+    """class_pictures(), drawn once for all people of a run."""
+    return class_pictures(model, count, torch.Generator().manual_seed(seed))
 
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
@@ -129,7 +136,7 @@ def make_person(method, photo, args, stage):
     """Photo to Person: the class's pictures, then the training."""
     model, generator, prior = method.model, torch.Generator().manual_seed(args.seed), None
     if args.prior_weight:
-        prior = class_pictures(model, args.prior_pictures, generator)
+        prior = shared_prior(model, args.prior_pictures, args.seed)
         stage(f'drew {len(prior)} pictures of "{CLASS_PROMPT}"')
     with stage.progress(args.steps) as show:
         tensors = fit(model, photo, args.steps, args.lr, args.batch, args.rank, prior, args.prior_weight,

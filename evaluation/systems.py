@@ -3,7 +3,6 @@ from functools import cache, partial
 from typing import NamedTuple
 from collections.abc import Callable
 
-import torch
 
 from baselines import dreambooth, e4t, perfusion, textual_inversion
 from baselines import registry  # noqa: F401  (all of MAKERS)
@@ -51,10 +50,9 @@ def domain(model):
     return {"domain": e4t.load_domain(HERE / "nano/e4t.safetensors", model)}
 
 
-@cache
 def prior(model):
     """For DreamBooth: pictures of the class."""
-    return {"prior": dreambooth.class_pictures(model, 64, torch.Generator().manual_seed(0))}
+    return {"prior": dreambooth.shared_prior(model, 64, 0)}
 
 
 def usual(module, nano, *names):
