@@ -50,7 +50,7 @@ def parsed(maker, method=OURS):
                         "embedding.safetensors, for diffusers, ComfyUI and A1111")
     parser.add_argument("--merge", metavar="FOLDER", help="also write the model with the person merged in")
     parser.add_argument("--seed", type=int, help="drawn, and printed, if not given")
-    parser.add_argument("--out", default="out", type=Path)
+    parser.add_argument("--out", default="out", type=Path, help="folder of all that is written")
     args = parser.parse_args()
 
     # personal files, or photos, may be several, before the prompts

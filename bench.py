@@ -251,9 +251,9 @@ class Theirs:
 def arguments():
     parser = console.parser(__doc__, str)
     parser.add_argument("--rows", nargs="+", choices=list("abcdefgist"), help="all if not given")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of every row")
     console.add_numbers(parser, NUMBERS)
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the table and the plot")
     args = parser.parse_args()
     if args.model not in ("nano", "random"):
         parser.error("--model is nano or random, a full-size Stable Diffusion 1.5 of random weights")

@@ -212,7 +212,7 @@ def arguments():
     parser.add_argument("--single", help='file of train.py --iterations 1, for the row "k = 1"')
     console.add_numbers(parser, NUMBERS)
     parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of CLIP-I and CLIP-T")
-    parser.add_argument("--dino", default="facebook/dino-vits16")
+    parser.add_argument("--dino", default="facebook/dino-vits16", help="of DINO")
     parser.add_argument("--out", type=Path, help="folder of the results; results/ if not given")
     args = parser.parse_args()
     console.check_faces(parser, args)

@@ -80,7 +80,7 @@ def main(args):
     if not args.people:
         check_kinds(args, maker.kinds(args))
         if not args.each:
-            read(args, images.SMALLEST, "center")
+            photos_of(args, images.SMALLEST, "center")
     stage = Stages()
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
@@ -182,7 +182,7 @@ def free_name(stem, taken):
     return next(name for name in names if name.casefold() not in map(str.casefold, taken))
 
 
-def read(args, side, crop):
+def photos_of(args, side, crop):
     """All photos of the person (N, 3, side, side), cut as images.read does; a crop in pixels goes before."""
     crop = args.crop if isinstance(args.crop, tuple) else crop
     every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
@@ -194,12 +194,12 @@ def sitter(args, side):
     """Pictures (N, 3, side, side) of the person: photos that the method doesn't see, or None, and what it
     sees. nano knows drawn people alone: it reads a photo, says what it saw, and draws that person."""
     if args.model != "nano":
-        return None, read(args, side, args.crop)
-    network, pictures = reader.load_reader(), read(args, side, "center")
+        return None, photos_of(args, side, args.crop)
+    network, pictures = reader.load_reader(), photos_of(args, side, "center")
     if args.look is None and reader.drawn(network, pictures).all():
         args.crop = args.crop if isinstance(args.crop, tuple) else "center"
         return None, pictures
-    photos = read(args, 2 * side, args.crop)
+    photos = photos_of(args, 2 * side, args.crop)
     identity, portrait = reader.avatar(network, photos, args.look)
     args.saw = ", ".join(*faces.describe(identity[None]))
     print(f"saw: {args.saw}")

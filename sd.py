@@ -117,12 +117,11 @@ def load(source=HUB, device=None, dtype=None):
 
     * "nano": the miniature in nano/;
     * a hub id "owner/name": what is needed is downloaded once, in the half-precision variant where dtype is
-    half;
+      half;
     * a folder in the hub's layout (unet/, vae/, text_encoder/, tokenizer/), its weights plain or .fp16, whole
-    or
-      in shards;
+      or in shards;
     * a .safetensors file in the original (CompVis) layout, its vocab.json and merges.txt beside it or on the
-    hub.
+      hub.
 
     device None: cuda, else mps, else cpu. dtype, a torch.dtype, None: bfloat16 on a GPU that has it, else
     float16; float32 on a CPU. The weights are copies, so the files may change afterwards. Raises LoadError

@@ -21,11 +21,10 @@ from types import SimpleNamespace
 import files.start  # noqa: F401  (before torch)
 
 import torch
-from tqdm import tqdm
 
 import hdb
 import world
-from files import console, images
+from files import console
 from files.checkpoints import checksum
 from files.encoders import load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
@@ -79,7 +78,8 @@ def main(args):
                                world.share()) as (loss, denoising, distance):
             trainer.update(loss, denoising=denoising, distance=distance)
         if watched and world.first() and (trainer.step % args.every == 0 or trainer.done):
-            show(method, watched, trainer)
+            edits = method.lidb.factors(method.predict(watched.photos))
+            watched.watch(model, edits, trainer)
     trainer.average()
     file = (args.save if trainer.done else None) or folder / "hypernet.safetensors"
     if world.first():
@@ -136,41 +136,25 @@ def fit_targets(method, data, args, folder, of, deadline):
     return joined(kept(folder, groups, of | settings, fitted, "targets", deadline), "theta")
 
 
-def show(method, watched, trainer):
-    """Log the likeness and style accuracy of predictions for these people and draw them."""
-    method.hypernet.eval()
-    edits = method.lidb.factors(method.predict(watched.photos))
-    noises, columns, numbers = range(len(watched.photos)), [watched.photos], {}
-    for style in "photo", "rock star", "pixar":
-        pictures, likeness, right = watched.measure(method.model, edits, style, noises, steps=12)
-        columns.append(pictures)
-        numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
-    method.hypernet.train()
-    trainer.log(**numbers)
-    tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-    rows = torch.stack(columns, 1).flatten(0, 1)
-    images.save(images.sheet(rows, 16), trainer.out / f"step_{trainer.step:06d}.png", **numbers)
-
-
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano and --start bring their own")
     parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from, with its encoder")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3000, help="of training")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, in any stage")
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--batch", type=int, default=24, help="people a step, of each process")
+    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate")
     parser.add_argument("--iterations", type=int, help="s of Eq. 3; if not given, that of --start, or else 4")
     parser.add_argument("--alpha", type=float, default=1., help="weight of Eq. 2's denoising term")
     parser.add_argument("--beta", type=float, default=0., help="weight of Eq. 2's distance to fitted targets")
     parser.add_argument("--targets", type=int, default=1024, help="nano: people that targets are fitted for")
-    parser.add_argument("--target-steps", type=int, default=150)
-    parser.add_argument("--target-lr", type=float, default=.02)
+    parser.add_argument("--target-steps", type=int, default=150, help="of fitting targets")
+    parser.add_argument("--target-lr", type=float, default=.02, help="learning rate of that")
     parser.add_argument("--every", type=int, default=250, help="steps between pictures of watched people")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--name", default="hypernet", help="of this run's folder in --out")
-    parser.add_argument("--out", default="runs")
+    parser.add_argument("--out", default="runs", help="folder of all runs")
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     args = parser.parse_args()
     console.check_faces(parser, args)

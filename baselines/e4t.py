@@ -35,7 +35,7 @@ from vit import encode_face
 # s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's words are .2 long, as Stable Diffusion's
 # are, but one that shows a person is longer: Textual Inversion has a likeness of .6 at .9, of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
-NANO_VIT = "nano/hypernet.safetensors"  # has nano's encoder of photos
+NANO_LOOKER = "nano/hypernet.safetensors"  # has nano's encoder of photos
 NUMBERS = {"steps": (15, 15, 0, 100_000, "of fine-tuning; 0: the encoder alone"),
            "lr": (2e-4, 1.6e-5, 0, 1, "learning rate"),
            "batch": (4, 16, 1, 1024, "noises of the photo a step")}
@@ -236,7 +236,7 @@ def load_domain(path, model):
 
 def load_looker(source, model):
     """The ViT that looks at photos: nano's, in its hypernetwork's file, or an official one."""
-    if source == NANO_VIT:
+    if source == NANO_LOOKER:
         return load_hypernet(HERE / source, model).vit
     return load_vit(source, model.device)
 

@@ -155,7 +155,7 @@ def load_embedding(path, model):
         raise UserError(f"{path}: a tensor of shape {tuple(embedding.shape)}, no word's vectors")
     if embedding.shape[-1] != width:
         raise UserError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
-                          f"width {width}")
+                        f"width {width}")
     (embedding,) = read_tensors(path)[0].values()
     vectors = embedding.reshape(1, -1, width)
     if not 1 <= vectors.shape[1] <= room(model):

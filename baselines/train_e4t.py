@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import hdb
 from baselines import e4t
@@ -58,7 +57,7 @@ class Offset(nn.Module):
 def main(args):
     deadline = time.time() + 60 * args.minutes
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    source = e4t.NANO_VIT if args.model == "nano" else args.encoder
+    source = e4t.NANO_LOOKER if args.model == "nano" else args.encoder
     vit = e4t.load_looker(source, model)
     if args.model == "nano":
         data = people.People(model, vit, args.seed, fresh=2)
@@ -85,7 +84,9 @@ def main(args):
             loss, size = e4t.total(denoising, edits["unet."])
             trainer.update(loss, denoising=denoising.mean(), size=size)
         if watched and (trainer.step % args.every == 0 or trainer.done):
-            show(in_training(domain, deltas, model, domain.look(watched.photos)), model, watched, trainer)
+            with torch.no_grad():
+                edits = in_training(domain, deltas, model, domain.look(watched.photos))
+            watched.watch(model, edits, trainer)
     trainer.average()
     with torch.no_grad():
         for i, delta in enumerate(deltas):
@@ -102,29 +103,18 @@ def in_training(domain, deltas, model, seen):
     return e4t.offsets(model, *factors) | e4t.words(model, seen, domain.encoder)
 
 
-@torch.no_grad()
-def show(edits, model, watched, trainer):
-    """Log the likeness and style accuracy of these people's pictures before any fine-tuning."""
-    numbers = {}
-    for style in "photo", "rock star":
-        _, likeness, right = watched.measure(model, edits, style, range(len(watched.photos)), steps=12)
-        numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
-    trainer.log(**numbers)
-    tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-
-
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano brings its own")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--batch", type=int, default=16, help="people a step")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--every", type=int, default=100, help="steps between measures of watched people")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
     parser.add_argument("--name", default="e4t", help="of this run's folder in --out")
-    parser.add_argument("--out", default="runs")
+    parser.add_argument("--out", default="runs", help="folder of all runs")
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     args = parser.parse_args()
     console.check_faces(parser, args)

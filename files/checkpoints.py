@@ -160,14 +160,14 @@ def build(kind, config, files, rename, device, dtype, *more):
             places[name] = tensors, key
     if missing:
         name, shape = next(iter(missing.items()))
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{more}")
+        rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{rest}")
     weights = {}
     for name, (tensors, key) in places.items():
         tensor = tensors.get_tensor(key)
         if not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise LoadError(f"{files[0]}: tensor {key} is {kind}, quantised; give a file of floats")
+            stored = str(tensor.dtype).removeprefix("torch.")
+            raise LoadError(f"{files[0]}: tensor {key} is {stored}, quantised; give a file of floats")
         tensor = tensor.view(shapes[name]).to(device, dtype)
         if not finite(tensor):  # asked before the layout changes, which would make it three times as slow
             raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")

@@ -60,9 +60,11 @@ def read(path, side, crop="center"):
         raise ImageError(f"{path}: {reason}") from None
     width, height = image.size
     size = min(width, height)
-    named = {"face": about_face, "center": lambda *_: None}
-    found = named[crop](image, path) if isinstance(crop, str) else crop
-    x, y, size = found or ((width - size) // 2, (height - size) // 2, size)
+    if crop == "face":
+        crop = about_face(image, path) or "center"
+    if crop == "center":
+        crop = (width - size) // 2, (height - size) // 2, size
+    x, y, size = crop
     if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
         raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} pixels")
     if size < SMALLEST:

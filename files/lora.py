@@ -75,11 +75,11 @@ def load_lora(path, model, strength=1.0):
     # each key is one of a layer's two matrices or its alpha
     layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
     known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
-    places = {plain(f"{called}:{role}"): (name, role) for name in known for role in roles
+    places = {normalised(f"{called}:{role}"): (name, role) for name in known for role in roles
               for called in (name, unet_to_compvis(name.removeprefix("unet.")))}  # or as in single files
     problems, found = defaultdict(list), defaultdict(dict)  # what -> keys, layer -> role -> key
     for key, t in tensors.items():
-        name, role = places.get(plain(key), (None, None))
+        name, role = places.get(normalised(key), (None, None))
         if name is None:
             problems["layers that this model doesn't have, or no LoRA"].append(key)
         elif name not in layers:
@@ -126,7 +126,7 @@ def report_problems(path, problems):
         raise UserError(f"{path}: {'; '.join(listed)}")
 
 
-def plain(key):
+def normalised(key):
     """A key of any program's as layer:role; if it is none of a LoRA, as something that no layer is called."""
     for pattern, ours in RENAMES.items():
         key = re.sub(pattern, ours, key)

@@ -48,8 +48,8 @@ def main(args):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
-    parser.add_argument("--sample-steps", type=int, default=15)
-    parser.add_argument("--guidance", type=float, default=2.)
+    parser.add_argument("--sample-steps", type=int, default=15, help="of the sampler")
+    parser.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale")
     args = parser.parse_args()
     console.check_ranges(parser, args, sample_steps=(1, 999), guidance=(-100, 100))
     return args

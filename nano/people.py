@@ -2,7 +2,9 @@
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from files import images
 from files.checkpoints import build
 from files.console import UserError
 from nano import faces, seeds
@@ -84,11 +86,24 @@ class HeldOut:
         return torch.stack([faces.photos(self.identity, generator, self.device) for _ in range(count)], 1)
 
     @torch.no_grad()
-    def measure(self, model, edits, style, seeds, who=slice(None), **options):
+    def measure(self, model, edits, style, noises, who=slice(None), **options):
         """Pictures of everybody, or of `who`, in one style by the model under `edits`, their likeness (B,) to
-        the photos, and 1 where the style is right (B,). `options` are the sampler's."""
+        the photos, and 1 where the style is right (B,). `noises` are seeds, `options` the sampler's."""
         real, index = self.photos[who], STYLES.index(style)
         with model.edited(edits):
-            pictures = model.sample([PROMPTS[index]] * len(real), seeds=seeds, **options)
+            pictures = model.sample([PROMPTS[index]] * len(real), seeds=noises, **options)
         right = self.judge(pictures)[1].argmax(1) == index
         return pictures, self.judge.likeness(pictures, real), right.float()
+
+    def watch(self, model, edits, trainer):
+        """Log the likeness and style accuracy of everybody's pictures under `edits`, and draw them."""
+        columns, numbers = [self.photos], {}
+        for style in "photo", "rock star", "pixar":
+            noises = range(len(self.photos))
+            pictures, likeness, right = self.measure(model, edits, style, noises, steps=12)
+            columns.append(pictures)
+            numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
+        trainer.log(**numbers)
+        tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        rows = torch.stack(columns, 1).flatten(0, 1)
+        images.save(images.sheet(rows, 16), trainer.out / f"step_{trainer.step:06d}.png", **numbers)

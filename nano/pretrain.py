@@ -36,7 +36,7 @@ from sd import StableDiffusion  # noqa: E402
 from trainer import Pool, Trainer, seeded  # noqa: E402
 from vit import NANO_VIT, ViT  # noqa: E402
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 VAE, UNET = "vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS),
@@ -60,7 +60,7 @@ def save(module, file, trainer):
     """Write the weights of a module to `file` in nano/, with config.json beside them, which keeps the loss
     that the training ended with. Where that is well above the last one's, nano/ stays as it is, and the
     result is in the run's folder: UserError."""
-    loss, there = trainer.mean["loss"], HERE / file
+    loss, there = trainer.mean["loss"], FOLDER / file
     config = there.with_name("config.json")
     before = read_json(config).get("training_loss", math.inf) if config.exists() else math.inf
     worse = not loss <= 1.5 * before + .002  # two trainings never end alike
@@ -76,7 +76,7 @@ def save(module, file, trainer):
 
 def restore(module, file, prefix=""):
     """Fill a module from those tensors of `file` in nano/ that have this prefix."""
-    tensors = load_file(HERE / file).items()
+    tensors = load_file(FOLDER / file).items()
     module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors if k.startswith(prefix)})
 
 
@@ -201,15 +201,15 @@ def train_text(args):
     if trainer.done:
         trainer.average()
         save(text, TEXT, trainer)
-        (HERE / "tokenizer").mkdir(exist_ok=True)
-        write_tokenizer(words, HERE / "tokenizer")
+        (FOLDER / "tokenizer").mkdir(exist_ok=True)
+        write_tokenizer(words, FOLDER / "tokenizer")
 
 
 def train_unet(args):
     """The noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556); autoencoder and
     text encoder stay as they are."""
-    text = build(clip.TextTransformer, clip.NANO, [HERE / TEXT], str, args.device, torch.float32)
-    autoencoder = build(vae.VAE, vae.NANO, [HERE / VAE], str, args.device, torch.float32)
+    text = build(clip.TextTransformer, clip.NANO, [FOLDER / TEXT], str, args.device, torch.float32)
+    autoencoder = build(vae.VAE, vae.NANO, [FOLDER / VAE], str, args.device, torch.float32)
     with seeded(args.seed):
         model = initialise(unet.UNet(unet.NANO))
         torch.nn.init.zeros_(model.conv_out.weight)
@@ -323,7 +323,7 @@ def arguments():
         part = parts.add_parser(name, description=train.__doc__, formatter_class=style)
         for option, usual in (options | {"minutes": math.inf, "seed": 0, "runs": "runs"}).items():
             kind = {"action": "store_true"} if usual is False else {"type": type(usual), "default": usual}
-            part.add_argument(f"--{option}", help=HELP.get(option, " "), **kind)
+            part.add_argument(f"--{option}", help=HELP.get(option, "of the training"), **kind)
         part.add_argument("--device")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),

@@ -120,14 +120,14 @@ def looks(pictures, generator, strength):
     return photographed(view(x, dx, dy, zoom, angle), generator, strength), frame
 
 
-def losses(found, truth, frame, drawn, weights):
+def losses(found, truth, frame, is_drawing, weights):
     """Name -> mean loss of each head, over what is known; a class counts by `weights`, its rarity."""
     known = truth["numbers"] >= 0
     numbers = (found["numbers"].sigmoid() - truth["numbers"]).square()[known].mean() * 4
     each = {name: F.cross_entropy(found[name], truth[name], weights[name], ignore_index=UNKNOWN,
                                   label_smoothing=.05) for name in CLASSES}
-    sure = drawn >= 0
-    told = F.binary_cross_entropy_with_logits(found["drawn"][sure, 0], drawn[sure])
+    sure = is_drawing >= 0
+    told = F.binary_cross_entropy_with_logits(found["drawn"][sure, 0], is_drawing[sure])
     return each | {"numbers": numbers, "frame": (found["frame"] - frame).square().mean() * 10, "drawn": told}
 
 
@@ -155,21 +155,21 @@ def train(args, photos, truth):
                                    for some in (truth, of_drawings, weights))
     trainer = Trainer({"reader": model}, Path(args.runs) / "reader", args.steps, args.lr,
                       weight_decay=.1, of={"photos": args.photos, "seed": args.seed})
-    half = args.batch // 4
+    quarter = args.batch // 4
     for step in trainer:
         # Photos, and a quarter drawings, half of them as if photographed, half hardly changed
         generator.manual_seed(seeds.seed(args.seed, step, seeds.READER))
-        who = torch.randint(len(photos), (args.batch - half,), generator=generator, device=device)
-        whom = torch.randint(len(drawings), (half,), generator=generator, device=device)
+        who = torch.randint(len(photos), (args.batch - quarter,), generator=generator, device=device)
+        whom = torch.randint(len(drawings), (quarter,), generator=generator, device=device)
         pictures = torch.cat([photos[who], drawings[whom]])
-        strength, drawn = torch.full((args.batch,), .6, device=device), torch.zeros(args.batch, device=device)
-        strength[-half // 2:], drawn[-half // 2:] = .15, 1
-        drawn[-half:-half // 2] = UNKNOWN
+        strength, is_drawing = (torch.full((args.batch,), value, device=device) for value in (.6, 0.))
+        strength[-quarter // 2:], is_drawing[-quarter // 2:] = .15, 1
+        is_drawing[-quarter:-quarter // 2] = UNKNOWN
         x, frame = looks(pictures, generator, strength)
         labels = {name: torch.cat([truth[name][who], of_drawings[name][whom]]) for name in truth}
         with seeded(step):  # dropout draws from the global generator
             found = model(x)
-        each = losses(found, labels, frame, drawn, weights)
+        each = losses(found, labels, frame, is_drawing, weights)
         shown = {name: each[name] for name in ("hair_style", "glasses", "beard", "frame")}
         trainer.update(sum(each.values()), **shown)
     trainer.average()
@@ -209,7 +209,7 @@ def arguments():
                         "kept to measure by")
     usual = {"steps": 2000, "batch": 64, "drawings": 2000, "lr": 2e-3, "seed": 0, "runs": "runs"}
     for option, value in usual.items():
-        parser.add_argument(f"--{option}", type=type(value), default=value, help=" ")
+        parser.add_argument(f"--{option}", type=type(value), default=value, help="of the training")
     parser.add_argument("--device")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(8, 4096), lr=(0, 1),

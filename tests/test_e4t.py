@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import Changed, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched
@@ -654,8 +655,11 @@ def test_training_goes_on_where_it_was_stopped(train, tmp_path):
 def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, looker):
     model, vit, made = shared_model(), tiny_hypernet(1, 1).vit, []
 
-    class Watched:
+    class Watched(people.HeldOut):
         photos = photo(2)
+
+        def __init__(self):
+            pass
 
         def measure(self, model, edits, style, noises, steps):
             made.append((style, list(noises), steps))
@@ -675,9 +679,10 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     assert file == HERE / "nano/hypernet.safetensors" and looker == []
     assert given == (vit, 0)
     assert watched == (8, model.device, seeds.MONITOR)
-    assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star")] * 2  # after 2 steps and 3
+    assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star", "pixar")] * 2  # steps 2, 3
     lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
+    assert Image.open(tmp_path / "e4t/step_000003.png").size == (8 * 32, 32)
     assert lines[0]["likeness rock star"] == .375 and lines[0]["style photo"] == .5
     assert safe_open(tmp_path / "e4t/e4t.safetensors", "pt").metadata()["vit"] == "nano/hypernet.safetensors"
 

@@ -5,13 +5,13 @@ import hdb
 from edits import join
 from nano import seeds
 from nano.people import HeldOut
-from nano.pretrain import HERE
+from nano.pretrain import FOLDER
 
 
 @pytest.fixture(scope="module")
 def method():
     model = hdb.load("nano", "cpu")
-    return hdb.HyperDreamBooth(model, hdb.load_hypernet(HERE / "hypernet.safetensors", model))
+    return hdb.HyperDreamBooth(model, hdb.load_hypernet(FOLDER / "hypernet.safetensors", model))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from nano import faces, people, pretrain, seeds
 
 @pytest.fixture(scope="module")
 def vit(model):  # noqa: F811
-    return load_hypernet(pretrain.HERE / "hypernet.safetensors", model).vit
+    return load_hypernet(pretrain.FOLDER / "hypernet.safetensors", model).vit
 
 
 def test_encoder_goes_on_from_the_shipped_one(train, vit):  # noqa: F811

@@ -25,7 +25,7 @@ def model():
 
 def test_shipped_weights_are_of_the_documented_shape_and_size(model):
     assert (model.unet.config, model.vae.config, model.text.config) == (unet.NANO, vae.NANO, clip.NANO)
-    sizes = [f.stat().st_size for f in pretrain.HERE.rglob("*.safetensors")]
+    sizes = [f.stat().st_size for f in pretrain.FOLDER.rglob("*.safetensors")]
     assert max(sizes) <= 15 * 2 ** 20 and sum(sizes) <= 26 * 2 ** 20
     assert model.tokenizer.vocab == pretrain.tokenizer().vocab
 
@@ -85,9 +85,9 @@ def train(tmp_path, monkeypatch):
     """Trains a part in a copy of nano/, which is left as it is."""
     for name in ("vae", "unet", "text_encoder"):
         no_loss = shutil.ignore_patterns("config.json")
-        shutil.copytree(pretrain.HERE / name, tmp_path / name, ignore=no_loss)
-    shutil.copy(pretrain.HERE / "hypernet.safetensors", tmp_path)
-    monkeypatch.setattr(pretrain, "HERE", tmp_path)
+        shutil.copytree(pretrain.FOLDER / name, tmp_path / name, ignore=no_loss)
+    shutil.copy(pretrain.FOLDER / "hypernet.safetensors", tmp_path)
+    monkeypatch.setattr(pretrain, "FOLDER", tmp_path)
 
     def run(*options):
         options = ["pretrain.py", *options, "--device", "cpu", "--runs", tmp_path / "runs"]
@@ -104,23 +104,23 @@ SMALL = ["--steps", 1, "--batch", 2]
     (["vae"], pretrain.VAE, "vae"), (["vae", "--decoder", "--lr", 0], pretrain.VAE, "decoder"),
     (["text"], pretrain.TEXT, "text")])
 def test_a_part_is_trained_and_written(train, options, file, runs):
-    before = load_file(pretrain.HERE / file)
+    before = load_file(pretrain.FOLDER / file)
     after = load_file(train(*options, *SMALL) / file)
-    assert before.keys() == after.keys() and (pretrain.HERE / "runs" / runs / "state.safetensors").exists()
+    assert before.keys() == after.keys() and (pretrain.FOLDER / "runs" / runs / "state.safetensors").exists()
     assert all(torch.equal(after[k], before[k]) for k in before) == ("--lr" in options)
-    assert (pretrain.HERE / "tokenizer/vocab.json").exists() == (runs == "text")
+    assert (pretrain.FOLDER / "tokenizer/vocab.json").exists() == (runs == "text")
 
 
 def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):
     options = ["unet", *SMALL, "--warm", "--lr", 0, "--fresh", 1]
-    before = load_file(pretrain.HERE / pretrain.UNET)
+    before = load_file(pretrain.FOLDER / pretrain.UNET)
     after = load_file(train(*options) / pretrain.UNET)
     assert before.keys() == after.keys() and all(torch.equal(after[k], before[k]) for k in before)
-    assert (pretrain.HERE / "runs/unet/samples.png").exists()
+    assert (pretrain.FOLDER / "runs/unet/samples.png").exists()
     weights = vae.VAE(vae.NANO)
     pretrain.restore(weights, pretrain.VAE)
     weights.encoder.conv_in.bias.data += .1
-    write(weights.state_dict(), pretrain.HERE / pretrain.VAE)
+    write(weights.state_dict(), pretrain.FOLDER / pretrain.VAE)
     with pytest.raises(UserError, match="of another run .vae ........ there, ........ here.; remove it"):
         train(*options)
 
@@ -131,22 +131,22 @@ def test_a_training_that_ends_worse_does_not_replace_what_is_there(train):
     for file in pretrain.VAE, pretrain.TEXT, pretrain.UNET:
         assert read_json((ROOT / "nano" / file).with_name("config.json"))["training_loss"] < .5
     train("text", *SMALL)  # the first of its kind, with its loss, whatever that is
-    loss = read_json(pretrain.HERE / settings)["training_loss"]
-    assert 1 < loss < 4 and read_json(pretrain.HERE / settings)["vocab_size"] == clip.NANO.vocab_size
-    before = (pretrain.HERE / pretrain.TEXT).read_bytes()
-    (pretrain.HERE / settings).write_text(json.dumps({"training_loss": loss / 2}))
-    shutil.rmtree(pretrain.HERE / "runs")
+    loss = read_json(pretrain.FOLDER / settings)["training_loss"]
+    assert 1 < loss < 4 and read_json(pretrain.FOLDER / settings)["vocab_size"] == clip.NANO.vocab_size
+    before = (pretrain.FOLDER / pretrain.TEXT).read_bytes()
+    (pretrain.FOLDER / settings).write_text(json.dumps({"training_loss": loss / 2}))
+    shutil.rmtree(pretrain.FOLDER / "runs")
     with pytest.raises(UserError, match="the loss ended at .*nano/ stays as it is, the result is .*text"):
         train("text", *SMALL)
-    assert (pretrain.HERE / pretrain.TEXT).read_bytes() == before
-    assert len(load_file(pretrain.HERE / "runs/text/model.safetensors")) > 20
+    assert (pretrain.FOLDER / pretrain.TEXT).read_bytes() == before
+    assert len(load_file(pretrain.FOLDER / "runs/text/model.safetensors")) > 20
 
 
 def test_minutes_stop_before_anything_is_written(train):
-    before = (pretrain.HERE / pretrain.TEXT).read_bytes()
+    before = (pretrain.FOLDER / pretrain.TEXT).read_bytes()
     train("text", *SMALL, "--minutes", 0)
-    assert (pretrain.HERE / "runs/text/state.safetensors").exists()
-    assert (pretrain.HERE / pretrain.TEXT).read_bytes() == before
+    assert (pretrain.FOLDER / "runs/text/state.safetensors").exists()
+    assert (pretrain.FOLDER / pretrain.TEXT).read_bytes() == before
 
 
 @pytest.mark.parametrize("arguments, why", [
