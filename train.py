@@ -26,7 +26,7 @@ import hdb
 import world
 from files import console
 from files.checkpoints import checksum
-from files.encoders import load_vit
+from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
 from files.parts import joined, kept
@@ -35,7 +35,6 @@ from hypernet import HyperConfig, HyperNetwork
 from nano import people, pretrain, seeds
 from trainer import Trainer, seeded
 
-ENCODER = "google/vit-huge-patch14-224-in21k"
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
 
 
@@ -139,7 +138,8 @@ def fit_targets(method, data, args, folder, of, deadline):
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
-    parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano and --start bring their own")
+    parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano's and --start's are "
+                        "their own")
     parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from, with its encoder")
     parser.add_argument("--steps", type=int, default=3000, help="of training")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, in any stage")
@@ -163,7 +163,7 @@ def arguments():
     console.check_ranges(parser, args, steps=(1, steps), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
                          iterations=(1, 64), alpha=(0, 10 ** 6), beta=(0, 10 ** 6), targets=(1, 10 ** 6),
                          target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, seed))
-    if args.encoder != ENCODER and (args.start or args.model == "nano"):
+    if args.encoder != FACE_ENCODER and (args.start or args.model == "nano"):
         parser.error("--encoder cannot be chosen for nano or with --start, which bring their own")
     if not args.alpha and not args.beta:
         parser.error("--alpha and --beta cannot both be 0")

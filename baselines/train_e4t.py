@@ -21,12 +21,12 @@ from baselines import e4t
 from diffusion import denoising_loss
 from files import console
 from files.checkpoints import checksum
+from files.encoders import FACE_ENCODER
 from files.layouts import model_name
 from files.photos import Photos
 from nano import people, seeds
 from trainer import Trainer, seeded
 
-ENCODER = "google/vit-huge-patch14-224-in21k"
 WATCHED = 8  # people whose pictures are measured while nano's is trained
 
 
@@ -106,7 +106,7 @@ def in_training(domain, deltas, model, seen):
 def arguments():
     parser = console.parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
-    parser.add_argument("--encoder", default=ENCODER, help="ViT for photos; nano brings its own")
+    parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano brings its own")
     parser.add_argument("--steps", type=int, default=600, help="of training")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     parser.add_argument("--batch", type=int, default=16, help="people a step")
@@ -118,7 +118,7 @@ def arguments():
     parser.add_argument("--save", help="where the result goes, if not into the run's folder")
     args = parser.parse_args()
     console.check_faces(parser, args)
-    if args.encoder != ENCODER and args.model == "nano":
+    if args.encoder != FACE_ENCODER and args.model == "nano":
         parser.error("--encoder cannot be chosen for nano, which brings its own")
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
                          lr=(0, 1), every=(1, 10 ** 9), seed=(0, seeds.SEEDS))

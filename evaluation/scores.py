@@ -8,16 +8,15 @@ import torch.nn.functional as F
 
 import clip
 from files.encoders import load_clip, load_vit
-from nano import faces
 from nano.judge import load_judge
+from nano.people import PROMPTS, STYLES
 from vit import encode_face
 
-STYLES = [*faces.STYLES]
-# Of the paper: a person's name is [V]
-PROMPTS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character of a [V] face",
-           "a [V] face with bark skin", "a [V] face as a rock star", "a professional photo of a [V] face",
-           "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
-           "a [V] face at the beach")
+# A person's name is [V]
+PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character of a [V] face",
+          "a [V] face with bark skin", "a [V] face as a rock star", "a professional photo of a [V] face",
+          "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
+          "a [V] face at the beach")
 
 
 class Judged:
@@ -25,7 +24,7 @@ class Judged:
     the judge recognises the prompt's; and `both`, the likeness where the style is right and 0 elsewhere: of a
     copy of the photo, which is a likeness too, it leaves nothing but the plain prompt's."""
     names = "likeness", "style", "both"
-    prompts = {style: caption.format("[V]") for style, caption in faces.STYLES.items()}
+    prompts = dict(zip(STYLES, PROMPTS))
     plain = "photo"
 
     def __init__(self, device):
@@ -41,8 +40,8 @@ class Paper:
     """The paper's metrics: Face Rec., DINO and CLIP-I, cosines of features of picture and photo; CLIP-T, the
     cosine of picture and prompt, whose [V] is left out as it means nothing to CLIP. Face Rec. is measured
     where facenet-pytorch is installed."""
-    prompts = {prompt: prompt for prompt in PROMPTS}
-    plain = PROMPTS[0]
+    prompts = {prompt: prompt for prompt in PAPERS}
+    plain = PAPERS[0]
 
     def __init__(self, clip_source, dino_source, device):
         self.clip, self.tokenizer = load_clip(clip_source, device)

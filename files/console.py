@@ -1,5 +1,6 @@
 """What the command lines here have in common: ranges of numbers, and errors that a user can read."""
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in a line that isn't too long."""
+
+    def __init__(self, description, **more):
+        super().__init__(description=inspect.cleandoc(description), formatter_class=HelpFormatter, **more)
 
     def error(self, message):
         super().error(one_line(message))
@@ -81,11 +85,11 @@ def printable(text):
 
 def parser(description, model):
     """An argument parser with the options that say which model, whose name model() makes, and where."""
-    options = Parser(description=description, formatter_class=HelpFormatter)
+    options = Parser(description)
     options.add_argument("--model", type=model, default="nano",
                          help="nano, or a Stable Diffusion 1.x: a hub id, a folder or a .safetensors file")
     options.add_argument("--device", help="cuda, mps or cpu")
-    options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the model")
     return options
 
 

@@ -9,13 +9,14 @@ from files.layouts import download, place
 from files.tokenizers import read_tokenizer, vocabulary_in
 from vit import ViT, ViTConfig
 
+FACE_ENCODER = "google/vit-huge-patch14-224-in21k"  # of the paper
 VIT_SETTINGS = {"config.json": {"hidden_act": "gelu"},
                 "preprocessor_config.json": {"do_normalize": True, "do_rescale": True}}
 
 
 def load_vit(source, device=None):
-    """The ViT at `source`, a hub id (google/vit-huge-patch14-224-in21k, facebook/dino-vits16) or a folder of
-    config.json, model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json."""
+    """The ViT at `source`, a hub id (FACE_ENCODER, facebook/dino-vits16) or a folder of config.json,
+    model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json."""
     folder = download(source, "model.safetensors", *VIT_SETTINGS)
     config = ViTConfig()
     for name, implemented in VIT_SETTINGS.items():

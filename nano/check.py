@@ -2,7 +2,6 @@
 
     python nano/check.py
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def main(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
+    parser = console.Parser(__doc__)
     parser.add_argument("--sample-steps", type=int, default=15, help="of the sampler")
     parser.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale")
     args = parser.parse_args()

@@ -6,7 +6,6 @@ One small convolutional network reads a picture (B, 3, 128, 128) in [-1, 1]. Its
 InfoNCE (van den Oord et al., 1807.03748) between two pictures of a person that differ in style and
 circumstances; linear heads beside it read style and attributes. It is trained apart from all that it judges.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def report(device, people=256):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
+    parser = console.Parser(__doc__)
     parser.add_argument("--batch", type=int, default=48, help="people a step, two pictures each")
     for option, usual in {"steps": 1000, "people": 5000, "lr": 2e-3, "seed": 0, "runs": "runs"}.items():
         parser.add_argument(f"--{option}", type=type(usual), default=usual, help="of the training")

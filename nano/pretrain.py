@@ -5,7 +5,6 @@
 Each part checkpoints to --runs every two minutes and goes on from there when called again, on any device. Its
 moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for train.py.
 """
-import argparse
 import json
 import math
 import sys
@@ -316,11 +315,10 @@ HELP = {"warm": "start from the weights in nano/ instead of from nothing",
 
 
 def arguments():
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser = console.Parser(__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     for name, (train, options) in PARTS.items():
-        part = parts.add_parser(name, description=train.__doc__, formatter_class=style)
+        part = parts.add_parser(name, description=train.__doc__)
         for option, usual in (options | {"minutes": math.inf, "seed": 0, "runs": "runs"}).items():
             kind = {"action": "store_true"} if usual is False else {"type": type(usual), "default": usual}
             part.add_argument(f"--{option}", help=HELP.get(option, "of the training"), **kind)

@@ -7,7 +7,6 @@ It learns from drawings, whose numbers are known, under heavy photographic noise
 portraits with labels.csv: the words of faces.py (skin 0-4, hair_colour, hair_style, glasses, beard), shapes
 as ranks in [0, 1], median colours of skin, iris and lips.
 """
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -204,7 +203,7 @@ def balanced(hit, kind, least=10):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.HelpFormatter)
+    parser = console.Parser(__doc__)
     parser.add_argument("--photos", required=True, help="folder of portraits with labels.csv; every fifth is "
                         "kept to measure by")
     usual = {"steps": 2000, "batch": 64, "drawings": 2000, "lr": 2e-3, "seed": 0, "runs": "runs"}

@@ -682,7 +682,7 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star", "pixar")] * 2  # steps 2, 3
     lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
-    assert Image.open(tmp_path / "e4t/step_000003.png").size == (8 * 32, 32)
+    assert Image.open(tmp_path / "e4t/step_000003.png").size == (16 * 64, 64)
     assert lines[0]["likeness rock star"] == .375 and lines[0]["style photo"] == .5
     assert safe_open(tmp_path / "e4t/e4t.safetensors", "pt").metadata()["vit"] == "nano/hypernet.safetensors"
 
