@@ -3,7 +3,7 @@ loss that trains the predictor.
 
     model = hdb.load("nano")                      # or a Stable Diffusion 1.5
     method = HyperDreamBooth(model, load_hypernet("nano/hypernet.safetensors", model))
-    theta = method.predict(photo)                 # section 4.2: a few thousand numbers, at once
+    theta = method.predict(photo)                 # section 4.2: 28,800 numbers (nano: 7,584), at once
     relaxed = method.fine_tune(photo, theta)      # section 4.3: rank-relaxed fast fine-tuning
     with model.edited(join(method.lidb.factors(theta), relaxed)):
         pictures = model.sample(["a [V] face as a rock star"], seeds=[0])

@@ -110,6 +110,8 @@ def test_processes_end_together_and_see_the_same(tmp_path, monkeypatch, capsys):
 def test_a_process_may_wait_long_for_another(monkeypatch):
     given = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert world.join("cpu") == "cpu" and not given  # somebody else's word for something else
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
     monkeypatch.setattr(torch.distributed, "init_process_group",
                         lambda kind, **more: given.update(more, kind=kind))
     assert world.join("cpu") == "cpu" and given["kind"] == "gloo"
