@@ -22,7 +22,6 @@ import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def main(args):
         check_kinds(args, maker.kinds(args))
         if not args.each:
             photos_of(args, images.SMALLEST, "center")
-    stage = Stages()
+    stage = console.Stages(start.START)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
@@ -311,27 +310,6 @@ def write_pictures(pictures, shown, columns, model, args):
     images.save(images.sheet(shown, columns), paths[0], prompt=" | ".join(args.prompts),
                 person=" | ".join(whose), seed=args.seed, **settings)
     return paths
-
-
-class Stages:
-    """Prints what was done and how long it took since the last time."""
-
-    def __init__(self):
-        self.last = start.START
-
-    def __call__(self, what):
-        now = time.time()
-        print(f"{now - self.last:6.1f} s  {what}", flush=True)
-        self.last = now
-
-    @contextmanager
-    def progress(self, steps):
-        """Gives a callback(step, loss) that moves a bar."""
-        with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
-            def show(step, loss):
-                bar.set_postfix(loss=f"{loss:.4f}")
-                bar.update()
-            yield show
 
 
 def command(name=OURS):

@@ -1,16 +1,19 @@
-"""What the command lines here have in common: ranges of numbers, and errors that a user can read."""
+"""What the command lines here have in common: ranges of numbers, what they print, signals, and errors that a
+user can read."""
 import argparse
 import inspect
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 import world
 
@@ -57,6 +60,27 @@ def deferred_stop():
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+class Stages:
+    """Prints what was done and how long it took since the last time, at first since `start` (time.time())."""
+
+    def __init__(self, start):
+        self.last = start
+
+    def __call__(self, what):
+        now = time.time()
+        print(f"{now - self.last:6.1f} s  {what}", flush=True)
+        self.last = now
+
+    @contextmanager
+    def progress(self, steps):
+        """Gives a callback(step, loss) that moves a bar."""
+        with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
+            def show(step, loss):
+                bar.set_postfix(loss=f"{loss:.4f}")
+                bar.update()
+            yield show
 
 
 def peak_memory(device):
