@@ -196,6 +196,8 @@ def test_every_photo_is_another_person(tmp_path):
     for name, portrait in zip(names, portraits):
         images.save(images.to_pil(portrait), everybody / name)
     (everybody / "notes.txt").write_text("not a photo")
+    out.mkdir()
+    (out / "a").write_text("a file")
     given = everybody / "a.png", everybody / "...png", everybody / "deep", everybody / "notes.txt"
     done = run(*given, "[V] face", "a [V] face as a king", "--each", "--side-by-side", 2, "--steps", 1,
                *settings, "--out", out)
@@ -203,11 +205,11 @@ def test_every_photo_is_another_person(tmp_path):
     assert f"  not used: {everybody}/notes.txt: cannot be read as a picture" in done.stdout
     assert "predicted 15,168 personal weights from" in done.stdout
     assert done.stdout.count("fine-tuned 1 step") == 2
-    # an odd name leads nowhere else: the stem of "...png" is ".."
-    people = [out / name / "person_tuned.safetensors" for name in ("a", ".._2", "a_2")]
+    # a file stays what it is, and an odd name leads nowhere else: the stem of "...png" is ".."
+    people = [out / name / "person_tuned.safetensors" for name in ("a_2", ".._2", "a_3")]
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    assert found == {"sheet.png", *(f"{i}.png" for i in range(6)), *(
-        f"{name}/{file}" for name in ("a", ".._2", "a_2") for file in personalize.PERSONAL)}
+    assert found == {"a", "sheet.png", *(f"{i}.png" for i in range(6)), *(
+        f"{name}/{file}" for name in ("a_2", ".._2", "a_3") for file in personalize.PERSONAL)}
     assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128)
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
     about = Image.open(out / "5.png").text
