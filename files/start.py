@@ -12,9 +12,9 @@ START = time.time()  # what is printed as time should be what a user waits
 # on a free machine. OpenMP reads this as torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over. A program is
-# one of ours; python -m has no name yet while it imports the package
+# Ctrl-C ends a program of ours that is still importing without a traceback; console.run takes it over. While
+# python -m imports the package its name is "-m", as if it were a file where it was called
 HERE = Path(__file__).resolve().parents[1]
-if sys.argv[0] == "-m" or Path(sys.argv[0]).resolve().parent in (HERE, HERE / "nano"):
+if Path(sys.argv[0]).resolve().parent in (HERE, HERE / "nano"):
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where nohup ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,6 @@
 """The miniature's training people, and their encoder."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_faces import generator
@@ -55,6 +57,13 @@ def test_training_pairs(model, vit):  # noqa: F811
         styles = judge(pictures)[1].argmax(1)
     assert sum(people.PROMPTS[style] == text for style, text in zip(styles, said)) >= 8
     assert judge.likeness(pictures[:5], pictures[5:]).mean() > .6
+
+
+def test_a_part_of_the_pictures_is_in_no_style(monkeypatch):
+    monkeypatch.setattr(faces, "photos", lambda identity, *_: torch.zeros(len(identity), 3, 8, 8))
+    data = people.People(SimpleNamespace(device="cpu", encode=lambda x: x), lambda x: x)
+    plain = torch.stack([data.person(n)[2] for n in range(500)]) == 0
+    assert abs(plain.float().mean() - (.4 + .6 / 11)) < .05  # and some by chance
 
 
 def test_new_people_join_until_they_are_fixed(model, vit):  # noqa: F811

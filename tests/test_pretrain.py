@@ -13,9 +13,11 @@ import edits
 import sd
 import unet
 import vae
+import world
 from files.checkpoints import read_json, write
 from files.console import UserError
 from nano import faces, judge, pretrain, seeds, train_reader
+from vit import NANO_VIT, ViT
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,15 @@ def test_a_part_is_trained_and_written(train, options, file, runs):
     assert before.keys() == after.keys() and (pretrain.FOLDER / "runs" / runs / "state.safetensors").exists()
     assert all(torch.equal(after[k], before[k]) for k in before) == ("--lr" in options)
     assert (pretrain.FOLDER / "tokenizer/vocab.json").exists() == (runs == "text")
+
+
+def test_the_encoder_is_written_by_one_of_several_processes(train, monkeypatch):
+    options = ["encoder", *SMALL, "--fresh", 1]
+    with monkeypatch.context() as other:
+        other.setattr(world, "first", lambda: False)
+        assert not list((train(*options) / "runs/encoder").iterdir())
+    written = load_file(train(*options) / "runs/encoder/vit.safetensors")
+    assert written.keys() == ViT(NANO_VIT).state_dict().keys()
 
 
 def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):
