@@ -85,8 +85,6 @@ def parsed(maker, method=OURS):
         args.photos = [str(file) for path in args.photos for file in photo_files(path)]
     if len(args.photos) > 1 and isinstance(args.crop, tuple):
         parser.error("several photos cannot have one --crop in pixels")
-    if len(args.photos) > 1 and method != OURS and not args.each:
-        parser.error(f"{method} takes one photo")
     if args.look is not None:
         if args.model != "nano" or args.people:
             parser.error("--look is for photos, on nano")

@@ -78,8 +78,8 @@ def main(args):
         open_tensors(path)
     if not args.people:
         check_kinds(args, maker.kinds(args))
-        if not args.each:
-            photos_of(args, images.SMALLEST, "center")
+        if not args.each and len(photos_of(args, images.SMALLEST, "center")) > 1 and args.method != OURS:
+            raise UserError(f"{args.method} takes one photo")
     stage = console.Stages(start.START)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)

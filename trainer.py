@@ -14,6 +14,7 @@ from files.checkpoints import finite, read_tensors, write
 from files.console import Stopped, UserError, deferred_stop
 from files.parts import differences
 
+
 @contextmanager
 def seeded(seed):
     """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which
@@ -126,8 +127,9 @@ class Trainer:
 
         self.step += 1
         for key, value in shown.items():
-            before = self.mean.get(key, value.item())
-            self.mean[key] = before + .02 * (value.item() - before)
+            value = value.item()
+            before = self.mean.get(key, value)
+            self.mean[key] = before + .02 * (value - before)
         if self.step % 50 == 0:
             self.log(lr=lr, **self.mean)
 

@@ -13,9 +13,11 @@ def join(device=None):
         return device
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
+    cuda = str(device).startswith("cuda")
+    if cuda:
         torch.cuda.set_device(device)
     # one may wait long for another's part; torchrun ends all where one is lost
-    dist.init_process_group("nccl" if str(device).startswith("cuda") else "gloo", timeout=timedelta(days=1))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
 
 

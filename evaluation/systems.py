@@ -3,7 +3,6 @@ from functools import cache, partial
 from typing import NamedTuple
 from collections.abc import Callable
 
-
 from baselines import dreambooth, e4t, perfusion, textual_inversion
 from baselines import registry  # noqa: F401  (all of MAKERS)
 from edits import scale

@@ -79,9 +79,9 @@ def peak(work, device):
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL(None).malloc_trim(0)  # or what rows before have left would be used without being counted
-        before = status("VmRSS")
+        before, _ = status("VmRSS"), status("VmHWM")
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    except (OSError, AttributeError):  # not Linux with glibc
+    except (OSError, AttributeError, TypeError):  # not Linux with glibc
         return None
     work()
     return status("VmHWM") - before

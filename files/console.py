@@ -26,7 +26,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in a line that isn't too long."""
 
     def __init__(self, description, **more):
-        super().__init__(description=inspect.cleandoc(description), formatter_class=HelpFormatter, **more)
+        description = inspect.cleandoc(description or "")  # python -OO leaves none
+        super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
     def error(self, message):
         super().error(one_line(message))
@@ -98,8 +99,10 @@ def peak_memory(device):
 
 def status(name):
     """A number of bytes that Linux knows of this program. OSError elsewhere."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status does not say {name}")
 
 
 def printable(text):

@@ -65,8 +65,8 @@ class Photos:
     def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf")):
         self.model, self.prompt = model, prompt
         files, side = photo_files(folder), 8 * model.unet.config.sample_size
-        listed = (f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-        listed = zlib.crc32(os.fsencode("\n".join(listed)))
+        sizes = (f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
+        listed = zlib.crc32(os.fsencode("\n".join(sizes)))
 
         @torch.no_grad()
         def encoded(some):

@@ -3,7 +3,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 START = time.time()  # what is printed as time should be what a user waits
 
@@ -12,9 +11,8 @@ START = time.time()  # what is printed as time should be what a user waits
 # on a free machine. OpenMP reads this as torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Ctrl-C ends a program of ours that is still importing without a traceback; console.run takes it over. While
-# python -m imports the package its name is "-m", as if it were a file where it was called
-HERE = Path(__file__).resolve().parents[1]
-if Path(sys.argv[0]).resolve().parent in (HERE, HERE / "nano"):
+# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over. A program of
+# baselines/ has the name -m while it imports that
+if sys.argv[0].endswith(("personalize.py", "train.py", "evaluate.py", "bench.py", "pretrain.py", "-m")):
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where nohup ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

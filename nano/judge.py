@@ -123,7 +123,7 @@ def arguments():
     parser.add_argument("--batch", type=int, default=48, help="people a step, two pictures each")
     for option, usual in {"steps": 1000, "people": 5000, "lr": 2e-3, "seed": 0, "runs": "runs"}.items():
         parser.add_argument(f"--{option}", type=type(usual), default=usual, help="of the training")
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), people=(2, 10 ** 6), batch=(2, 4096),
                          lr=(0, 1), seed=(0, seeds.SEEDS))

@@ -310,6 +310,7 @@ PARTS = {"vae": (train_vae, USUAL | {"warm": False, "decoder": False, "bf16": Fa
          "unet": (train_unet, USUAL | {"warm": False, "ema": .998, "pool": 50_000, "fresh": 4})}
 HELP = {"warm": "start from the weights in nano/ instead of from nothing",
         "decoder": "train only the decoder of nano/vae further", "bf16": "compute in bfloat16",
+        "runs": "folder of all runs", "seed": "of all that is drawn", "ema": "decay of the weights' average",
         "pool": "pictures kept, to be drawn from", "fresh": "new pictures a step",
         "minutes": "stop after this long, to be resumed; only the end writes the result"}
 
@@ -322,7 +323,7 @@ def arguments():
         for option, usual in (options | {"minutes": math.inf, "seed": 0, "runs": "runs"}).items():
             kind = {"action": "store_true"} if usual is False else {"type": type(usual), "default": usual}
             part.add_argument(f"--{option}", help=HELP.get(option, "of the training"), **kind)
-        part.add_argument("--device")
+        part.add_argument("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
                          lr=(0, 1), ema=(0, 1), pool=(1, 10 ** 8), fresh=(1, 4096), seed=(0, seeds.SEEDS))

@@ -209,7 +209,7 @@ def arguments():
     usual = {"steps": 2000, "batch": 64, "drawings": 2000, "lr": 2e-3, "seed": 0, "runs": "runs"}
     for option, value in usual.items():
         parser.add_argument(f"--{option}", type=type(value), default=value, help="of the training")
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="cuda, mps or cpu")
     args = parser.parse_args()
     console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(8, 4096), lr=(0, 1),
                          drawings=(8, 10 ** 6), seed=(0, seeds.SEEDS))

@@ -1,6 +1,7 @@
 """The compared systems on the command line: the same options, errors and outputs as personalize.py, and
 persons that it samples again."""
 import inspect
+import shutil
 from functools import partial
 
 import pytest
@@ -115,6 +116,15 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
 def test_what_cannot_be_is_said_before_the_work(run, method, arguments, why):
     said = run(method, "nano/example.png", "[V] face", *arguments, "--out", "out/never")
     assert why in said.splitlines()[-1] and "loaded" not in said
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_they_take_one_photo(tmp_path, run, method):
+    for name in "a.png", "b.png":
+        shutil.copy(personalize.HERE / "nano/example.png", tmp_path / name)
+    for given in [tmp_path], [tmp_path / "a.png", tmp_path / "b.png"]:
+        said = run(method, *given, "[V] face", "--out", tmp_path / "out")
+        assert f": {method} takes one photo" in said
 
 
 def test_a_person_of_an_unknown_method(tmp_path, run):

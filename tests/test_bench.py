@@ -1,7 +1,9 @@
 """bench.py: what its table says, in moments; no assertion about time."""
 import json
+import sys
 
 import bench
+import pytest
 import torch
 
 from evaluation import timing
@@ -31,6 +33,7 @@ def test_medians_ranges_and_ratios():
     assert timing.table([row]).splitlines()[2] == "| a | it | 2 (1–3) | 4 (4–4) | 2.00 | 25% | 0.50 |"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_that_was_used_before_counts_again():
     device = torch.device("cpu")
     found = [timing.peak(lambda: [torch.ones(2 ** 14) for _ in range(2 ** 10)], device) for _ in range(2)]

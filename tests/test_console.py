@@ -70,6 +70,15 @@ def test_our_own_mistakes_are_not_the_users():
             console.run(main, lambda: None)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_linux_knows_of_a_program():
+    most, now = console.status("VmHWM"), console.status("VmRSS")
+    assert most >= now > 1e8  # torch alone is more
+    assert console.peak_memory(torch.device("cpu")) == f", {most / 1e9:.1f} GB of memory at most"
+    with pytest.raises(OSError, match="does not say VmNothing"):
+        console.status("VmNothing")
+
+
 def test_a_closed_terminal(monkeypatch):
     """Where the shell closes both there is nothing to write to, and yet all who write go on."""
     monkeypatch.setattr("sys.stdout", None)

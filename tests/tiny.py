@@ -89,7 +89,7 @@ def photo(people=1, seed=1):
 
 
 class Stage:
-    """Stands for personalize.Stages: what a command line would show."""
+    """Stands for console.Stages: what a command line would show."""
 
     def __init__(self):
         self.said, self.steps, self.losses = [], None, []
