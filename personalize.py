@@ -119,20 +119,9 @@ def main(args):
     columns = len(people) if photo is None else len(shown)
     written += write_pictures(pictures, shown, columns, model, args)
 
-    # the person for other programs
-    if args.export:
-        written.append(args.out / f"{args.export}.safetensors")
-    if args.export == "lora":
-        export_lora(join(edits[0], styles), written[-1], {"modelspec.trigger_phrase": people[0].identifier})
-    if args.export == "embedding":
-        textual_inversion.save_embedding(people[0].tensors, written[-1])
-    if args.merge:
-        source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
-        merge_to_folder(model, join(edits[0], styles) if styles else edits[0], source, args.merge)
-        print(f"  {args.merge}/  the model with the person merged in")
     if args.export or args.merge:
-        word = textual_inversion.TOKEN if args.export == "embedding" else people[0].identifier
-        print(f'  in other programs the prompt says "{word}" where it says [V] here')
+        whole = join(edits[0], styles) if styles else edits[0]
+        written += for_other_programs(model, people[0], whole, args)
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
     if args.model == "nano" and photo is not None:  # the miniature has a judge
@@ -309,6 +298,25 @@ def write_pictures(pictures, shown, columns, model, args):
                     person=whose[i % len(whose)], seed=args.seed + i, **settings)
     images.save(images.sheet(shown, columns), paths[0], prompt=" | ".join(args.prompts),
                 person=" | ".join(whose), seed=args.seed, **settings)
+    return paths
+
+
+def for_other_programs(model, person, edits, args):
+    """Write what --export and --merge ask for of this person, whose edits are these, and say how it is used;
+    return the paths of the files."""
+    word, paths = person.identifier, []
+    if args.export:
+        paths.append(args.out / f"{args.export}.safetensors")
+    if args.export == "lora":
+        export_lora(edits, paths[0], {"modelspec.trigger_phrase": word})
+    if args.export == "embedding":
+        word = textual_inversion.TOKEN
+        textual_inversion.save_embedding(person.tensors, paths[0])
+    if args.merge:
+        source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
+        merge_to_folder(model, edits, source, args.merge)
+        print(f"  {args.merge}/  the model with the person merged in")
+    print(f'  in other programs the prompt says "{word}" where it says [V] here')
     return paths
 
 
