@@ -88,6 +88,17 @@ def written_out_loss(model, thetas, latent, prompts, seed):
     return torch.stack(losses)
 
 
+def test_eq_2_of_a_share_of_a_batch(method):
+    """What several processes have is together what one has: the noise is of the whole batch."""
+    latent, prompts, theta = some_latent(4), ["a", "a face", "a [V] face", "[V]"], some_theta(method, 4)
+
+    def loss(rows, share):
+        with method.hyper_loss(theta[rows], latent[rows], prompts[rows], generator(3), share=share) as terms:
+            return terms[0].item()
+    halves = [loss(slice(2 * i, 2 * i + 2), (i, 2)) for i in range(2)]
+    assert sum(halves) / 2 == pytest.approx(loss(slice(4), (0, 1)), rel=1e-4)
+
+
 def test_eq_2_and_its_gradient(method):
     latent, prompts = some_latent(2), ["a [V] face", "a [V] face as a rock star"]
     target = some_theta(method, 2, seed=9)

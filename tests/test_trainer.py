@@ -209,7 +209,7 @@ def test_the_clock_decides_when_to_save_and_when_to_stop(tmp_path, monkeypatch):
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 6, "time": 1300, "third": 0.333333}\n'
 
 
-def test_the_bar_says_how_far_a_run_is(tmp_path, capsys):
+def test_the_bar_says_how_far_a_run_is(tmp_path, capsys, monkeypatch):
     train(tmp_path / "run", 3, total=5)
     *_, last = capsys.readouterr().err.split("\r")
     assert last.startswith("run:  40%|") and "| 2/5 [" in last  # a step counts when the next one is asked for
@@ -217,6 +217,9 @@ def test_the_bar_says_how_far_a_run_is(tmp_path, capsys):
     train(tmp_path / "run", 5, total=5)
     _, first, *_ = capsys.readouterr().err.split("\r")
     assert first.startswith("run:  60%|") and "| 3/5 [" in first
+    monkeypatch.setattr(world, "first", lambda: False)  # of several processes one has a bar
+    train(tmp_path / "other", 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_seeded_modules_leave_the_global_generator_alone():
