@@ -12,7 +12,7 @@ from nano.judge import load_judge
 from nano.people import PROMPTS, STYLES
 from vit import encode_face
 
-# A person's name is [V]
+# The paper's prompts; a person's name is [V]
 PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character of a [V] face",
           "a [V] face with bark skin", "a [V] face as a rock star", "a professional photo of a [V] face",
           "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
