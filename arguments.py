@@ -24,10 +24,10 @@ COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
           "side_by_side": (8, 2, 1, 1024, "people in a batch, where there are several")}
 
 
-def parsed(maker, method=OURS):
+def parsed(maker, method):
     """What the command line says; the options of the method, whose module is `maker`, stand beside those of
     all."""
-    parser = console.parser(maker.__doc__, model_name)
+    parser = console.model_parser(maker.__doc__, model_name)
     parser.set_defaults(hypernet=None, method=method, saw=None)
     parser.add_argument("photo", help="a picture of one face, a folder of such pictures of one person, or a "
                         "personal file (.safetensors)")

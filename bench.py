@@ -249,7 +249,7 @@ class Theirs:
 
 
 def arguments():
-    parser = console.parser(__doc__, str)
+    parser = console.model_parser(__doc__, str)
     parser.add_argument("--rows", nargs="+", choices=list("abcdefgist"), help="all if not given")
     parser.add_argument("--repeats", type=int, default=5, help="of every row")
     console.add_numbers(parser, NUMBERS)

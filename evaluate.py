@@ -202,7 +202,7 @@ def chosen(args, jobs):
 
 
 def arguments():
-    parser = console.parser(__doc__, model_name)
+    parser = console.model_parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
     parser.add_argument("--quick", action="store_true", help="1 person, 6 prompts; to runs/quick")
     parser.add_argument("--people", type=int, help="how many; 32 if not given")

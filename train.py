@@ -80,7 +80,7 @@ def main(args):
             edits = method.lidb.factors(method.predict(watched.photos))
             watched.watch(model, edits, trainer)
     trainer.average()
-    file = (args.save if trainer.done else None) or folder / "hypernet.safetensors"
+    file = trainer.result(args.save, "hypernet.safetensors")
     if world.first():
         save_hypernet(hypernet, model, file)
         print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
@@ -136,7 +136,7 @@ def fit_targets(method, data, args, folder, of, deadline):
 
 
 def arguments():
-    parser = console.parser(__doc__, model_name)
+    parser = console.model_parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano's and --start's are "
                         "their own")

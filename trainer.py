@@ -133,6 +133,11 @@ class Trainer:
         if self.step % 50 == 0:
             self.log(lr=lr, **self.mean)
 
+    def result(self, save, name):
+        """The path for what is trained: `save`, if that is given and the training is done, else `name` in the
+        run's folder: nothing half trained takes another's place."""
+        return Path(save) if save and self.done else self.out / name
+
     def log(self, **numbers):
         """Add a line with these numbers to log.jsonl."""
         if not world.first():

@@ -58,18 +58,16 @@ def main(args):
     deadline = time.time() + 60 * args.minutes
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     source = e4t.NANO_LOOKER if args.model == "nano" else args.encoder
-    vit = e4t.load_looker(source, model)
+    vit, folder = e4t.load_looker(source, model), Path(args.out) / args.name
     if args.model == "nano":
         data = people.People(model, vit, args.seed, fresh=2)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        cache = Path(args.out) / args.name / "photos"
-        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, cache, deadline), None
+        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, folder / "photos", deadline), None
     with seeded(args.seed):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
 
-    folder = Path(args.out) / args.name
     of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
     trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr, warmup=20,
                       deadline=deadline, muon=True, of=of)
@@ -92,7 +90,7 @@ def main(args):
         for i, delta in enumerate(deltas):
             for p, factor in zip((domain.rows[i], domain.columns[i]), delta()):
                 p.copy_(factor)
-    file = (args.save if trainer.done else None) or folder / "e4t.safetensors"
+    file = trainer.result(args.save, "e4t.safetensors")
     e4t.save_domain(domain, model, source, file)
     print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
 
@@ -104,7 +102,7 @@ def in_training(domain, deltas, model, seen):
 
 
 def arguments():
-    parser = console.parser(__doc__, model_name)
+    parser = console.model_parser(__doc__, model_name)
     parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
     parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano brings its own")
     parser.add_argument("--steps", type=int, default=600, help="of training")

@@ -110,7 +110,7 @@ def printable(text):
     return text.encode(errors="replace").decode()
 
 
-def parser(description, model):
+def model_parser(description, model):
     """An argument parser with the options that say which model, whose name model() makes, and where."""
     options = Parser(description)
     options.add_argument("--model", type=model, default="nano",

@@ -97,9 +97,8 @@ class HeldOut:
 
     def watch(self, model, edits, trainer):
         """Log the likeness and style accuracy of everybody's pictures under `edits`, and draw them."""
-        columns, numbers = [self.photos], {}
+        noises, columns, numbers = range(len(self.photos)), [self.photos], {}
         for style in "photo", "rock star", "pixar":
-            noises = range(len(self.photos))
             pictures, likeness, right = self.measure(model, edits, style, noises, steps=12)
             columns.append(pictures)
             numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}

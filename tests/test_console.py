@@ -87,7 +87,7 @@ def test_a_closed_terminal(monkeypatch):
 
 
 def test_what_is_wrong_with_an_option_is_not_long(capsys):
-    parser = console.parser("", str)
+    parser = console.model_parser("", str)
     parser.add_argument("--steps", type=int)
     with pytest.raises(SystemExit):
         parser.parse_args(["--steps", "9" * 5000])
