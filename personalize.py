@@ -43,8 +43,9 @@ from files.merged import merge_to_folder
 from files.parts import split
 from files.person import MAKERS, OURS, Person, load_person, save_person
 from files.photos import read_photos
-from nano import faces, reader
+from nano import faces
 from nano.judge import load_judge
+from nano.photo import avatar, reader
 
 # On nano, elsewhere, the least, the most, what it is
 NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone; 200 without a hypernetwork"),
@@ -188,9 +189,8 @@ def sitter(args, side):
         args.crop = args.crop if isinstance(args.crop, tuple) else "center"
         return None, pictures
     photos = photos_of(args, 2 * side, args.crop)
-    identity, portrait = reader.avatar(network, photos, args.look)
-    args.saw = ", ".join(*faces.describe(identity[None]))
-    print(f"saw: {args.saw}")
+    _, portrait, args.saw = avatar.avatar(network, photos, args.look)
+    print(f"saw: {args.saw}\n     wrong? say it with --look, in words of {faces.vocabulary_text()}")
     return reader.shrunk(photos, side), portrait
 
 

@@ -82,14 +82,23 @@ def attributes(identity):
     return {name: (kind - len(WORDS[name]) + ATTRIBUTES[name]).clamp(min=0) for name, kind in kinds.items()}
 
 
+def words_of(identity):
+    """The words for each person: a list of dicts name -> word, of WORDS."""
+    return [{name: WORDS[name][kind - ATTRIBUTES[name]] for name, kind in zip(WORDS, kinds)}
+            for kinds in zip(*attributes(identity).values())]
+
+
+def phrases(words):
+    """What words by name, of which some may be empty, say: a list such as ["tan skin", "long red hair"]."""
+    skin, colour, hair, *worn = (words[name] for name in WORDS)
+    if colour and hair != "bald":
+        hair = hair.replace(" ", f" {colour} ") or f"{colour} hair"
+    return list(filter(None, [skin and f"{skin} skin", hair, *worn]))
+
+
 def describe(identity):
     """Attribute words of every person: a list of phrases each, such as ["tan skin", "long red hair"]."""
-    phrases = []
-    for kinds in zip(*attributes(identity).values()):
-        said = [words[kind - ATTRIBUTES[name]] for kind, (name, words) in zip(kinds, WORDS.items())]
-        skin, colour, hair, *worn = said
-        phrases.append([skin + " skin", hair.replace(" ", f" {colour} "), *filter(None, worn)])
-    return phrases
+    return list(map(phrases, words_of(identity)))
 
 
 def number(name, kind):
@@ -98,12 +107,21 @@ def number(name, kind):
     return (kind + among - ATTRIBUTES[name] + .5) / among
 
 
+def vocabulary():
+    """The words that understood() knows: name -> word -> category index."""
+    return {name: {re.sub("^a | (hair|glasses|beard)$", "", word) or "no": kind
+                   for kind, word in enumerate(words[-ATTRIBUTES[name]:])} for name, words in WORDS.items()}
+
+
+def vocabulary_text():
+    """Those words as a line for the user."""
+    return "; ".join(f"{name.replace('_', ' ')}: {', '.join(words)}" for name, words in vocabulary().items())
+
+
 def understood(text):
     """What a description in describe's words, such as "short grey hair, no beard", says: a dict of category
     indices. UserError for another word."""
-    known = {name: {re.sub("^a | (hair|glasses|beard)$", "", word) or "no": kind
-                    for kind, word in enumerate(words[-ATTRIBUTES[name]:])} for name, words in WORDS.items()}
-    said = {}
+    known, said = vocabulary(), {}
     for phrase in re.split(",| and | with ", text.lower()):
         words = set(phrase.split())
         facial = words & {"beard", "moustache", "goatee"}
@@ -111,8 +129,8 @@ def understood(text):
         for word in sorted(words - {"a", "an", "skin", "hair", "glasses", "beard"}, key="no".__eq__):
             meant = {name: known[name][word] for name in about if word in known[name]}
             if not meant:
-                there = "; ".join(f"{name.replace('_', ' ')}: {', '.join(known[name])}" for name in known)
-                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is no word here. There are {there}')
+                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is no word here. There are '
+                                + vocabulary_text())
             said |= meant
     return said
 

@@ -4,7 +4,7 @@
 # All of them if none is named, in this order, as each needs those before it (the judge none). What is stopped
 # goes on where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,
 # extrapolated from the processor time of a few steps, not run. The reader of photos, which needs none of them,
-# learns from a folder of labelled portraits:  python nano/train_reader.py --photos FOLDER
+# learns from a folder of labelled portraits:  python nano/photo/train.py --photos FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

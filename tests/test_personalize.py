@@ -79,9 +79,10 @@ def test_what_the_method_sees_of_a_photo_and_of_a_drawing(monkeypatch, capsys):
     args.crop = "face"
     seen, shown = personalize.sitter(args, 128)
     assert asked == [(128, "center"), (128, "center"), (256, "face")]
-    identity, portrait = personalize.reader.avatar(personalize.reader.load_reader(), drawing)
-    assert torch.equal(seen, drawing) and torch.equal(shown, portrait)
-    assert capsys.readouterr().out == f"saw: {', '.join(*faces.describe(identity[None]))}\n"
+    _, portrait, said = personalize.avatar.avatar(personalize.reader.load_reader(), drawing)
+    assert torch.equal(seen, drawing) and torch.equal(shown, portrait) and args.saw == said
+    saw, correct = capsys.readouterr().out.splitlines()
+    assert saw == f"saw: {said}" and "--look" in correct and "moustache, goatee" in correct
     args.model = "elsewhere"
     seen, shown = personalize.sitter(args, 512)
     assert seen is None and asked[-1] == (512, "face")

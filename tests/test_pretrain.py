@@ -16,7 +16,8 @@ import vae
 import world
 from files.checkpoints import read_json, write
 from files.console import UserError
-from nano import faces, judge, pretrain, seeds, train_reader
+from nano import faces, judge, pretrain, seeds
+from nano.photo import train as photo_train
 from vit import NANO_VIT, ViT
 
 
@@ -171,7 +172,7 @@ def test_what_a_user_did_wrong_is_one_clear_line(train, capsys, arguments, why):
 
 
 @pytest.mark.parametrize("script, arguments", [
-    (pretrain, ["vae"]), (judge, []), (train_reader, ["--photos", "x"])])
+    (pretrain, ["vae"]), (judge, []), (photo_train, ["--photos", "x"])])
 def test_where_nothing_can_be_written_nothing_is_trained(script, arguments, refusal):
     assert "is a file, not a folder" in refusal(script, *arguments, "--runs", ROOT / "README.md")
 
@@ -179,4 +180,4 @@ def test_where_nothing_can_be_written_nothing_is_trained(script, arguments, refu
 @pytest.mark.parametrize("table", [b"", b"file,x\n", b"skin\n1\n", b"\xff\xfe"])
 def test_labels_that_make_no_sense(tmp_path, table, refusal):
     (tmp_path / "labels.csv").write_bytes(table)
-    assert "not a folder of portraits with their labels.csv" in refusal(train_reader, "--photos", tmp_path)
+    assert "not a folder of portraits with their labels.csv" in refusal(photo_train, "--photos", tmp_path)

@@ -1,7 +1,7 @@
 """Train the reader of photos.
 
-    python nano/train_reader.py --photos FOLDER    train nano/reader.safetensors and print how well it reads
-    python nano/train_reader.py --photos FOLDER --steps 0      the figures alone
+    python nano/photo/train.py --photos FOLDER    train nano/reader.safetensors and print how well it reads
+    python nano/photo/train.py --photos FOLDER --steps 0      the figures alone
 
 It learns from drawings, whose numbers are known, under heavy photographic noise, and from a folder of
 portraits with labels.csv: the words of faces.py (skin 0-4, hair_colour, hair_style, glasses, beard), shapes
@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 
 if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
 from files import console, images  # noqa: E402
 from files.checkpoints import refusing, write  # noqa: E402
 from files.layouts import place  # noqa: E402
 from nano import faces, seeds  # noqa: E402
-from nano.reader import (  # noqa: E402
-    CLASSES, FILE, NUMBERS, STORED, Reader, drawn, identity_of, load_reader, read, view)
+from nano.photo.reader import (  # noqa: E402
+    CLASSES, FILE, NUMBERS, STORED, Reader, load_reader, view)
+from nano.photo.report import UNKNOWN, report  # noqa: E402
 from trainer import Trainer, seeded  # noqa: E402
-
-UNKNOWN = -1  # a class, or a number, that a label leaves open
 
 
 def truth_of(identity):
@@ -44,6 +43,7 @@ def labelled(folder):
     truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in faces.ATTRIBUTES}
     truth["eye_colour"] = torch.tensor([eye_colour(row) for row in rows])
     truth["glasses_colour"] = torch.full((len(rows),), UNKNOWN)
+    truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
 
     # numbers: ranks, and colours' ranks among all
     numbers = {name: torch.tensor([float(row[name]) for row in rows]) for name in NUMBERS if name in rows[0]}
@@ -165,7 +165,7 @@ def train(args, photos, truth):
         strength[-quarter // 2:], is_drawing[-quarter // 2:] = .15, 1
         is_drawing[-quarter:-quarter // 2] = UNKNOWN
         x, frame = looks(pictures, generator, strength)
-        labels = {name: torch.cat([truth[name][who], of_drawings[name][whom]]) for name in truth}
+        labels = {name: torch.cat([truth[name][who], of_drawings[name][whom]]) for name in of_drawings}
         with seeded(step):  # dropout draws from the global generator
             found = model(x)
         each = losses(found, labels, frame, is_drawing, weights)
@@ -173,33 +173,6 @@ def train(args, photos, truth):
         trainer.update(sum(each.values()), **shown)
     trainer.average()
     write({k: v.half().cpu() for k, v in model.state_dict().items()}, FILE)
-
-
-def report(photos, truth):
-    """Print how often the reader is right about portraits that it has not seen: the mean over classes that
-    have ten examples, over all, and the first for each skin."""
-    model, pictures = load_reader(), photos.float() / 127.5 - 1
-    found = truth_of(identity_of(read(model, pictures)))
-    # bald, short, long, curly: of each style, and of none known
-    group = torch.tensor([0, 1, 1, 2, 3, 1, 2, 1, UNKNOWN])
-    right = {"skin within a step": ((found["skin"] - truth["skin"]).abs() <= 1, truth["skin"]),
-             "hair colour": (found["hair_colour"] == truth["hair_colour"], truth["hair_colour"]),
-             "hair style": (found["hair_style"] == truth["hair_style"], truth["hair_style"]),
-             "hair's group": (group[found["hair_style"]] == group[truth["hair_style"]],
-                              group[truth["hair_style"]])}
-    for name in "glasses", "beard":
-        right[f"{name} or none"] = (found[name] > 0) == (truth[name] > 0), (truth[name] > 0).long()
-    right["no drawing"] = ~drawn(model, pictures), torch.zeros(len(photos), dtype=torch.long)
-    for what, (hit, kind) in right.items():
-        split = [f"{balanced(hit[truth['skin'] == s], kind[truth['skin'] == s], 1):.2f}" for s in range(5)]
-        print(f"{what:20s} {balanced(hit, kind):.3f}   plain {hit[kind >= 0].float().mean():.3f}   "
-              f"by skin {' '.join(split)}")
-
-
-def balanced(hit, kind, least=10):
-    """The mean over classes `kind` (N,) that have `least` examples of the share of hits (N,)."""
-    shares = [hit[kind == k].float().mean() for k in kind.unique() if k >= 0 and (kind == k).sum() >= least]
-    return torch.stack(shares).mean().item() if shares else float("nan")
 
 
 def arguments():
@@ -224,7 +197,7 @@ def main(args):
     held = torch.arange(len(photos)) % 5 == 0
     if args.steps:
         train(args, photos[~held], {name: t[~held] for name, t in truth.items()})
-    report(photos[held], {name: t[held] for name, t in truth.items()})
+    report(load_reader(), photos[held].float() / 127.5 - 1, {name: t[held] for name, t in truth.items()})
 
 
 if __name__ == "__main__":

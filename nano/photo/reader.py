@@ -1,7 +1,7 @@
 """What nano sees in a photo: the person in its world who looks most like it, or that it drew the picture.
 
 One small convolutional network reads a picture (B, 3, 64, 64) in [-1, 1]: the 27 numbers of faces.py, whether
-it was drawn by faces.py, and where in it the head is. train_reader.py trains it.
+it was drawn by faces.py, and where in it the head is. train.py trains it, avatar.py decides what to draw.
 """
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from files.checkpoints import build
 from nano import faces
 
-FILE = Path(__file__).with_name("reader.safetensors")
+FILE = Path(__file__).parents[1] / "reader.safetensors"
 WIDTHS = 32, 64, 128, 192
 SIDE, STORED = 64, 128  # pixels of what is read, and of what is kept to train on
 CLASSES = faces.ATTRIBUTES | {"eye_colour": len(faces.EYES), "glasses_colour": len(faces.FRAMES)}
@@ -93,30 +93,3 @@ def read(reader, pictures):
 
 def shrunk(pictures, side):
     return F.interpolate(pictures.float(), (side, side), mode="bilinear", antialias=True)
-
-
-def identity_of(logits):
-    """The people (B, 27) that logits speak of: the middle of each class's range; of skin, whose classes are
-    steps from pale to dark, the mean step; glasses and a beard, of whatever kind, where none is less likely
-    than one."""
-    found = dict(zip(NUMBERS, logits["numbers"].sigmoid().unbind(1)))
-    for name, count in CLASSES.items():
-        share = logits[name].softmax(1)
-        kind = share.argmax(1)
-        if name == "skin":
-            kind = share @ torch.arange(5.)
-        if name in ("glasses", "beard"):
-            kind = torch.where(share[:, 0] > .5, 0, share[:, 1:].argmax(1) + 1)
-        found[name] = faces.number(name, kind) if name in faces.WORDS else (kind + .5) / count
-    return torch.stack([found[name] for name in faces.IDENTITY], 1)
-
-
-def avatar(reader, pictures, look=None):
-    """One person (27,) read in pictures (N, 3, H, W), with what `look`, a dict of faces.understood, says set
-    right; and their portrait (1, 3, 128, 128) in calm circumstances."""
-    logits = {name: t.mean(0, keepdim=True) for name, t in read(reader, pictures).items()}
-    identity = identity_of(logits)
-    for name, kind in (look or {}).items():
-        identity[:, faces.IDENTITY.index(name)] = faces.number(name, kind)
-    calm = torch.full((1, len(faces.NUISANCE)), .5)
-    return identity[0], faces.render(identity, calm, torch.zeros(1, dtype=torch.long))

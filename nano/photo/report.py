@@ -1,0 +1,68 @@
+"""How well a reader sees: what a person would mind in the drawings, and what is false and missed, counted."""
+import torch
+
+from nano import faces
+from nano.photo.avatar import costs, identity_of
+from nano.photo.reader import drawn, read
+
+GROSS = 2  # a visible error from which on the drawing shows somebody else
+UNKNOWN = -1  # a class, or a number, that a label leaves open
+GROUP = torch.tensor([0, 1, 1, 2, 3, 1, 2, 1])  # of hair styles: bald, short, long, curly
+
+
+def visible(found, truth):
+    """How wrong each picture looks (B,) where classes (B,) by name, as `costs` has them, are drawn; what is
+    UNKNOWN of the truth costs nothing but a mohawk, and truth["sun"], sunglasses, are half as bad to miss."""
+    error = torch.zeros(len(truth["skin"]))
+    for name, cost in costs().items():
+        known = truth[name] >= 0
+        part = torch.where(known, cost[truth[name].clamp(min=0), found[name]], 0.)
+        if name == "hair_style":
+            part = torch.where(~known & (found[name] == 7), 3., part)
+        if name == "glasses":
+            part = torch.where(truth["sun"], part / 2, part)
+        error += part
+    return error
+
+
+def classes_of(identity):
+    """The classes (B,) by name of people (B, 27), as `costs` has them."""
+    eyes = faces.choice(identity[:, faces.IDENTITY.index("eye_colour")], len(faces.EYES))
+    return faces.attributes(identity) | {"eye_colour": eyes}
+
+
+def figures(found, truth):
+    """Name -> figure of pictures whose classes are found: means as floats, counts as "3/217" of all."""
+    def share(hit, of):
+        return f"{int((hit & of).sum())}/{int(of.sum())}"
+    error = visible(found, truth)
+    clear = (truth["glasses"] > 0) & ~truth["sun"]
+    return {"pictures": len(error), "visible error": error.mean().item(),
+            "gross": share(error >= GROSS, error >= 0),
+            "false glasses": share(found["glasses"] > 0, truth["glasses"] == 0),
+            "missed glasses": share(found["glasses"] == 0, clear),
+            "false beards": share(found["beard"] > 0, truth["beard"] == 0),
+            "missed beards": share(found["beard"] == 0, truth["beard"] > 0),
+            "skin within a step": share((found["skin"] - truth["skin"]).abs() <= 1, truth["skin"] >= 0),
+            "hair colour": balanced(found["hair_colour"] == truth["hair_colour"], truth["hair_colour"]),
+            "hair style": balanced(found["hair_style"] == truth["hair_style"], truth["hair_style"])}
+
+
+def balanced(hit, kind, least=10):
+    """The mean over classes `kind` (N,) that have `least` examples of the share of hits (N,)."""
+    shares = [hit[kind == k].float().mean() for k in kind.unique() if k >= 0 and (kind == k).sum() >= least]
+    return torch.stack(shares).mean().item() if shares else float("nan")
+
+
+def report(model, pictures, truth):
+    """Print the figures of portraits (N, 3, H, W) that the reader has not seen, of all and by skin."""
+    found = classes_of(identity_of(read(model, pictures)))
+    rows = [torch.ones(len(pictures), dtype=torch.bool), *(truth["skin"] == s for s in range(5))]
+    columns = [figures(*({name: t[row] for name, t in some.items()} for some in (found, truth)))
+               for row in rows]
+    print(f"{'':20s}" + "".join(f"{name:>9s}" for name in ("all", *faces.SKIN_WORDS)))
+    for name in columns[0]:
+        shown = (f"{column[name]:.3f}" if isinstance(column[name], float) else column[name]
+                 for column in columns)
+        print(f"{name:20s}" + "".join(f"{value:>9}" for value in shown))
+    print(f"taken for drawings: {int(drawn(model, pictures).sum())}/{len(pictures)}")
