@@ -39,7 +39,7 @@ def seeded_noise(shape, source):
 
 
 def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
-    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the edits in force.
+    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the adapters in force.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
     CPU generator for time steps and noise.

@@ -4,8 +4,8 @@ loss that trains the predictor.
     model = hdb.load("nano")                      # or a Stable Diffusion 1.5
     method = HyperDreamBooth(model, load_hypernet("nano/hypernet.safetensors", model))
     theta = method.predict(photo)                 # section 4.2: 28,800 numbers (nano: 7,584), at once
-    relaxed = method.fine_tune(photo, theta)      # section 4.3: rank-relaxed fast fine-tuning
-    with model.edited(join(method.lidb.factors(theta), relaxed)):
+    lora = method.fine_tune(photo, theta)      # section 4.3: rank-lora fast fine-tuning
+    with model.adapted(join(method.lidb.adapters(theta), lora)):
         pictures = model.sample(["a [V] face as a rock star"], seeds=[0])
 """
 import itertools
@@ -14,13 +14,15 @@ from functools import cached_property
 
 import torch
 
-from descent import descend
+from training.fit import fit
 from diffusion import denoising_error, denoising_loss, noised
-from edits import detach, fresh_lora, in_weights
-from files.hypernetwork import load_hypernet  # noqa: F401  (both loads: where users look for them)
+from adapters import detach, fresh_lora, in_weights
+from files.hypernetwork import load_hypernet
 from lidb import LiDB, personal_layers, unet_layers
-from sd import load  # noqa: F401
+from sd import load
 from vit import encode_face
+
+__all__ = ["HyperDreamBooth", "PROMPT", "load", "load_hypernet"]
 
 PROMPT = "a [V] face"
 SMALL = 2 ** 18  # weights in the largest layer up to which a CPU had better change them than what they make
@@ -32,7 +34,8 @@ def several(photo):
 
 
 class HyperDreamBooth:
-    """The method around one StableDiffusion `model`, which stays as it is: what is personal is in edits."""
+    """The method around one StableDiffusion `model`, which stays as it is: what is personal is in
+    adapters."""
 
     def __init__(self, model, hypernet=None, basis_seed=0):
         """hypernet: a HyperNetwork, which brings its basis; basis_seed: of the LiDB basis without one."""
@@ -42,7 +45,7 @@ class HyperDreamBooth:
 
     @cached_property
     def lidb(self):
-        """Lightweight DreamBooth over this model's layers: θ to edits."""
+        """Lightweight DreamBooth over this model's layers: θ to adapters."""
         return LiDB(self.layers, seed=self.basis_seed, device=self.model.device)
 
     @torch.no_grad()
@@ -66,7 +69,7 @@ class HyperDreamBooth:
         and β mean the same for every model.
 
             with method.hyper_loss(theta_hat, latent, prompts, generator) as (loss, denoising, distance):
-                loss.backward()                                     # θ̂'s edits are in force until here
+                loss.backward()                                     # θ̂'s adapters are in force until here
 
         theta_hat (B, layers, size) from the hypernetwork, latent (B, 4, h, w) of the target pictures, B
         prompts; theta, the same shape as theta_hat: pre-optimised targets, needed if β > 0 (ValueError
@@ -76,7 +79,7 @@ class HyperDreamBooth:
         if beta and theta is None:
             raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
         zero = theta_hat.new_zeros(())
-        with self.model.edited(self.lidb.factors(theta_hat)):
+        with self.model.adapted(self.lidb.adapters(theta_hat)):
             denoising = zero
             if alpha:
                 denoising = denoising_loss(self.model, latent, prompts, generator, share).mean()
@@ -88,19 +91,19 @@ class HyperDreamBooth:
         the denoising loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P
         prompts."""
         theta = torch.zeros(people, *self.lidb.shape, device=self.model.device, requires_grad=True)
-        descend(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
-                lambda: self.model.edited(self.lidb.factors(theta)))
+        fit(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
+                lambda: self.model.adapted(self.lidb.adapters(theta)))
         return theta.detach()
 
     def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
-        """Rank-relaxed fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and a LoRA of a
+        """Rank-lora fast fine-tuning (section 4.3): the predicted ΔW is kept as it is and a LoRA of a
         higher rank is trained beside it, in the UNet, with the denoising loss on the one photo, `batch`
         noises of it a step. Without a prediction the text encoder is trained as well, since nothing else
         tells it that [V] is somebody.
 
         photo (P, 3, H, W) in [-1, 1], theta (P, layers, size) or None for none; P people are fine-tuned side
         by side, each on their own photo, or on N photos, (P, N, 3, H, W), which take turns. Returns the
-        LoRA's edits alone; join() them with the prediction's. callback(step, loss) after every step.
+        LoRA's adapters alone; join() them with the prediction's. callback(step, loss) after every step.
         """
         generator = generator or torch.Generator().manual_seed(0)
         photos = several(photo)
@@ -113,32 +116,32 @@ class HyperDreamBooth:
             which = [next(turns) for _ in range(batch)]
             return latents[:, which].transpose(0, 1).flatten(0, 1)
 
-        predicted = {} if theta is None else detach(self.lidb.factors(theta))
+        predicted = {} if theta is None else detach(self.lidb.adapters(theta))
         # A text encoder that is trained on the one prompt as well forgets what other prompts say: of 16
         # people on nano likeness .95 plain, .86 styled at style .93; without .96, .86 at 1.00
         layers = self.layers if theta is None else unet_layers(self.layers)
-        relaxed = fresh_lora(layers, rank, generator, people)
+        lora = fresh_lora(layers, rank, generator, people)
         largest = max(layer.weight.numel() for layer in layers.values())
         here = self.model.device.type == "cpu" and self.model.dtype == torch.float32
         light = here and people == 1 and largest <= SMALL
 
         def around():
             """The LoRA is in force, as it is now."""
-            return self.model.edited(in_weights(relaxed, layers) if light else relaxed)
-        with self.model.edited(predicted):
+            return self.model.adapted(in_weights(lora, layers) if light else lora)
+        with self.model.adapted(predicted):
             ids = self.model.tokens([PROMPT] * people)
             fixed = None if theta is None else self.model.text(ids).detach()  # encoded once
 
             def loss(*drawn):
                 context = self.model.text(ids) if fixed is None else fixed
                 return denoising_error(self.model.unet, context, *drawn).mean()
-            factors = [factor for pair in relaxed.values() for factor in pair]
-            descend(loss, factors, steps, lr, around, callback, generator,
+            factors = [factor for pair in lora.values() for factor in pair]
+            fit(loss, factors, steps, lr, around, callback, generator,
                     draw=lambda: noised(latent(), generator))
-        return detach(relaxed)
+        return detach(lora)
 
-    def sample(self, prompts, edits=None, seeds=None, **options):
-        """Pictures (B, 3, H, W) in [-1, 1] of B prompts with the edits of one person or of B; see
+    def sample(self, prompts, adapters=None, seeds=None, **options):
+        """Pictures (B, 3, H, W) in [-1, 1] of B prompts with the adapters of one person or of B; see
         model.sample."""
-        with self.model.edited(edits or {}):
+        with self.model.adapted(adapters or {}):
             return self.model.sample(prompts, seeds, **options)

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from edits import LowRank
+from adapters import LowRank
 
 
 def personal_layers(unet, text):
@@ -68,9 +68,9 @@ class LiDB:
         """Of the basis, to 4 digits: equal wherever `seed` means the same."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[1]
 
-    def factors(self, theta):
-        """θ (P, layers, r·(a + b)) -> edits: name -> LowRank(A_aux·A_train, B_train·B_aux), differentiable.
-        ValueError for other shapes."""
+    def adapters(self, theta):
+        """θ (P, layers, r·(a + b)) -> adapters: name -> LowRank(A_aux·A_train, B_train·B_aux),
+        differentiable. ValueError for other shapes."""
         if theta.shape[1:] != self.shape:
             raise ValueError(f"θ is {tuple(theta.shape)}, but this basis needs (people, {self.shape[0]}, "
                              f"{self.shape[1]})")
@@ -78,10 +78,10 @@ class LiDB:
         a_train, b_train = theta.split([self.rank * self.a, self.rank * self.b], dim=2)
         a_train = a0.to(theta) + a_train.unflatten(2, (self.a, self.rank))  # (P, layers, a, r)
         b_train = b_train.unflatten(2, (self.rank, self.b))                 # (P, layers, r, b)
-        edits = {}
+        adapters = {}
         for i, name in enumerate(self.names):
-            edits[name] = LowRank(a_aux[i].to(theta) @ a_train[:, i], b_train[:, i] @ b_aux[i].to(theta))
-        return edits
+            adapters[name] = LowRank(a_aux[i].to(theta) @ a_train[:, i], b_train[:, i] @ b_aux[i].to(theta))
+        return adapters
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,7 @@ the prediction alone, then the prompts. With --each every person's files are in 
 and sheet.png has a column for each. nano knows drawn people alone: of a photograph it says what it saw, draws
 that person, and goes on with the drawing, which the sheet shows too.
 
-The systems that the paper compares with have the same command line: python -m baselines.dreambooth,
+The systems that the paper compares with have the same command line: python -m methods.dreambooth,
 .textual_inversion, .perfusion, .e4t.
 """
 import argparse
@@ -25,24 +25,24 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from files import start  # before torch
+from program import START, console
 
 import torch
 from tqdm import tqdm
 
 import hdb
-from arguments import PERSONAL, check_kinds, parsed
-from baselines import registry, textual_inversion  # noqa: F401
-from edits import LowRank, canonical, join, named, scale, stack
-from files import console, images
+from methods.arguments import PERSONAL, check_kinds, parsed
+from methods import registry, textual_inversion  # noqa: F401
+from adapters import LowRank, canonical, join, with_identifier, scale, stack
+from files import images
 from files.checkpoints import finite, open_tensors, whole_files
-from files.console import UserError
+from program.console import UserError
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
-from files.parts import split
+from training.parts import split
 from files.person import MAKERS, OURS, Person, load_person, save_person
-from files.photos import read_photos
+from training.photos import read_photos
 from nano import faces
 from nano.judge import load_judge
 from nano.photo import avatar, reader
@@ -81,7 +81,7 @@ def main(args):
         check_kinds(args, maker.kinds(args))
         if not args.each and len(photos_of(args, images.SMALLEST, "center")) > 1 and args.method != OURS:
             raise UserError(f"{args.method} takes one photo")
-    stage = console.Stages(start.START)
+    stage = console.Stages(START)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
@@ -105,23 +105,23 @@ def main(args):
         # as the file keeps it, so that the pictures are the same again from there
         people = [person.map(lambda t: t.half().float())]
         written = save(people[0], method, args.out)
-    edits = [person.edits(method) for person in people]
-    check_kinds(args, {type(edit) for mine in edits for edit in mine.values()})
+    adapters = [person.adapters(method) for person in people]
+    check_kinds(args, {type(adapter) for mine in adapters for adapter in mine.values()})
     if args.strength != 1:
-        edits = [scale(mine, args.strength) for mine in edits]
+        adapters = [scale(mine, args.strength) for mine in adapters]
     if hasattr(maker, "turn"):
-        edits = [maker.turn(mine, args, method) for mine in edits]
+        adapters = [maker.turn(mine, args, method) for mine in adapters]
 
     # the pictures
-    with model.edited(styles):
-        predicted, pictures = draw(method, people, edits, args)
+    with model.adapted(styles):
+        predicted, pictures = draw(method, people, adapters, args)
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
     shown = torch.cat([x.cpu() for x in (seen, photo, predicted, pictures) if x is not None and len(x)])
     columns = len(people) if photo is None else len(shown)
     written += write_pictures(pictures, shown, columns, model, args)
 
     if args.export or args.merge:
-        whole = join(edits[0], styles) if styles else edits[0]
+        whole = join(adapters[0], styles) if styles else adapters[0]
         written += for_other_programs(model, people[0], whole, args)
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
@@ -130,7 +130,7 @@ def main(args):
         scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in photo.cpu()]).mean(0)
         for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
             print(f"  likeness {score:+.2f}  {name}")
-    seconds = time.time() - start.START
+    seconds = time.time() - START
     stage(f"done, {seconds:.1f} s in all, seed {args.seed}{console.peak_memory(model.device)}")
 
 
@@ -205,24 +205,24 @@ def warn(args, tokenizer):
     that suits nano alone."""
     if args.model != "nano" and args.photos and args.method == OURS and args.lr > NUMBERS["lr"][1]:
         warnings.warn(f"--lr {args.lr:g} is large for this model; 2e-4 to 5e-4 are usual", stacklevel=1)
-    tokenizer([*map(named, args.prompts), args.negative])
+    tokenizer([*map(with_identifier, args.prompts), args.negative])
     warnings.filterwarnings("ignore", "prompt is longer")
     for prompt in args.prompts:
         before, v, _ = canonical(prompt).partition("[V]")
-        cut = len(tokenizer.tokens(named(before + v))) > tokenizer.max_length - 2
+        cut = len(tokenizer.tokens(with_identifier(before + v))) > tokenizer.max_length - 2
         if not v or cut:
             what = "is cut and does not say [V] before that" if v else "does not say [V]"
             warnings.warn(f'the prompt "{prompt}" {what}, so it will not show the person', stacklevel=1)
 
 
 def kinds(args):
-    """What the edits of a person made here are."""
+    """What the adapters of a person made here are."""
     return [LowRank]
 
 
 def make_person(method, photo, args, stage):
     """Photo to Person: predict, then fine-tune."""
-    theta, relaxed = None, {}
+    theta, lora = None, {}
     if method.hypernet:
         theta = method.predict(photo)
         stage(f"predicted {theta.numel():,} personal weights from {', '.join(args.photos)}")
@@ -236,16 +236,16 @@ def make_person(method, photo, args, stage):
         generator = torch.Generator().manual_seed(args.seed)
         settings = args.steps, args.rank, args.lr, args.batch
         with stage.progress(args.steps) as show:
-            relaxed = method.fine_tune(photo, theta, *settings, generator, show)
+            lora = method.fine_tune(photo, theta, *settings, generator, show)
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
-    return Person(theta, relaxed, method.basis_seed, args.model)
+    return Person(theta, lora, method.basis_seed, args.model)
 
 
 def save(person, method, out):
     """Write what there is of a new person and return the paths. What is left of another run goes: it may be
     somebody else."""
     alone, tuned = (out / name for name in PERSONAL)
-    known = {alone: person.theta is not None or person.tensors, tuned: person.relaxed}
+    known = {alone: person.theta is not None or person.tensors, tuned: person.lora}
     written = [path for path, there in known.items() if there]
     with whole_files(*written) as temporary:
         for path, new in zip(written, temporary):
@@ -255,20 +255,20 @@ def save(person, method, out):
     return written
 
 
-def draw(method, people, edits, args):
+def draw(method, people, adapters, args):
     """The prediction's picture, of a photo that has one, or [], and every prompt's, of all people each."""
     def sample(prompt, who, mine, first):
-        prompts = [named(prompt, people[i].identifier) for i in who]
+        prompts = [with_identifier(prompt, people[i].identifier) for i in who]
         return method.sample(prompts, mine, [first + i for i in who], steps=args.sample_steps,
                              guidance=args.guidance, negative=args.negative)
     # low-rank people share a batch
     everybody = list(range(len(people)))
-    groups = [([i], edits[i]) for i in everybody]
-    if all(isinstance(edit, LowRank) for mine in edits for edit in mine.values()):
-        groups = [(few, stack([edits[i] for i in few])) for few in split(everybody, args.side_by_side)]
+    groups = [([i], adapters[i]) for i in everybody]
+    if all(isinstance(adapter, LowRank) for mine in adapters for adapter in mine.values()):
+        groups = [(few, stack([adapters[i] for i in few])) for few in split(everybody, args.side_by_side)]
     predicted = []
     if not args.people and people[0].theta is not None:
-        predicted = sample(hdb.PROMPT, [0], method.lidb.factors(people[0].theta), args.seed)
+        predicted = sample(hdb.PROMPT, [0], method.lidb.adapters(people[0].theta), args.seed)
     pictures = torch.cat([sample(prompt, who, mine, args.seed + i * len(people))
                           for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))
                           for who, mine in groups])
@@ -301,20 +301,20 @@ def write_pictures(pictures, shown, columns, model, args):
     return paths
 
 
-def for_other_programs(model, person, edits, args):
-    """Write what --export and --merge ask for of this person, whose edits are these, and say how it is used;
-    return the paths of the files."""
+def for_other_programs(model, person, adapters, args):
+    """Write what --export and --merge ask for of this person, whose adapters are these, and say how it is
+    used; return the paths of the files."""
     word, paths = person.identifier, []
     if args.export:
         paths.append(args.out / f"{args.export}.safetensors")
     if args.export == "lora":
-        export_lora(edits, paths[0], {"modelspec.trigger_phrase": word})
+        export_lora(adapters, paths[0], {"modelspec.trigger_phrase": word})
     if args.export == "embedding":
         word = textual_inversion.TOKEN
         textual_inversion.save_embedding(person.tensors, paths[0])
     if args.merge:
         source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
-        merge_to_folder(model, edits, source, args.merge)
+        merge_to_folder(model, adapters, source, args.merge)
         print(f"  {args.merge}/  the model with the person merged in")
     print(f'  in other programs the prompt says "{word}" where it says [V] here')
     return paths

@@ -1,17 +1,16 @@
-"""Stable Diffusion 1.x: text, latents and pictures, as it is or under somebody's edits.
+"""Stable Diffusion 1.x: text, latents and pictures, as it is or under somebody's adapters.
 
     model = load("nano")                             # or a hub id, a folder, a .safetensors file
     pictures = model.sample(["a face at the beach"], seeds=[0])
-    with model.edited(edits):                        # see edits.py
+    with model.adapted(adapters):                        # see adapters.py
         pictures = model.sample(["a [V] face at the beach"], seeds=[0])
 """
 import torch
 
 import diffusion
-from edits import edited, named
+from adapters import adapted, with_identifier
 from files import layouts
 from files.checkpoints import checksum
-from files.encoders import load_clip  # noqa: F401  (sd.load_clip is where users look for it)
 from files.layouts import HUB
 
 
@@ -41,7 +40,7 @@ class StableDiffusion:
 
     @property
     def layers(self):
-        """What can be edited: "unet.…" and "text.…" -> module."""
+        """What can be adapted: "unet.…" and "text.…" -> module."""
         parts = ("unet", self.unet), ("text", self.text)
         return {f"{part}.{name}": layer for part, network in parts for name, layer in network.named_modules()}
 
@@ -50,9 +49,9 @@ class StableDiffusion:
         """Part -> checksum of its weights: whether two models are the same, whatever they are called."""
         return {part: checksum(getattr(self, part)) for part in ("unet", "text", "vae")}
 
-    def edited(self, edits):
-        """`with model.edited({"unet.…": edit}):` the model is somebody's inside; see edits.edited."""
-        return edited(self.layers, edits)
+    def adapted(self, adapters):
+        """`with model.adapted({"unet.…": adapter}):` the model is somebody's inside; see adapters.adapted."""
+        return adapted(self.layers, adapters)
 
     def encode(self, image, generator=None):
         """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the latent (B, 4, H/8, W/8) that the UNet
@@ -78,7 +77,7 @@ class StableDiffusion:
 
     def tokens(self, texts):
         """The same strings as the text encoder's token ids (B, n)."""
-        return self.tokenizer([named(text) for text in texts]).to(self.device)
+        return self.tokenizer([with_identifier(text) for text in texts]).to(self.device)
 
     @torch.no_grad()
     def sample(self, prompts, seeds=None, steps=15, guidance=2., negative="", size=None,

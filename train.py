@@ -4,9 +4,9 @@
     python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
 Three stages, each of which goes on where it was stopped, by the same command; --minutes is for all together:
-  1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/pretrain.py encoder);
-  2. --beta above 0: the target θ of Eq. 2, fitted person by person;
-  3. the hypernetwork. The loss and, for the miniature, the likeness and style of people kept for watching go
+  1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/training/pretrain.py
+  encoder); 2. --beta above 0: the target θ of Eq. 2, fitted person by person; 3. the hypernetwork. The loss
+  and, for the miniature, the likeness and style of people kept for watching go
      to runs/<name>/log.jsonl, with pictures beside it.
 Photos are encoded first, once. On N GPUs:
 torchrun --nproc-per-node=N -- train.py …, each with --batch people.
@@ -18,29 +18,29 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import files.start  # noqa: F401  (before torch)
+from program import console
 
 import torch
 
 import hdb
-import world
-from files import console
+from program import distributed
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
-from files.parts import joined, kept
-from files.photos import Photos
+from training.parts import cached, load_all
+from training.photos import Photos
 from hypernet import HyperConfig, HyperNetwork
-from nano import people, pretrain, seeds
-from trainer import Trainer, seeded
+from nano import people, seeds
+from nano.training import pretrain
+from training.trainer import Trainer, seeded
 
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
 
 
 def main(args):
     deadline = time.time() + 60 * args.minutes
-    args.device = world.join(args.device)
+    args.device = distributed.join(args.device)
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     hypernet = hypernetwork(args, model, deadline)
     method, nano = hdb.HyperDreamBooth(model, hypernet), args.model == "nano"
@@ -56,14 +56,14 @@ def main(args):
     faces = args.faces and os.path.abspath(args.faces)
     of = model.checksums | {"basis": method.lidb.checksum, "faces": faces}
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
-                      of=of | {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)})
+                      depends_on=of | {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)})
     targets = None
     if args.beta:
         data.fix(args.targets)
         targets = fit_targets(method, data, args, folder / "targets", of, deadline)
 
     # of several processes each has --batch people of a larger batch
-    rank, size = world.share()
+    rank, size = distributed.rank_and_size()
     mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
@@ -74,14 +74,14 @@ def main(args):
         theta = hypernet.refine(data.features(who), s)
         target = None if targets is None else targets[who].to(model.device)
         with method.hyper_loss(theta, *data.pictures(who, view), generator, target, args.alpha, args.beta,
-                               world.share()) as (loss, denoising, distance):
+                               distributed.rank_and_size()) as (loss, denoising, distance):
             trainer.update(loss, denoising=denoising, distance=distance)
-        if watched and world.first() and (trainer.step % args.every == 0 or trainer.done):
-            edits = method.lidb.factors(method.predict(watched.photos))
-            watched.watch(model, edits, trainer)
+        if watched and distributed.is_main() and (trainer.step % args.every == 0 or trainer.done):
+            adapters = method.lidb.adapters(method.predict(watched.photos))
+            watched.watch(model, adapters, trainer)
     trainer.average()
     file = trainer.result(args.save, "hypernet.safetensors")
-    if world.first():
+    if distributed.is_main():
         save_hypernet(hypernet, model, file)
         print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
 
@@ -122,7 +122,7 @@ def nano_encoder(args, device, deadline):
 
 def fit_targets(method, data, args, folder, of, deadline):
     """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU; those in `folder`
-    were fitted before (LoadError for another's, as in files.parts)."""
+    were fitted before (LoadError for another's, as in training.parts)."""
     def fitted(who):
         generator = torch.Generator().manual_seed(args.seed + who[0].item())
 
@@ -132,7 +132,7 @@ def fit_targets(method, data, args, folder, of, deadline):
         return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}
-    return joined(kept(folder, groups, of | settings, fitted, "targets", deadline), "theta")
+    return load_all(cached(folder, groups, of | settings, fitted, "targets", deadline), "theta")
 
 
 def arguments():

@@ -3,9 +3,9 @@ from functools import cache, partial
 from typing import NamedTuple
 from collections.abc import Callable
 
-from baselines import dreambooth, e4t, perfusion, textual_inversion
-from baselines import registry  # noqa: F401  (all of MAKERS)
-from edits import scale
+from methods import dreambooth, e4t, perfusion, textual_inversion
+from methods import registry  # noqa: F401  (all of MAKERS)
+from adapters import scale
 from files.layouts import HERE
 from files.person import MAKERS, Person
 
@@ -15,14 +15,15 @@ PHOTOS = 8  # of everybody, beside the first
 
 class Job(NamedTuple):
     """One row of a table: fit(method, photo (P, 3, H, W), generator) -> Person of P people. Or points of a
-    curve: with `turn`, the fitted person's edits at each of the values, turn(edits, value) -> edits. With
-    several `photos` it gets (P, photos, 3, H, W); the pictures are judged by the photo numbered judged_by."""
+    curve: with `turn`, the fitted person's adapters at each of the values, turn(adapters, value) -> adapters.
+    With several `photos` it gets (P, photos, 3, H, W); the pictures are judged by the photo numbered
+    judged_by."""
     system: str
     fit: Callable
     people: int = PEOPLE
     knob: str = ""
     values: tuple = ("",)
-    turn: Callable = lambda edits, value: edits
+    turn: Callable = lambda adapters, value: adapters
     photos: int = 1
     judged_by: int = 0
 
@@ -30,15 +31,15 @@ class Job(NamedTuple):
 def ours(method, photo, generator, steps=40, predict=True, iterations=None, **settings):
     """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
     theta = method.predict(photo, iterations) if predict else None
-    relaxed = method.fine_tune(photo, theta, steps, generator=generator, **settings) if steps else {}
-    return Person(theta, relaxed, method.basis_seed)
+    lora = method.fine_tune(photo, theta, steps, generator=generator, **settings) if steps else {}
+    return Person(theta, lora, method.basis_seed)
 
 
 def theirs(name, shared=None, **settings):
-    """fit of one of baselines/ with these settings; shared(model): more of them, the same for everybody."""
+    """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
     def fit(method, photo, generator):
         given = settings | (shared(method.model) if shared else {})
-        tensors = MAKERS[name].fit(method.model, photo, generator=generator, **given)
+        tensors = MAKERS[name].learn(method.model, photo, generator=generator, **given)
         return Person(tensors=tensors, made_by=name)
     return fit
 
@@ -92,8 +93,8 @@ def curves():
         return [Job("HyperDreamBooth", partial(ours, **{knob: value}), PEOPLE, knob, (value,))
                 for value in values]
 
-    def beta(edits, value):
-        return perfusion.at(edits, beta=value)
+    def beta(adapters, value):
+        return perfusion.at(adapters, beta=value)
     several = [Job("HyperDreamBooth", ours, PEOPLE, "photos", (n,), photos=n, judged_by=PHOTOS)
                for n in (1, 2, 4, 8)]
     alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "s", (s,))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from files.console import status
+from program.console import status
 
 
 class Row(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 import clip
 from files.checkpoints import LoadError, build, configure, read_json, require_settings
 from files.compvis import KNOWN_EXTRAS
-from files.layouts import download, place
+from files.layouts import download, device_and_dtype
 from files.tokenizers import read_tokenizer, vocabulary_in
 from vit import ViT, ViTConfig
 
@@ -51,7 +51,7 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
 
 
 def build_encoder(kind, config, folder, rename, device, *more):
-    file, where = folder / "model.safetensors", place(device, torch.float32)
+    file, where = folder / "model.safetensors", device_and_dtype(device, torch.float32)
     if not file.is_file():
         raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
     return build(kind, config, [file], rename, *where, *more)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from files.checkpoints import whole_files
-from files.console import UserError, printable
+from program.console import UserError, printable
 
 with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener

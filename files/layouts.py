@@ -65,7 +65,7 @@ OTHERS = {  # what a file without our prefixes is: the first pattern that one of
     r"(cond_stage_model\.transformer\.)?(text_model\.)?encoder\.layers\.": f"a text encoder alone; {WHOLE}"}
 
 
-def place(device, dtype):
+def device_and_dtype(device, dtype):
     """The torch.device and dtype to load to: what is asked for or, where that is None, what suits the
     machine. LoadError for a device that isn't there."""
     with refusing(f"device {device}: not available here"):
@@ -86,7 +86,7 @@ def model_name(source):
 
 def load_parts(source, device, dtype):
     """(UNet, TextTransformer, Tokenizer, VAE) at `source`, which sd.load() describes, or LoadError."""
-    device, dtype = place(device, dtype)
+    device, dtype = device_and_dtype(device, dtype)
     name = str(source)
     path = HERE / "nano" if name == "nano" else Path(source)
     if name == "nano" or os.path.isdir(path):
@@ -156,7 +156,7 @@ def from_folder(folder, dtype):
     missing += [] if vocabulary else ["tokenizer/vocab.json and merges.txt"]
     if missing:
         single = [] if any(files.values()) else [file.name for file in folder.glob("*.safetensors")]
-        hint = ("; make it with nano/pretrain.py" if folder == HERE / "nano"
+        hint = ("; make it with nano/training/pretrain.py" if folder == HERE / "nano"
                 else f"; if {single[0]} is a whole model, give its path" if single
                 else "; pickles (.bin) are not read" if any(folder.glob("*/*.bin")) else "")
         raise LoadError(f"{folder}: not a complete Stable Diffusion, it lacks {', '.join(missing)}{hint}")

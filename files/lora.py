@@ -1,4 +1,4 @@
-"""LoRA files: a person for other programs, and other people's LoRAs for ours. Both are low-rank edits, so
+"""LoRA files: a person for other programs, and other people's LoRAs for ours. Both are low-rank adapters, so
 every conversion is a renaming and a transposition: nothing is approximated."""
 import json
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from edits import LowRank, adaptable_layers, low_rank
+from adapters import LowRank, adaptable_layers, require_low_rank
 from files.checkpoints import outline, read_tensors, read_text, refusing, write
 from files.compvis import unet_to_compvis
-from files.console import UserError
+from program.console import UserError
 from files.person import check_numbers
 
 CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
@@ -44,13 +44,14 @@ PLAIN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", 
                           "trainable_token_indices", "alora_invocation_tokens"), (None, [], {}))}
 
 
-def export_lora(edits, path, metadata=None, dtype=torch.float32):
-    """Write one person's edits as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111 read.
-    Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the UNet's
-    output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one alpha
-    for all. ValueError for several people or edits not low-rank, UserError for what dtype can't hold."""
-    tensors, rank = {}, max((a.shape[2] for a, _ in low_rank(edits, people=1).values()), default=0)
-    for name, (a, b) in edits.items():
+def export_lora(adapters, path, metadata=None, dtype=torch.float32):
+    """Write one person's adapters as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111
+    read. Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the
+    UNet's output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one
+    alpha for all. ValueError for several people or adapters not low-rank, UserError for what dtype can't
+    hold."""
+    tensors, rank = {}, max((a.shape[2] for a, _ in require_low_rank(adapters, people=1).values()), default=0)
+    for name, (a, b) in adapters.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
         end = (1, 1) if name.endswith(CONVOLUTIONS) else ()
         down = F.pad(a[0].T, (0, 0, 0, rank - a.shape[2]))    # (r, in), of convolutions (r, in, 1, 1)
@@ -104,18 +105,18 @@ def load_lora(path, model, strength=1.0):
     report_problems(path, problems)
 
     # only now is read what may be large
-    tensors, edits = read_tensors(path)[0], {}
+    tensors, adapters = read_tensors(path)[0], {}
     for name, keys in found.items():
         pair = tensors[keys["down"]], tensors[keys["up"]]
-        edits[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
-    scales = peft_scales(path, note, tensors, edits)
-    for name, (a, b) in edits.items():
+        adapters[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
+    scales = peft_scales(path, note, tensors, adapters)
+    for name, (a, b) in adapters.items():
         if "alpha" in found[name]:
             scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
-        edits[name] = LowRank(a, b * (strength * scales[name]))
+        adapters[name] = LowRank(a, b * (strength * scales[name]))
     numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
-    check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in edits.items()}, path, "empty")
-    return edits
+    check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in adapters.items()}, path, "empty")
+    return adapters
 
 
 def report_problems(path, problems):
@@ -133,7 +134,7 @@ def normalised(key):
     return key
 
 
-def peft_scales(path, note, tensors, edits):
+def peft_scales(path, note, tensors, adapters):
     """Layer -> its residual's scale by PEFT's LoraConfig, alpha / r or, rank-stabilised, alpha / √r; else 1.
     diffusers has it in the metadata, its keys after "unet." or "text_encoder." if a pipeline wrote it,
     PEFT in adapter_config.json, without which its files can't be read: alpha is in no tensor."""
@@ -143,13 +144,13 @@ def peft_scales(path, note, tensors, edits):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
             kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
-        for part in {name.split(".")[0] for name in edits}:
+        for part in {name.split(".")[0] for name in adapters}:
             check_plain(config, PREFIXES[part])
             patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
                                            for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
-            special, mine = compiled(patterns or {}), [name for name in edits if name.startswith(part)]
+            special, mine = compiled(patterns or {}), [name for name in adapters if name.startswith(part)]
             for name in mine:
-                layer, rank = name.removeprefix(f"{part}."), edits[name].a.shape[2]
+                layer, rank = name.removeprefix(f"{part}."), adapters[name].a.shape[2]
                 names = layer, layer.removeprefix("text_model.")  # which transformers 5 leaves out
                 alpha = next((v for pattern, v in special if any(map(pattern.fullmatch, names))), usual)
                 scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))

@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from clip import END, START
-from edits import merge
+from adapters import merge
 from files.checkpoints import read_json, write, write_text
-from files.console import UserError
+from program.console import UserError
 from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
 from files.person import check_numbers
 from files.tokenizers import write_tokenizer
@@ -25,14 +25,14 @@ def free_folder(out):
     return out
 
 
-def merge_to_folder(model, edits, source, out):
-    """Write a model folder in the hub's layout with one person's edits merged into its weights; the
+def merge_to_folder(model, adapters, source, out):
+    """Write a model folder in the hub's layout with one person's adapters merged into its weights; the
     model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
     our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written: a person would
-    hardly survive 8 bits. UserError if out is taken, ValueError if the edits are not one person's."""
+    hardly survive 8 bits. UserError if out is taken, ValueError if the adapters are not one person's."""
     out, layers = free_folder(out), model.layers
-    copies = {name: copy.deepcopy(layers[name]).float() for name in edits}
-    merge(copies, edits)
+    copies = {name: copy.deepcopy(layers[name]).float() for name in adapters}
+    merge(copies, adapters)
     dtype = torch.float16 if model.dtype == torch.bfloat16 else model.dtype
     merged = {f"{name}.{key}": p.to(dtype) for name, layer in copies.items()
               for key, p in layer.named_parameters(recurse=False)}

@@ -1,4 +1,4 @@
-"""One person in a file: LiDB's numbers and, after rank-relaxed fine-tuning, a LoRA beside them; or whatever
+"""One person in a file: LiDB's numbers and, after rank-lora fine-tuning, a LoRA beside them; or whatever
 another method has made of a photo."""
 import re
 import warnings
@@ -10,13 +10,13 @@ from datetime import date
 
 import torch
 
-from edits import IDENTIFIER, LowRank, join, scale
+from adapters import IDENTIFIER, LowRank, join, scale
 from files.checkpoints import finite, open_tensors, outline, read_tensors, refusing, write
-from files.console import UserError
+from program.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
 LONGEST_WORD = 500
-MAKERS = {}  # made_by -> another method's module, which has edits(tensors, model) and shapes(model, tensors)
+MAKERS = {}  # made_by -> another method's module, with adapters(tensors, model) and shapes(model, tensors)
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Person:
     """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA beside it or {}; or,
     made by another method, its `tensors`."""
     theta: torch.Tensor | None = None
-    relaxed: dict = field(default_factory=dict)  # layer -> LowRank
+    lora: dict = field(default_factory=dict)  # layer -> LowRank
     basis_seed: int = 0                          # of the LiDB that theta belongs to
     base: str = ""                               # the model, as it was called when the person was made
     identifier: str = IDENTIFIER                 # what [V] stood for
@@ -33,26 +33,26 @@ class Person:
     made_by: str = OURS
     tensors: dict = field(default_factory=dict)  # name -> (1, …)
 
-    def edits(self, method):
+    def adapters(self, method):
         """What makes the model of `method`, an hdb.HyperDreamBooth, this person's, at the default
         strength."""
         if self.made_by != OURS:
-            return MAKERS[self.made_by].edits(self.tensors, method.model)
-        predicted = {} if self.theta is None else method.lidb.factors(self.theta)
-        return scale(join(predicted, self.relaxed), self.scale)
+            return MAKERS[self.made_by].adapters(self.tensors, method.model)
+        predicted = {} if self.theta is None else method.lidb.adapters(self.theta)
+        return scale(join(predicted, self.lora), self.scale)
 
     def map(self, change):
         """The same person with change(tensor) for every tensor."""
         theta = None if self.theta is None else change(self.theta)
-        relaxed = {name: LowRank(*map(change, edit)) for name, edit in self.relaxed.items()}
+        lora = {name: LowRank(*map(change, adapter)) for name, adapter in self.lora.items()}
         tensors = {name: change(t) for name, t in self.tensors.items()}
-        return replace(self, theta=theta, relaxed=relaxed, tensors=tensors)
+        return replace(self, theta=theta, lora=lora, tensors=tensors)
 
     def stored(self, lidb_only=False):
         """name -> tensor, as in a file; lidb_only: without the LoRA."""
         found = {} if self.theta is None else {"theta": self.theta}
         if not lidb_only:
-            found |= {f"{name}.{ab}": t for name, edit in self.relaxed.items() for ab, t in zip("AB", edit)}
+            found |= {f"{name}.{ab}": t for name, pair in self.lora.items() for ab, t in zip("AB", pair)}
         return found | self.tensors
 
 
@@ -112,8 +112,8 @@ def load_person(path, method):
     if made_by != OURS:
         return Person(tensors=tensors, made_by=made_by, **about)
     names = [name for name in method.layers if f"{name}.A" in tensors]
-    relaxed = {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
-    return Person(tensors.get("theta"), relaxed, method.lidb.seed, **about)
+    lora = {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+    return Person(tensors.get("theta"), lora, method.lidb.seed, **about)
 
 
 def is_person(path):

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from files.console import UserError
+from program.console import UserError
 
 IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "hair_style", "hair_colour",
             "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",

@@ -1,25 +1,21 @@
 """The miniature's referee: who is in a picture, in which style, with which attributes.
 
-    python nano/judge.py        train nano/judge.safetensors and print its accuracy on people it has not seen
+    python -m nano.judge        train nano/judge.safetensors and print its accuracy on people it has not seen
 
 One small convolutional network reads a picture (B, 3, 128, 128) in [-1, 1]. Its embedding is trained with
 InfoNCE (van den Oord et al., 1807.03748) between two pictures of a person that differ in style and
 circumstances; linear heads beside it read style and attributes. It is trained apart from all that it judges.
 """
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from files import console  # noqa: E402
-from files.checkpoints import build, write  # noqa: E402
-from files.layouts import place  # noqa: E402
-from nano import faces, seeds  # noqa: E402
-from trainer import Trainer, seeded  # noqa: E402
+from program import console
+from files.checkpoints import build, write
+from files.layouts import device_and_dtype
+from nano import faces, seeds
+from training.trainer import Trainer, seeded
 
 FILE = Path(__file__).with_name("judge.safetensors")
 WIDTHS = 24, 48, 96, 160
@@ -69,7 +65,7 @@ def train(args):
         model = Judge().to(args.device)
     temperature = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3, device=args.device))})
     modules, of = {"judge": model, "temperature": temperature}, {"people": args.people, "seed": args.seed}
-    trainer = Trainer(modules, Path(args.runs) / "judge", args.steps, args.lr, of=of)
+    trainer = Trainer(modules, Path(args.runs) / "judge", args.steps, args.lr, depends_on=of)
     for step in trainer:
         # Two of the three pictures of some people
         generator.manual_seed(seeds.seed(args.seed, step))
@@ -130,7 +126,7 @@ def arguments():
     if args.batch > args.people:
         parser.error(f"--batch {args.batch} is more than the --people {args.people}")
     console.check_folder(parser, "--runs", args.runs)
-    args.device, _ = place(args.device, torch.float32)
+    args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 
 

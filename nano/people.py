@@ -6,10 +6,10 @@ from tqdm import tqdm
 
 from files import images
 from files.checkpoints import build
-from files.console import UserError
+from program.console import UserError
 from nano import faces, seeds
 from nano.judge import load_judge
-from trainer import Pool
+from training.trainer import Pool
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
@@ -20,7 +20,7 @@ PLAIN = .4  # the share of a training's pictures that are in no style
 def load_encoder(file, device):
     """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError where there is none."""
     if not Path(file).exists():
-        raise UserError(f"{file}: no encoder here; make it with: python nano/pretrain.py encoder")
+        raise UserError(f"{file}: no encoder here; make it with: python -m nano.training.pretrain encoder")
     return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32)
 
 
@@ -80,26 +80,26 @@ class HeldOut:
         self.first, self.device = first, device
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
-    def again(self, count):
+    def more_photos(self, count):
         """`count` further photos (P, count, 3, 128, 128) of everybody."""
         generator = torch.Generator().manual_seed(self.first + 1)
         return torch.stack([faces.photos(self.identity, generator, self.device) for _ in range(count)], 1)
 
     @torch.no_grad()
-    def measure(self, model, edits, style, noises, who=slice(None), **options):
-        """Pictures of everybody, or of `who`, in one style by the model under `edits`, their likeness (B,) to
-        the photos, and 1 where the style is right (B,). `noises` are seeds, `options` the sampler's."""
+    def measure(self, model, adapters, style, noises, who=slice(None), **options):
+        """Pictures of everybody, or of `who`, in one style by the model under `adapters`, their likeness (B,)
+        to the photos, and 1 where the style is right (B,). `noises` are seeds, `options` the sampler's."""
         real, index = self.photos[who], STYLES.index(style)
-        with model.edited(edits):
+        with model.adapted(adapters):
             pictures = model.sample([PROMPTS[index]] * len(real), seeds=noises, **options)
         right = self.judge(pictures)[1].argmax(1) == index
         return pictures, self.judge.likeness(pictures, real), right.float()
 
-    def watch(self, model, edits, trainer):
-        """Log the likeness and style accuracy of everybody's pictures under `edits`, and draw them."""
+    def watch(self, model, adapters, trainer):
+        """Log the likeness and style accuracy of everybody's pictures under `adapters`, and draw them."""
         noises, columns, numbers = range(len(self.photos)), [self.photos], {}
         for style in "photo", "rock star", "pixar":
-            pictures, likeness, right = self.measure(model, edits, style, noises, steps=12)
+            pictures, likeness, right = self.measure(model, adapters, style, noises, steps=12)
             columns.append(pictures)
             numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
         trainer.log(**numbers)

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "ref
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command line here, which has to end with one line for the user and exit code 2: the line."""
-    from files import console
+    from program import console
 
     def run(script, *arguments):
         monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, arguments)])

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 CHILD = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
-from files import console
-from trainer import Trainer, seeded
+from program import console
+from training.trainer import Trainer, seeded
 
 def main(_):
     with seeded(0):

@@ -15,7 +15,7 @@ from pathlib import Path
 import libcst as cst
 
 ROOT = Path(__file__).parents[1]
-MUTATED = "edits", "lidb", "hypernet", "diffusion", "descent", "hdb", "trainer", "sd"
+MUTATED = "adapters", "lidb", "hypernet", "diffusion", "descent", "hdb", "trainer", "sd"
 SETTINGS = {
     "source_paths": [f"{name}.py" for name in MUTATED],
     "also_copy": [p.name for p in ROOT.glob("*.py")] + ["files", "nano", "pytest.ini"],

@@ -2,7 +2,7 @@
 import json
 import sys
 
-import bench
+from evaluation import bench
 import pytest
 import torch
 

@@ -11,7 +11,7 @@ import torch
 from test_personalize import ROOT
 from tqdm import tqdm
 
-from files import console
+from program import console
 from files.checkpoints import whole_files
 
 
@@ -125,7 +125,7 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
     assert {p.name for p in tmp_path.rglob("*")} == {"a", "b", "weights", "config.json"}
 
 
-@pytest.mark.parametrize("script", ["train.py", "bench.py", "nano/pretrain.py", "-m baselines.e4t"])
+@pytest.mark.parametrize("script", ["train.py", "-m evaluation", "-m nano.training.pretrain"])
 def test_ctrl_c_while_torch_is_imported_says_nothing(script):
     def heed():  # also where the tests run in the background, which ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,10 +5,10 @@ from tiny import generator, photo, shared_model, tiny_model
 from torch.func import functional_call
 
 import hdb
-from baselines import dreambooth, registry  # noqa: F401
+from methods import dreambooth, registry  # noqa: F401
 from diffusion import ALPHAS_CUMPROD, denoising_loss
-from edits import Change, LowRank, fresh_lora
-from files.console import UserError
+from adapters import Change, LowRank, fresh_lora
+from program.console import UserError
 from files.person import Person, load_person, save_person
 from lidb import personal_layers
 
@@ -66,7 +66,7 @@ def test_without_a_prior_it_is_the_photos_loss_alone():
 def test_a_step_is_adams_of_every_weight():
     model, face = tiny_model(), photo()
     before = {name: p.clone() for name, p in dreambooth.parameters(model).items()}
-    tensors = dreambooth.fit(model, face, steps=1, lr=1e-3, batch=2, prior=PRIOR, generator=generator(4))
+    tensors = dreambooth.learn(model, face, steps=1, lr=1e-3, batch=2, prior=PRIOR, generator=generator(4))
     latent = model.encode(face).repeat(2, 1, 1, 1)
     _, gradients = by_hand(model, latent, 1., generator(4))
     assert tensors.keys() == before.keys()
@@ -81,12 +81,12 @@ def test_a_step_is_adams_of_every_weight():
 
 def test_edits_are_the_trained_model():
     model, face = tiny_model(), photo()
-    tensors = dreambooth.fit(model, face, steps=3, lr=1e-3, prior=PRIOR, generator=generator(4))
-    person = dreambooth.edits(tensors, model)
-    assert {type(edit) for edit in person.values()} == {Change}
+    tensors = dreambooth.learn(model, face, steps=3, lr=1e-3, prior=PRIOR, generator=generator(4))
+    person = dreambooth.adapters(tensors, model)
+    assert {type(adapter) for adapter in person.values()} == {Change}
     weights = {name: p + tensors[name][0] for name, p in dreambooth.parameters(model).items()}
     latent, prompts = torch.randn(2, 4, 8, 8, generator=generator(3)), ["a sks face"] * 2
-    with torch.no_grad(), model.edited(person):
+    with torch.no_grad(), model.adapted(person):
         found = denoising_loss(model, latent, prompts, generator(5))
     expected = written_out(model, weights, latent, prompts, generator(5))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
@@ -101,21 +101,21 @@ def test_every_setting_is_heard():
     seen = []
     for other in {}, *others:
         losses = []
-        tensors = dreambooth.fit(model, face, **usual | other, generator=generator(4),
+        tensors = dreambooth.learn(model, face, **usual | other, generator=generator(4),
                                  callback=lambda step, loss: losses.append((step, loss)))  # noqa: B023
         assert [step for step, _ in losses] == list(range((usual | other)["steps"]))
         seen.append(sum(t.double().abs().sum().item() for t in tensors.values()))
     assert len(set(seen)) == len(seen)
-    again = dreambooth.fit(model, face, **usual, generator=generator(4))
+    again = dreambooth.learn(model, face, **usual, generator=generator(4))
     assert sum(t.double().abs().sum().item() for t in again.values()) == seen[0]
 
 
 def test_a_lora_takes_people_side_by_side():
     model, faces = shared_model(), photo(2)
-    tensors = dreambooth.fit(model, faces, steps=2, lr=1e-2, rank=3, prior=PRIOR, generator=generator(4))
-    person = dreambooth.edits(tensors, model)
+    tensors = dreambooth.learn(model, faces, steps=2, lr=1e-2, rank=3, prior=PRIOR, generator=generator(4))
+    person = dreambooth.adapters(tensors, model)
     layers = personal_layers(model.unet, model.text)
-    assert person.keys() == layers.keys() and all(isinstance(edit, LowRank) for edit in person.values())
+    assert person.keys() == layers.keys() and all(isinstance(adapter, LowRank) for adapter in person.values())
     start = fresh_lora(layers, 3, generator(4), people=2)
     for name, (a, b) in person.items():
         assert a.shape == start[name].a.shape and 0 < (a - start[name].a).abs().max() < .05
@@ -123,7 +123,7 @@ def test_a_lora_takes_people_side_by_side():
     assert sum(b.abs().sum() for _, b in person.values()) > 0
     assert all(not torch.equal(b[0], b[1]) for _, b in person.values() if b.abs().sum() > 0)
     with pytest.raises(ValueError, match="one person at a time"):
-        dreambooth.fit(model, faces, steps=1, prior=PRIOR)
+        dreambooth.learn(model, faces, steps=1, prior=PRIOR)
 
 
 def test_class_pictures_are_the_models_own():
@@ -139,7 +139,7 @@ def test_class_pictures_are_the_models_own():
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_person_in_a_file(tmp_path, rank):
     method = hdb.HyperDreamBooth(shared_model())
-    tensors = dreambooth.fit(method.model, photo(), steps=1, lr=1e-3, rank=rank, prior=PRIOR)
+    tensors = dreambooth.learn(method.model, photo(), steps=1, lr=1e-3, rank=rank, prior=PRIOR)
     person = Person(tensors=tensors, made_by="dreambooth")
     save_person(person, method, tmp_path / "me.safetensors", dtype=torch.float32)
     back = load_person(tmp_path / "me.safetensors", method)

@@ -1,4 +1,4 @@
-"""baselines/e4t.py and its pre-training by numbers, on a tiny model: against other weights, other words."""
+"""methods/e4t.py and its pre-training by numbers, on a tiny model: against other weights, other words."""
 import argparse
 import copy
 import inspect
@@ -17,14 +17,15 @@ from torch.func import functional_call
 
 import diffusion
 import hdb
-from baselines import e4t, train_e4t
+from methods import e4t, train_e4t
 from diffusion import denoising_loss
-from files import console, images
+from files import images
+from program import console
 from files.checkpoints import LoadError
 from files.layouts import HERE
-from files.photos import Photos
+from training.photos import Photos
 from nano import people, seeds
-from trainer import Trainer, seeded
+from training.trainer import Trainer, seeded
 from unet import UNet, UNetConfig
 from vit import encode_face
 
@@ -152,7 +153,7 @@ def test_offsets_are_weights_times_one_plus_delta():
         delta = sum(torch.outer(rows[:, i], columns[:, i]) for i in range(3))
         deltas[name] = (layer.weight * (1 + delta) - layer.weight).T
     expected = Changed(model, deltas).unet(x, t, context)
-    with model.edited(e4t.offsets(model, domain.rows, domain.columns)):
+    with model.adapted(e4t.offsets(model, domain.rows, domain.columns)):
         got = model.unet(x, t, context)
     assert torch.allclose(got, expected, atol=1e-4)
     assert (model.unet(x, t, context) - got).norm() > .05 * got.norm()
@@ -180,10 +181,10 @@ def test_offsets_at_delta_zero_leave_the_model_and_are_no_saddle():
     factors = list(zip(*(delta() for delta in deltas)))
     fresh = e4t.Domain(e4t.EncoderConfig(), model)
     for rows, columns in (factors, (fresh.rows, fresh.columns)):
-        with model.edited(e4t.offsets(model, rows, columns)):
+        with model.adapted(e4t.offsets(model, rows, columns)):
             got = model.unet(x, t, context)
         assert torch.equal(got, model.unet(x, t, context))
-    with model.edited(e4t.offsets(model, *factors)):
+    with model.adapted(e4t.offsets(model, *factors)):
         model.unet(x, t, context).square().mean().backward()
     assert all(delta.along_columns.weight.grad.norm() > 0 for delta in deltas) and untouched(model)
 
@@ -192,9 +193,9 @@ def test_offsets_at_delta_zero_leave_the_model_and_are_no_saddle():
 # The word
 
 def said(model, seen, encoder, prompts, x, t, **more):
-    """What the UNet is given as context under the edits, and its output."""
+    """What the UNet is given as context under the adapters, and its output."""
     given, words = [], e4t.words(model, seen, encoder)
-    with model.edited(words | more):
+    with model.adapted(words | more):
         handle = model.unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[2]))
         y = model.unet(x, t, model.context(prompts))
         handle.remove()
@@ -232,7 +233,7 @@ def test_the_word_is_another_for_each_photo_latent_and_time():
 def test_holes_are_where_v_stands_and_nowhere_else():
     model, domain, x = shared_model(), tiny_domain(), some_latent(4)
     prompts = ["", "a face", "a [V] face", "[V] as [V]"]
-    with model.edited(e4t.words(model, some_photos(1), domain.encoder)):
+    with model.adapted(e4t.words(model, some_photos(1), domain.encoder)):
         words = model.context(prompts)
     ids = model.tokenizer([prompt.replace("[V]", "sks") for prompt in prompts])
     assert torch.equal(words.isnan().all(2), ids == SKS) and torch.equal(words.isnan().any(2), ids == SKS)
@@ -260,7 +261,7 @@ def test_guidance_and_a_sampler_meet_the_word_at_every_step():
             outs.append(away + 3 * (towards - away))
         return torch.cat(outs)
     expected = model.decode(diffusion.dpmpp_2m(denoise, noise, 3)).clamp(-1, 1)
-    with model.edited(e4t.words(model, seen, domain.encoder)):
+    with model.adapted(e4t.words(model, seen, domain.encoder)):
         got = model.sample(PEOPLE, [3, 4], steps=3, guidance=3., negative="blurry")
     assert (got - expected).norm() < .01 * expected.norm()
     assert (model.sample(PEOPLE, [3, 4], steps=3, negative="blurry") - got).norm() > .02 * got.norm()
@@ -317,7 +318,7 @@ def test_the_loss_and_its_gradient():
     model, domain, latent, seen = shared_model(), tiny_domain(), some_latent(2), some_photos(2)
     encoder = copy.deepcopy(domain.encoder).requires_grad_()
     inside = e4t.words(model, seen, encoder)
-    with model.edited(inside):
+    with model.adapted(inside):
         denoising = denoising_loss(model, latent, PEOPLE, generator(3))
         loss, size = e4t.total(denoising, inside["unet."])
         loss.backward()
@@ -338,7 +339,7 @@ def test_the_loss_and_its_gradient():
 def test_fine_tuning_written_out():
     """Two steps of Adam on all of a UNet that starts at W ⊙ (1 + Δ), and on the encoder."""
     model, domain, losses = shared_model(), tiny_domain(), []
-    tensors = e4t.fit(model, photo(), domain, steps=2, lr=1e-3, batch=2, generator=generator(4),
+    tensors = e4t.learn(model, photo(), domain, steps=2, lr=1e-3, batch=2, generator=generator(4),
                       callback=lambda step, loss: losses.append((step, loss)))
     twin, g = tiny_model(), generator(4)
     for layer, rows, columns in zip(e4t.attention(twin).values(), domain.rows, domain.columns):
@@ -374,8 +375,8 @@ def test_fine_tuning_written_out():
 
 def test_fifteen_steps_move_all_of_the_unet_and_the_encoder():
     model, domain, losses = shared_model(), tiny_domain(), []
-    tensors = e4t.fit(model, photo(), domain, lr=1e-3, callback=lambda step, loss: losses.append(loss))
-    still = e4t.fit(model, photo(), domain, 0)
+    tensors = e4t.learn(model, photo(), domain, lr=1e-3, callback=lambda step, loss: losses.append(loss))
+    still = e4t.learn(model, photo(), domain, 0)
     assert len(losses) == 15 and tensors.keys() == still.keys()
     for name, t in tensors.items():
         assert (name == "photo") == torch.equal(t, still[name]), name
@@ -405,8 +406,8 @@ def by_hand(model, tensors, prompts, x, t):
 @torch.no_grad()
 def test_a_person_is_sampled_as_they_were_fitted():
     model, x = shared_model(), some_latent(2)
-    tensors = e4t.fit(model, photo(), tiny_domain(), steps=2, lr=1e-2, batch=2)
-    with model.edited(e4t.edits(tensors, model)):
+    tensors = e4t.learn(model, photo(), tiny_domain(), steps=2, lr=1e-2, batch=2)
+    with model.adapted(e4t.adapters(tensors, model)):
         got = model.unet(x, torch.tensor([300]), model.context(PEOPLE))
     expected = by_hand(model, tensors, PEOPLE, x, 300)
     assert (got - expected).norm() < 1e-3 * expected.norm()
@@ -416,12 +417,12 @@ def test_a_person_is_sampled_as_they_were_fitted():
 
 def test_it_takes_one_person_at_a_time():
     with pytest.raises(ValueError, match="one person at a time"):
-        e4t.fit(shared_model(), torch.cat([photo(seed=1), photo(seed=2)]), tiny_domain(), 1)
+        e4t.learn(shared_model(), torch.cat([photo(seed=1), photo(seed=2)]), tiny_domain(), 1)
 
 
 def test_shapes_are_those_of_one_person():
     model = shared_model()
-    tensors = e4t.fit(model, photo(), tiny_domain(), 0)
+    tensors = e4t.learn(model, photo(), tiny_domain(), 0)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     assert e4t.shapes(model, tensors) == found
     for name in "photo", "encoder.second.bias":
@@ -435,12 +436,12 @@ def test_a_model_in_half_precision(monkeypatch):
     half, domain = tiny_model(), tiny_domain()
     for part in half.unet, half.text, half.vae:
         part.bfloat16()
-    tensors = e4t.fit(half, photo(), domain, 1, 1e-3, 2)
+    tensors = e4t.learn(half, photo(), domain, 1, 1e-3, 2)
     assert all(t.dtype == torch.float32 for t in tensors.values())
-    with half.edited(e4t.edits(tensors, half)):
+    with half.adapted(e4t.adapters(tensors, half)):
         pictures = half.sample(PEOPLE[:1], [0], steps=2)
     whole = shared_model()
-    with whole.edited(e4t.edits(tensors, whole)):
+    with whole.adapted(e4t.adapters(tensors, whole)):
         expected = whole.sample(PEOPLE[:1], [0], steps=2)
     assert (pictures - expected).norm() < .1 * expected.norm()
 
@@ -493,11 +494,11 @@ BIAS = "encoder.word.bias"
 
 
 @pytest.mark.parametrize("tensors, settings, note, words", [
-    ({}, {}, {"config": None}, "not a file of baselines/train_e4t.py"),
-    ({}, {}, {"config": "{"}, "not a file of baselines/train_e4t.py"),
-    ({}, {}, {"config": "3"}, "not a file of baselines/train_e4t.py"),
-    ({}, {}, {"vit": None}, "not a file of baselines/train_e4t.py"),
-    ({}, {}, {"vit_checksum": None}, "not a file of baselines/train_e4t.py"),
+    ({}, {}, {"config": None}, "not a file of methods/train_e4t.py"),
+    ({}, {}, {"config": "{"}, "not a file of methods/train_e4t.py"),
+    ({}, {}, {"config": "3"}, "not a file of methods/train_e4t.py"),
+    ({}, {}, {"vit": None}, "not a file of methods/train_e4t.py"),
+    ({}, {}, {"vit_checksum": None}, "not a file of methods/train_e4t.py"),
     ({}, {"width": "2"}, {}, "width cannot be '2'"),
     ({}, {"photo": -2}, {}, "photo cannot be -2"),
     ({}, {"width": 21}, {}, "expected"),
@@ -564,11 +565,12 @@ def test_a_person_of_the_command_line(file):
     args = options("--encoder", file, "--steps", 2, "--batch", 3)
     person = e4t.make_person(method, photo(), args, stage)
     domain = e4t.load_domain(file, method.model)
-    expected = e4t.fit(method.model, photo(), domain, 2, 1.6e-5, 3, generator(6))
+    expected = e4t.learn(method.model, photo(), domain, 2, 1.6e-5, 3, generator(6))
     assert person.tensors.keys() == expected.keys() and stage.moved == 2
     assert all(torch.equal(t, expected[name]) for name, t in person.tensors.items())
     assert (person.made_by, person.base) == ("e4t", "tiny") and len(stage) == 1
-    assert {type(edit) for edit in e4t.edits(person.tensors, method.model).values()} == set(e4t.kinds(args))
+    made = e4t.adapters(person.tensors, method.model)
+    assert {type(adapter) for adapter in made.values()} == set(e4t.kinds(args))
 
 
 def test_another_model_needs_an_encoder():
@@ -577,7 +579,7 @@ def test_another_model_needs_an_encoder():
 
 
 def test_the_options_are_fits_defaults():
-    names, nano = inspect.signature(e4t.fit).parameters, options(model="nano")
+    names, nano = inspect.signature(e4t.learn).parameters, options(model="nano")
     assert all(getattr(nano, name) == names[name].default for name in e4t.NUMBERS)
     assert (nano.encoder, nano.steps) == (None, 15)
 
@@ -661,9 +663,9 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
         def __init__(self):
             pass
 
-        def measure(self, model, edits, style, noises, steps):
+        def measure(self, model, adapters, style, noises, steps):
             made.append((style, list(noises), steps))
-            with model.edited(edits):
+            with model.adapted(adapters):
                 pictures = model.sample(PEOPLE, noises, steps=1)
             return pictures, torch.tensor([.25, .5]), torch.tensor([1., 0.])
 

@@ -10,12 +10,12 @@ from rule import fill
 from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model
 
 import clip
-import evaluate
+from evaluation import __main__ as evaluate
 import hdb
-from edits import Change
+from adapters import Change
 from evaluation import report, scores, systems
 from files import images
-from files.console import UserError
+from program.console import UserError
 from files.person import Person, save_person
 from nano import faces
 from vit import ViT, encode_face
@@ -82,8 +82,8 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
         fitted.append(len(photo))
         return Person(tensors={f"{bias}.bias": torch.ones(1, 4)}, made_by="dreambooth")
 
-    def turn(edits, value):
-        return {name: edit.scaled(value) for name, edit in edits.items()}
+    def turn(adapters, value):
+        return {name: adapter.scaled(value) for name, adapter in adapters.items()}
     fitted = []
     some = job(fit, knob="strength", values=(0., .5), turn=turn)
     method = hdb.HyperDreamBooth(model)

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 import clip
-import edits
-from nano import faces, pretrain, seeds
+import adapters
+from nano import faces, seeds
+from nano.training import pretrain
 
 # mean brightness of the quarters of two people's portraits, style after style
 QUARTERS = [
@@ -109,8 +110,8 @@ def test_captions_say_what_is_there_and_fit():
         assert all(p in text for p in phrases)
         assert all(len(words.tokens(w)) == 1 for w in text.split())
     # [V] is never seen in training
-    assert faces.RARE[0] == edits.IDENTIFIER
-    assert not any(edits.IDENTIFIER in t.split() for t in texts)
+    assert faces.RARE[0] == adapters.IDENTIFIER
+    assert not any(adapters.IDENTIFIER in t.split() for t in texts)
     share = sum(t == "" for t in faces.captions(identity, style, generator())) / 300
     assert .03 < share < .2
 

@@ -24,13 +24,13 @@ from tiny import shared_model, tiny_hypernet
 
 import hdb
 import sd
-from edits import named
+from adapters import with_identifier
 from files import images
-from files.console import UserError, one_line, printable
+from program.console import UserError, one_line, printable
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.lora import export_lora, load_lora
 from files.person import load_person, save_person
-from trainer import Trainer
+from training.trainer import Trainer
 
 COUNT, SEED = int(os.environ.get("FUZZ", 420)), int(os.environ.get("FUZZ_SEED", 0))  # inputs for each format
 ODD = [None, True, -1, 0, 2 ** 70, 1e400, "", "x" * 9000, "\x1b[2J", "a\nb", [], {}, [1] * 3000, "F64", "I8",
@@ -87,7 +87,7 @@ def good(folder):
     """Name -> the file, or folder, of each format, and what reads it."""
     model, ours = method().model, shared_model()
     save_person(someone(), method(), folder / "person.safetensors")
-    export_lora(someone().edits(method()), folder / "lora.safetensors", {"title": "me"})
+    export_lora(someone().adapters(method()), folder / "lora.safetensors", {"title": "me"})
     side = {"A": torch.ones(2, 16), "B": torch.ones(16, 2)}
     save_file({f"{LAYER}.lora_{which}.weight": t for which, t in side.items()},
               folder / "peft.safetensors", {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 3})})
@@ -114,7 +114,7 @@ def good(folder):
 
 
 def state(folder):
-    return Trainer({"m": torch.nn.Linear(3, 2)}, folder, 50, .1, of={"a": 1})
+    return Trainer({"m": torch.nn.Linear(3, 2)}, folder, 50, .1, depends_on={"a": 1})
 
 
 FORMATS = ("person", "lora", "peft", "hypernet", "state", "jpeg", "png", "config", "scheduler", "vocabulary",
@@ -155,5 +155,5 @@ def test_prompts_are_tokens_or_refused():
         text = "".join(map(chr, codes))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ids = tokenizer([named(printable(text + dice.choice(["", "[V]", " [v] face"])))])
+            ids = tokenizer([with_identifier(printable(text + dice.choice(["", "[V]", " [v] face"])))])
         assert ids.shape == (1, 12) and 0 <= ids.min() and ids.max() < len(tokenizer.vocab)

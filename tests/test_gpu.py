@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 import clip
 import diffusion
 import hdb
-from bench import full_size
+from evaluation.bench import full_size
 from files import images
 from files.person import Person
 from hypernet import HyperConfig, HyperNetwork
@@ -76,9 +76,9 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
     photo = draw((1, 3, 512, 512), 6).clamp(-1, 1).cuda()
     theta = method.predict(photo)
     losses = []
-    relaxed = method.fine_tune(photo, theta, steps=3, batch=4,
+    lora = method.fine_tune(photo, theta, steps=3, batch=4,
                                callback=lambda step, loss: losses.append(loss))
-    factors = Person(theta, relaxed).edits(method)
+    factors = Person(theta, lora).adapters(method)
     pictures = method.sample(["[V] face as a rock star"], factors, [0], steps=3)
     assert pictures.shape == (1, 3, 512, 512) and pictures.isfinite().all() and all(x == x for x in losses)
     peak = torch.cuda.max_memory_allocated() / 1e9
@@ -117,9 +117,9 @@ def test_a_recorded_step_does_what_the_step_does():
     for device in ("cpu", "cuda"):
         method = hdb.HyperDreamBooth(hdb.load("nano", device, torch.float32))
         theta, losses = torch.zeros(people, *method.lidb.shape, device=device), []
-        relaxed = method.fine_tune(photo.to(device).expand(people, -1, -1, -1), theta, steps=8,
+        lora = method.fine_tune(photo.to(device).expand(people, -1, -1, -1), theta, steps=8,
                                    callback=lambda step, loss, losses=losses: losses.append(loss))
-        results.append((torch.tensor(losses), torch.cat([b.flatten() for _, b in relaxed.values()]).cpu()))
+        results.append((torch.tensor(losses), torch.cat([b.flatten() for _, b in lora.values()]).cpu()))
     (expected, weights), (losses, found) = results
     torch.testing.assert_close(losses, expected, rtol=1e-2, atol=0)
     assert torch.cosine_similarity(found, weights, dim=0) > .99

@@ -9,9 +9,9 @@ import diffusion
 import hdb
 import lidb
 from diffusion import denoising_loss
-from edits import LowRank, edited, fresh_lora, join, merge
+from adapters import LowRank, adapted, fresh_lora, join, merge
 from sd import StableDiffusion
-from descent import descend
+from training.fit import fit
 from vit import encode_face
 
 
@@ -35,7 +35,7 @@ def some_latent(count, seed=0):
 
 def test_what_belongs_to_the_method(method):
     assert hdb.PROMPT == "a [V] face"
-    assert method.layers.keys() == method.lidb.factors(some_theta(method)).keys()
+    assert method.layers.keys() == method.lidb.adapters(some_theta(method)).keys()
     assert hdb.HyperDreamBooth(method.model, basis_seed=3).lidb.seed == 3
     assert hdb.HyperDreamBooth(method.model).lidb.seed == 0 and method.lidb is method.lidb
     brings = tiny_hypernet(*method.lidb.shape, basis_seed=5)
@@ -155,7 +155,7 @@ def test_a_few_steps_of_target_fitting_written_out(method):
     theta, g = torch.zeros(2, *method.lidb.shape, requires_grad=True), generator(6)
     optimizer = torch.optim.Adam([theta], lr=.02, betas=(.9, .99))
     for _ in range(3):
-        with method.model.edited(method.lidb.factors(theta)):
+        with method.model.adapted(method.lidb.adapters(theta)):
             loss = denoising_loss(method.model, latents, prompts, g).sum()
             (gradient,) = torch.autograd.grad(loss, [theta])
         theta.grad = gradient
@@ -166,7 +166,7 @@ def test_a_few_steps_of_target_fitting_written_out(method):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rank-relaxed fast fine-tuning
+# Rank-lora fast fine-tuning
 
 def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, seed, prompt="a sks face"):
     """LoRA beside a frozen ΔW, by Adam with weights W + ΔW + A·B put into the network by hand. One person,
@@ -207,27 +207,27 @@ def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, se
 def test_fine_tuning_written_out(method, with_prediction, photos):
     faces = photo(photos)
     theta = some_theta(method, size=.3) if with_prediction else None
-    predicted = deltas(method.lidb.factors(theta)) if with_prediction else {}
+    predicted = deltas(method.lidb.adapters(theta)) if with_prediction else {}
     losses = []
     given = faces if photos == 1 else faces[None]
-    relaxed = method.fine_tune(given, theta, steps=3, rank=3, lr=1e-2, batch=4, generator=generator(8),
+    lora = method.fine_tune(given, theta, steps=3, rank=3, lr=1e-2, batch=4, generator=generator(8),
                                callback=lambda *told: losses.append(told))
     pairs, expected = written_out_fine_tuning(method.model, faces, predicted, 3, 3, 1e-2, 4, 8)
     assert [step for step, _ in losses] == [0, 1, 2]
     assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-5)
-    assert relaxed.keys() == pairs.keys() and untouched(method.model)
-    assert not any(t.requires_grad for pair in relaxed.values() for t in pair)
+    assert lora.keys() == pairs.keys() and untouched(method.model)
+    assert not any(t.requires_grad for pair in lora.values() for t in pair)
     for side in "a", "b":
         layers = lidb.unet_layers(method.layers) if with_prediction else method.layers
         at_first = fresh_lora(layers, 3, generator(8))
-        ours, theirs, start = (torch.cat([getattr(edits[k], side).detach().flatten() for k in pairs])
-                               for edits in (relaxed, pairs, at_first))
+        ours, theirs, start = (torch.cat([getattr(adapters[k], side).detach().flatten() for k in pairs])
+                               for adapters in (lora, pairs, at_first))
         assert (ours - theirs).norm() < 1e-3 * (theirs - start).norm()
 
 
 def test_the_reference_is_one_that_sees_the_prediction_and_the_prompt(method):
     """What the comparison above would miss if losses did not depend on them."""
-    predicted = deltas(method.lidb.factors(some_theta(method, size=.3)))
+    predicted = deltas(method.lidb.adapters(some_theta(method, size=.3)))
     first = [written_out_fine_tuning(method.model, photo(), p, 1, 3, 1e-2, 4, 8, prompt)[1][0]
              for p, prompt in ((predicted, "a sks face"), ({}, "a sks face"), (predicted, "a face"))]
     assert abs(first[1] / first[0] - 1) > .01 and abs(first[2] / first[0] - 1) > 5e-4
@@ -240,26 +240,26 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
     given = photo().requires_grad_(), theta.clone().requires_grad_()
     method.fine_tune(*given, steps=2, rank=2, batch=2)
     assert all(t.grad is None for t in given)  # neither is trained, whoever else trains them
-    person = join(method.lidb.factors(theta), method.fine_tune(photo(), theta, steps=2, batch=2))
+    person = join(method.lidb.adapters(theta), method.fine_tune(photo(), theta, steps=2, batch=2))
     # rank 4 is the default, beside LiDB's one; the text encoder has the prediction alone
     assert all(a.shape[2] == (5 if name.startswith("unet.") else 1) for name, (a, _) in person.items())
     twin = copy.deepcopy(method.model)
     merge(twin.layers, person)
-    with method.model.edited(person):
+    with method.model.adapted(person):
         inside = method.model.sample(["a [V] face"], [0], steps=2)
     assert torch.allclose(twin.sample(["a [V] face"], [0], steps=2), inside, atol=1e-3)
     assert untouched(method.model)
 
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
-    monkeypatch.setattr(hdb, "descend", lambda *_, **__: None)  # as its optimiser knows no meta tensors
+    monkeypatch.setattr(hdb, "fit", lambda *_, **__: None)  # as its optimiser knows no meta tensors
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
     method = hdb.HyperDreamBooth(model)
     theta = method.fit_theta(None, 2, 1, .1, None)
-    relaxed = method.fine_tune(photo(2), theta)
-    assert all(t.device == model.device for t in (theta, *(t for pair in relaxed.values() for t in pair)))
+    lora = method.fine_tune(photo(2), theta)
+    assert all(t.device == model.device for t in (theta, *(t for pair in lora.values() for t in pair)))
 
 
 def test_the_defaults_of_fine_tuning(method):
@@ -284,7 +284,7 @@ LOSSES = [4.56725, 3.26457, 2.84317, 3.08453, 2.98364, 2.77414, 3.1169, 3.34462,
 def test_in_a_small_models_weights_the_lora_learns_the_same(method, monkeypatch):
     used, settings = [], {"steps": 3, "lr": 1e-2}
     whole = hdb.in_weights
-    monkeypatch.setattr(hdb, "in_weights", lambda *edits: used.append(1) or whole(*edits))
+    monkeypatch.setattr(hdb, "in_weights", lambda *adapters: used.append(1) or whole(*adapters))
     for theta in some_theta(method), None:
         in_weights = method.fine_tune(photo(), theta, **settings)
         assert len(used) == 4  # every step, and once to look back
@@ -324,19 +324,19 @@ def test_people_with_several_photos_each_do_not_mix(method):
 
 
 def test_a_known_start_comes_to_a_known_optimum():
-    """descend on ‖x·(W + ΔW + A·B) − x·(W + ΔW*)‖²: the relaxed factors become what the prediction lacks."""
+    """fit on ‖x·(W + ΔW + A·B) − x·(W + ΔW*)‖²: the lora factors become what the prediction lacks."""
     layers = {"one": torch.nn.Linear(6, 5)}
     g = generator(2)
     start = {"one": LowRank(torch.randn(1, 6, 1, generator=g), torch.randn(1, 1, 5, generator=g))}
     lacking = torch.randn(6, 2, generator=g) @ torch.randn(2, 5, generator=g)
     x = torch.linalg.qr(torch.randn(64, 6, generator=g))[0] * 8
     aim = layers["one"](x).detach() + x @ (deltas(start)["one"] + lacking)
-    relaxed, losses = fresh_lora(layers, 2, g), []
-    descend(lambda: (layers["one"](x) - aim).square().mean(), list(relaxed["one"]), 400, .03,
-            lambda: edited(layers, join(start, relaxed)),
+    lora, losses = fresh_lora(layers, 2, g), []
+    fit(lambda: (layers["one"](x) - aim).square().mean(), list(lora["one"]), 400, .03,
+            lambda: adapted(layers, join(start, lora)),
             lambda step, loss: losses.append(loss))
     assert losses[0] == pytest.approx((x @ lacking).square().mean().item(), rel=1e-4)
-    assert torch.allclose(deltas(relaxed)["one"], lacking, atol=.02) and losses[-1] < 1e-3 * losses[0]
+    assert torch.allclose(deltas(lora)["one"], lacking, atol=.02) and losses[-1] < 1e-3 * losses[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -359,11 +359,11 @@ def written_out_sample(model, prompts, negative, seeds, steps, scale):
 def test_guidance_and_negative_change_the_sample_as_the_formula_says(method, scale, negative):
     model, prompts = method.model, ["a [V] face", "a [V] face as a rock star"]
     words = [p.replace("[V]", "sks") for p in prompts]
-    person = method.lidb.factors(some_theta(method))
-    for edits in {}, person:
-        latent = written_out_sample(Changed(model, deltas(edits)), words, negative, [3, 4], 2, scale)
+    person = method.lidb.adapters(some_theta(method))
+    for adapters in {}, person:
+        latent = written_out_sample(Changed(model, deltas(adapters)), words, negative, [3, 4], 2, scale)
         expected = model.decode(latent).clamp(-1, 1)
-        got = method.sample(prompts, edits, [3, 4], steps=2, guidance=scale, negative=negative)
+        got = method.sample(prompts, adapters, [3, 4], steps=2, guidance=scale, negative=negative)
         assert got.shape == (2, 3, 64, 64) and got.dtype == torch.float32
         assert (got - expected).norm() < .005 * expected.norm()
     plain = method.sample(prompts, {}, [3, 4], steps=2, guidance=scale, negative=negative)
@@ -379,7 +379,7 @@ def test_the_formula_sees_its_arguments(method):
 
 def test_the_defaults_of_sampling(method):
     model = method.model
-    person = method.lidb.factors(some_theta(method).requires_grad_())
+    person = method.lidb.adapters(some_theta(method).requires_grad_())
     assert not method.sample(["a face"], person, steps=1).requires_grad
     default = model.sample(["a face", "a face as a rock star"])
     same = model.sample(["a face", "a face as a rock star"], [0, 1], 15, 2., "", (64, 64), diffusion.dpmpp_2m)
@@ -389,18 +389,18 @@ def test_the_defaults_of_sampling(method):
 
 def test_sampling_is_one_person_per_picture_and_seeded(method):
     prompts = ["a [V] face", "a [V] face as a rock star"]
-    edits = method.lidb.factors(some_theta(method, 2))
+    adapters = method.lidb.adapters(some_theta(method, 2))
     state = torch.get_rng_state()
-    together = method.sample(prompts, edits, [3, 4], steps=2)
+    together = method.sample(prompts, adapters, [3, 4], steps=2)
     assert torch.equal(torch.get_rng_state(), state)
     for i in range(2):
-        mine = {k: LowRank(a[i:i + 1], b[i:i + 1]) for k, (a, b) in edits.items()}
+        mine = {k: LowRank(a[i:i + 1], b[i:i + 1]) for k, (a, b) in adapters.items()}
         alone = method.sample(prompts[i:i + 1], mine, [3 + i], steps=2)[0]
         assert (alone - together[i]).norm() < .01 * alone.norm()
     assert not torch.allclose(method.sample(prompts, {}, [3, 4], steps=2), together, atol=1e-2)
-    assert not torch.allclose(method.sample(prompts, edits, [5, 4], steps=2)[0], together[0], atol=1e-2)
+    assert not torch.allclose(method.sample(prompts, adapters, [5, 4], steps=2)[0], together[0], atol=1e-2)
     with pytest.raises(ValueError, match="1 seeds for a batch of 2"):
-        method.sample(prompts, edits, [3])
+        method.sample(prompts, adapters, [3])
 
 
 def test_other_sizes_samplers_and_callbacks(method):
@@ -420,9 +420,9 @@ def test_other_sizes_samplers_and_callbacks(method):
 def test_an_interrupted_run_leaves_the_model_untouched(method):
     def stop(*_):
         raise KeyboardInterrupt
-    edits = method.lidb.factors(some_theta(method))
+    adapters = method.lidb.adapters(some_theta(method))
     for run in (lambda: method.fine_tune(photo(), steps=1, callback=stop),
-                lambda: method.sample(["a [V] face"], edits, [0], steps=2, callback=stop)):
+                lambda: method.sample(["a [V] face"], adapters, [0], steps=2, callback=stop)):
         with pytest.raises(KeyboardInterrupt):
             run()
     assert untouched(method.model)
@@ -430,12 +430,13 @@ def test_an_interrupted_run_leaves_the_model_untouched(method):
 
 def test_two_methods_around_one_model_do_not_meet(method):
     other = hdb.HyperDreamBooth(method.model, basis_seed=1)
-    edits = method.lidb.factors(some_theta(method))
-    before = method.sample(["a [V] face"], edits, [0], steps=1)
+    adapters = method.lidb.adapters(some_theta(method))
+    before = method.sample(["a [V] face"], adapters, [0], steps=1)
     theta = torch.ones(1, *other.lidb.shape)
     with other.hyper_loss(theta, some_latent(1), [hdb.PROMPT], generator()) as (loss, *_):
         assert loss > 0
-    assert torch.equal(method.sample(["a [V] face"], edits, [0], steps=1), before) and untouched(method.model)
+    assert torch.equal(method.sample(["a [V] face"], adapters, [0], steps=1), before)
+    assert untouched(method.model)
 
 
 def test_v_becomes_the_identifier(method):

@@ -12,15 +12,15 @@ from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
 from files.person import Person, is_person, load_person, save_person
-from files.photos import Photos
+from training.photos import Photos
 from files.tokenizers import vocabulary_in, write_tokenizer
 from nano.people import load_encoder
-from trainer import Trainer
+from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-ROOMS = [{"unet", "clip", "vae", "vit", "world"}, {"edits", "diffusion", "descent"}, {"lidb", "hypernet"},
-         {"files"}, {"trainer", "sd"}, {"hdb"}, {"nano"}, {"baselines"}, {"evaluation", "arguments"},
-         {"personalize", "train", "evaluate", "bench"}]
+ROOMS = [{"unet", "clip", "vae", "vit"}, {"adapters", "diffusion"}, {"program"}, {"lidb", "hypernet"},
+         {"files"}, {"training"}, {"sd"}, {"hdb"}, {"nano"}, {"methods"}, {"evaluation"},
+         {"personalize", "train"}]
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 
 
@@ -56,13 +56,13 @@ def test_paths_may_be_text(tmp_path):
     method, folder = hdb.HyperDreamBooth(hdb.load("nano", "cpu")), str(tmp_path)
     write_tokenizer(method.model.tokenizer, folder)
     assert [file.name for file in vocabulary_in(folder)] == ["vocab.json", "merges.txt"]
-    edits = method.lidb.factors(torch.zeros(1, *method.lidb.shape))
-    export_lora(edits, f"{folder}/lora.safetensors")
-    assert load_lora(f"{folder}/lora.safetensors", method.model).keys() == edits.keys()
+    adapters = method.lidb.adapters(torch.zeros(1, *method.lidb.shape))
+    export_lora(adapters, f"{folder}/lora.safetensors")
+    assert load_lora(f"{folder}/lora.safetensors", method.model).keys() == adapters.keys()
     save_person(Person(torch.zeros(1, *method.lidb.shape)), method, f"{folder}/me.safetensors")
     assert is_person(f"{folder}/me.safetensors")
-    assert load_person(f"{folder}/me.safetensors", method).relaxed == {}
-    merge_to_folder(method.model, edits, f"{HERE}/nano", f"{folder}/merged")
+    assert load_person(f"{folder}/me.safetensors", method).lora == {}
+    merge_to_folder(method.model, adapters, f"{HERE}/nano", f"{folder}/merged")
     assert hdb.load(f"{folder}/merged", "cpu").checksums == method.model.checksums
     assert read_json(f"{folder}/merged/unet/config.json")["sample_size"] == 16
     vit = hdb.load_hypernet(f"{HERE}/nano/hypernet.safetensors", method.model).vit

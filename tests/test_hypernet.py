@@ -6,10 +6,10 @@ import torch
 from tiny import VIT, generator, tiny_hypernet
 from torch import nn
 
-from edits import edited
+from adapters import adapted
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB
-from trainer import seeded
+from training.trainer import seeded
 from vit import NANO_VIT, ViT
 
 
@@ -85,7 +85,7 @@ def test_a_loss_on_the_model_reaches_the_heads_through_the_loop_from_the_start(i
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     x, losses = torch.randn(2, 4, 12, generator=generator(4)), []
     for step in range(8):
-        with edited(layers, basis.factors(net(photos(2)))):
+        with adapted(layers, basis.adapters(net(photos(2)))):
             loss = (layers["two"](layers["one"](x)) - 1).square().mean()
             loss.backward()
         if step == 0:

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 from test_faces import people, photos
 
-from files.console import UserError
+from program.console import UserError
 from nano import faces, judge, seeds
 
 

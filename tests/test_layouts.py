@@ -178,7 +178,7 @@ def test_tokenizer_in_one_file(folder):
 
 def test_nano_lies_beside_sd(folder, monkeypatch):
     monkeypatch.setattr(layouts, "HERE", folder.parent)
-    refused("nano", folder.parent / "nano", "vae/config.json", "nano/pretrain.py")
+    refused("nano", folder.parent / "nano", "vae/config.json", "nano/training/pretrain.py")
     for part in SMALL:
         save_file({k: p.half() for k, p in state(part).items()}, folder / part / f"{FILE[part]}.safetensors")
     folder.rename(folder.parent / "nano")
@@ -586,12 +586,12 @@ def test_hub_with_nothing_to_load(hub):
 # Where to, and at what cost
 
 def test_device_and_dtype(monkeypatch):
-    assert layouts.place("cpu", None) == (torch.device("cpu"), torch.float32)
-    assert layouts.place("cpu", torch.float16) == (torch.device("cpu"), torch.float16)
+    assert layouts.device_and_dtype("cpu", None) == (torch.device("cpu"), torch.float32)
+    assert layouts.device_and_dtype("cpu", torch.float16) == (torch.device("cpu"), torch.float16)
     refused("nano", "device nowhere", device="nowhere")
     accelerators = [None]
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerators[-1])
-    assert layouts.place(None, None) == (torch.device("cpu"), torch.float32)
+    assert layouts.device_and_dtype(None, None) == (torch.device("cpu"), torch.float32)
 
     class Empty:  # torch.empty where a GPU is
         def __init__(self, size, device):
@@ -600,12 +600,12 @@ def test_device_and_dtype(monkeypatch):
     accelerators.append(torch.device("mps"))
     for new, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version, new=new: new)
-        assert layouts.place(None, None) == (torch.device("mps"), dtype)
+        assert layouts.device_and_dtype(None, None) == (torch.device("mps"), dtype)
     accelerators.append(torch.device("cuda"))
     for new, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, new=new: new)
-        assert layouts.place(None, None) == (torch.device("cuda"), dtype)
-    assert layouts.place(None, torch.float32) == (torch.device("cuda"), torch.float32)
+        assert layouts.device_and_dtype(None, None) == (torch.device("cuda"), dtype)
+    assert layouts.device_and_dtype(None, torch.float32) == (torch.device("cuda"), torch.float32)
 
 
 def hollow(path, shapes):

@@ -6,7 +6,7 @@ from torch import nn
 import clip
 import lidb
 import unet
-from edits import LowRank, edited, merge
+from adapters import LowRank, adapted, merge
 from lidb import LiDB, personal_layers
 
 
@@ -96,34 +96,36 @@ def test_eq_1():
     layers = small_layers()
     basis = LiDB(layers, a=8, b=6, rank=2)
     theta, (a0, a_aux, b_aux) = some_theta(basis), basis.basis
-    edits = basis.factors(theta)
-    assert list(edits) == list(layers) == basis.names
+    adapters = basis.adapters(theta)
+    assert list(adapters) == list(layers) == basis.names
     for i, (name, layer) in enumerate(layers.items()):
         for person in range(3):
             a_train = a0 + theta[person, i, :16].view(8, 2)
             b_train = theta[person, i, 16:].view(2, 6)
             delta = a_aux[i] @ a_train @ b_train @ b_aux[i]  # (in, out)
-            a, b = edits[name]
-            assert isinstance(edits[name], LowRank) and delta.shape == (layer.in_features, layer.out_features)
+            a, b = adapters[name]
+            assert isinstance(adapters[name], LowRank)
+            assert delta.shape == (layer.in_features, layer.out_features)
             assert torch.allclose(a[person] @ b[person], delta, atol=1e-6)
-    half = basis.factors(theta.bfloat16())["one"]
+    half = basis.adapters(theta.bfloat16())["one"]
     assert half.a.dtype == half.b.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"θ is \(1, 3, 5\), but this basis needs \(people, 3, 28\)"):
-        basis.factors(torch.zeros(1, 3, 5))
+        basis.adapters(torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match="this basis needs"):
-        basis.factors(theta[:, :2])
+        basis.adapters(theta[:, :2])
 
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_every_sample_its_own_person_equals_merging(rank):
     layers, x = small_layers(), torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(2))
     basis = LiDB(layers, a=8, b=8, rank=rank)
-    edits = basis.factors(some_theta(basis))
-    with edited(layers, edits):
+    adapters = basis.adapters(some_theta(basis))
+    with adapted(layers, adapters):
         together = run(layers, x)
     for person in range(3):
         copies = small_layers()
-        merge(copies, {k: LowRank(a[person:person + 1], b[person:person + 1]) for k, (a, b) in edits.items()})
+        one = slice(person, person + 1)
+        merge(copies, {k: LowRank(a[one], b[one]) for k, (a, b) in adapters.items()})
         assert torch.allclose(together[person], run(copies, x[person]), atol=1e-5)
 
 
@@ -132,7 +134,7 @@ def test_theta_zero_is_the_untouched_model_with_a_gradient():
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2))
     basis = LiDB(layers)
     theta = torch.zeros(1, *basis.shape, requires_grad=True)
-    with edited(layers, basis.factors(theta)):
+    with adapted(layers, basis.adapters(theta)):
         y = run(layers, x)
         assert torch.equal(y, run(small_layers(), x))
         y.square().sum().backward()

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_person import LAYER, equal, method, output, refused, small, someone
 
-from edits import LowRank, adaptable_layers, join, merge
+from adapters import LowRank, adaptable_layers, join, merge
 from files import lora
-from files.console import UserError
+from program.console import UserError
 from files.lora import export_lora, load_lora
 
 REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
@@ -20,18 +20,18 @@ KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
 
 
 def test_an_export_is_the_person(tmp_path):
-    edits = someone().edits(method())
-    export_lora(edits, tmp_path / "lora.safetensors", {"title": "me"})
-    assert equal(load_lora(tmp_path / "lora.safetensors", method().model), edits)
+    adapters = someone().adapters(method())
+    export_lora(adapters, tmp_path / "lora.safetensors", {"title": "me"})
+    assert equal(load_lora(tmp_path / "lora.safetensors", method().model), adapters)
     half = load_lora(tmp_path / "lora.safetensors", method().model, strength=.5)
-    assert all(torch.equal(half[k][0] @ half[k][1], .5 * (a @ b)) for k, (a, b) in edits.items())
-    export_lora(edits, tmp_path / "lora.safetensors", {"title": "me"}, dtype=torch.float16)
+    assert all(torch.equal(half[k][0] @ half[k][1], .5 * (a @ b)) for k, (a, b) in adapters.items())
+    export_lora(adapters, tmp_path / "lora.safetensors", {"title": "me"}, dtype=torch.float16)
     tensors = load_file(tmp_path / "lora.safetensors")
     down, up, alpha = (tensors[f"{KEY}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha"))
     assert down.shape == (5, 16) and up.shape == (16, 5) and alpha == 5
     assert down.dtype == up.dtype == torch.float16
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in tensors
-    assert len(tensors) == 3 * len(edits)
+    assert len(tensors) == 3 * len(adapters)
     with safe_open(tmp_path / "lora.safetensors", "pt") as f:
         assert f.metadata()["title"] == "me"
 
@@ -40,30 +40,30 @@ def test_layers_of_different_rank_are_filled_up(tmp_path):
     """diffusers 0.42 takes one layer's alpha for all."""
     model = method().model
     style = {LAYER: LowRank(torch.randn(1, 16, 2), torch.randn(1, 2, 16))}
-    edits = join(someone().edits(method()), style)
-    export_lora(edits, tmp_path / "lora.safetensors")
+    adapters = join(someone().adapters(method()), style)
+    export_lora(adapters, tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     assert {t.item() for key, t in tensors.items() if key.endswith(".alpha")} == {7.}
     assert all(t.shape[0] == 7 for key, t in tensors.items() if key.endswith(".lora_down.weight"))
     back = load_lora(tmp_path / "lora.safetensors", model)
-    assert all(torch.equal(back[k][0] @ back[k][1], a @ b) for k, (a, b) in edits.items())
+    assert all(torch.equal(back[k][0] @ back[k][1], a @ b) for k, (a, b) in adapters.items())
 
 
 def test_convolutions_are_exported_as_convolutions(tmp_path):
     model = method().model
     layers = adaptable_layers(model.unet, model.text)
-    edits = {}
+    adapters = {}
     for name, layer in layers.items():
         n_out, n_in = layer.weight.shape[:2]
-        edits[name] = LowRank(torch.randn(1, n_in, 2), torch.randn(1, 2, n_out))
-    export_lora(edits, tmp_path / "lora.safetensors")
+        adapters[name] = LowRank(torch.randn(1, n_in, 2), torch.randn(1, 2, n_out))
+    export_lora(adapters, tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     for name, layer in layers.items():
         key = f"lora_{'te' if name[:4] == 'text' else 'unet'}_{name[5:].replace('.', '_')}"
         assert tensors[f"{key}.lora_down.weight"].shape == (2, *layer.weight.shape[1:]), name
         assert tensors[f"{key}.lora_up.weight"].shape == (layer.weight.shape[0], 2, *layer.weight.shape[2:])
     assert any(isinstance(m, torch.nn.Conv2d) for m in layers.values())
-    assert equal(load_lora(tmp_path / "lora.safetensors", model), edits)
+    assert equal(load_lora(tmp_path / "lora.safetensors", model), adapters)
 
 
 def test_what_is_no_lora_of_one_person_is_not_written(tmp_path):
@@ -72,19 +72,19 @@ def test_what_is_no_lora_of_one_person_is_not_written(tmp_path):
     refused(lambda: export_lora(large, path, dtype=torch.float16), str(path), "infinite")
     two = {LAYER: LowRank(torch.ones(2, 16, 1), torch.ones(2, 1, 16))}
     doubled = {LAYER: lambda layer, x, y: 2 * y}
-    for edits, why in (two, "2 people"), (doubled, f"{LAYER}: only low-rank edits"):
+    for adapters, why in (two, "2 people"), (doubled, f"{LAYER}: only low-rank adapters"):
         with pytest.raises(ValueError, match=why):
-            export_lora(edits, path)
+            export_lora(adapters, path)
     refused(lambda: export_lora({}, path), "nothing to write")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_export_in_the_model_is_the_merged_model(tmp_path):
     model = method().model
-    edits = someone().edits(method())
-    export_lora(edits, tmp_path / "lora.safetensors")
+    adapters = someone().adapters(method())
+    export_lora(adapters, tmp_path / "lora.safetensors")
     merged = small()
-    merge(adaptable_layers(merged.unet, merged.text), edits)
+    merge(adaptable_layers(merged.unet, merged.text), adapters)
     for ours, theirs in zip(output(model, load_lora(tmp_path / "lora.safetensors", model)), output(merged)):
         assert difference(ours, theirs) < 1e-5
 
@@ -103,13 +103,13 @@ def foreign(naming, folder):
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_a_lora_of_others_does_what_theirs_does(naming, tmp_path):
     stored, model = load_file(REFERENCE), method().model
-    edits = load_lora(foreign(naming, tmp_path), model)
-    assert len(edits) == sum(key.startswith(f"{naming}|") and "alpha" not in key for key in stored) / 2
-    plain, (context, noise) = output(model), output(model, edits)
+    adapters = load_lora(foreign(naming, tmp_path), model)
+    assert len(adapters) == sum(key.startswith(f"{naming}|") and "alpha" not in key for key in stored) / 2
+    plain, (context, noise) = output(model), output(model, adapters)
     assert difference(context, stored[f"{naming}:context"]) < 1e-5
     assert difference(noise, stored[f"{naming}:noise"]) < 1e-5 and difference(noise, plain[1]) > .05
     merged = small()
-    merge(adaptable_layers(merged.unet, merged.text), edits)
+    merge(adaptable_layers(merged.unet, merged.text), adapters)
     assert difference(output(merged)[1], stored[f"{naming}:noise"]) < 1e-5
 
 
@@ -117,8 +117,8 @@ def test_without_alpha_it_is_the_rank(tmp_path):
     path = foreign("kohya", tmp_path)
     tensors = load_file(path)
     save_file({k: t for k, t in tensors.items() if not k.endswith("alpha")}, path)
-    edits = load_lora(path, method().model)
-    a, b = edits[LAYER]
+    adapters = load_lora(path, method().model)
+    a, b = adapters[LAYER]
     assert torch.equal(a[0].T, tensors[f"{KEY}.lora_down.weight"])
     assert torch.equal(b[0].T, tensors[f"{KEY}.lora_up.weight"])
 
@@ -200,8 +200,8 @@ def peft_text(tmp_path, **settings):
     ("^layers.0.self_attn.q_proj", 1.), ("proj", 1.), ("k_proj", 1.)])
 def test_pefts_patterns(tmp_path, pattern, scale):
     found = load_lora(peft_text(tmp_path, alpha_pattern={pattern: 10}), method().model)
-    (edit,) = found.values()
-    assert edit.b[0, 0, 0] == scale and edit.a[0, 0, 0] == 1
+    (adapter,) = found.values()
+    assert adapter.b[0, 0, 0] == scale and adapter.a[0, 0, 0] == 1
 
 
 @pytest.mark.parametrize("patterns", [
@@ -249,7 +249,7 @@ def test_an_adapter_of_the_unet_alone(tmp_path):
     save_file(tensors, tmp_path / "alone.safetensors", {"lora_adapter_metadata": json.dumps(alone)})
     assert alone["lora_alpha"] != alone["r"]
     found = load_lora(tmp_path / "alone.safetensors", method().model)
-    assert equal(found, {name: edit for name, edit in whole.items() if name.startswith("unet.")})
+    assert equal(found, {name: adapter for name, adapter in whole.items() if name.startswith("unet.")})
 
 
 @pytest.mark.parametrize("settings", ["null", "5", "[1]", "[" * 100_000, "{"])

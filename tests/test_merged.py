@@ -8,24 +8,24 @@ from safetensors.torch import load_file
 from test_person import LAYER, method, refused, small, someone
 
 import sd
-from edits import LowRank, merge, stack
+from adapters import LowRank, merge, stack
 from files.merged import merge_to_folder
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_merged_folder_is_the_person(tmp_path, dtype):
-    edits = someone().edits(method())
+    adapters = someone().adapters(method())
     model = small()
     for module in (model.unet, model.text, model.vae):
         module.to(dtype)
     parts = model.unet, model.text, model.vae
     before = [{k: p.clone() for k, p in part.state_dict().items()} for part in parts]
     (tmp_path / "out").mkdir()
-    merge_to_folder(model, edits, None, tmp_path / "out")
+    merge_to_folder(model, adapters, None, tmp_path / "out")
     for part, was in zip(parts, before):
         assert all(torch.equal(p, was[k]) for k, p in part.state_dict().items())
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    merge(model.layers, edits)
+    merge(model.layers, adapters)
     back = sd.load(tmp_path / "out", "cpu", dtype)
     for mine, theirs in (model.unet, back.unet), (model.text, back.text), (model.vae, back.vae):
         assert mine.config == theirs.config
@@ -35,13 +35,13 @@ def test_a_merged_folder_is_the_person(tmp_path, dtype):
 
 
 def test_a_person_merged_in_bfloat16_survives(tmp_path):
-    model, edits = small(), someone().edits(method())
+    model, adapters = small(), someone().adapters(method())
     for module in (model.unet, model.text, model.vae):
         module.bfloat16()
     before = model.unet.state_dict()
-    merge_to_folder(model, edits, None, tmp_path / "out")
+    merge_to_folder(model, adapters, None, tmp_path / "out")
     after = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
-    a, b = edits[LAYER]
+    a, b = adapters[LAYER]
     key = f"{LAYER[5:]}.weight"
     assert after[key].dtype == torch.float16
     assert difference(after[key].float() - before[key].float(), (a[0] @ b[0]).T) < 2e-3
@@ -54,7 +54,7 @@ def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
     for name, changes in theirs.items():
         path = tmp_path / "source" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    merge_to_folder(method().model, someone().relaxed, tmp_path / "source", tmp_path / "out")
+    merge_to_folder(method().model, someone().lora, tmp_path / "source", tmp_path / "out")
     scheduler, index = (json.loads((tmp_path / "out" / name).read_text()) for name in theirs)
     assert scheduler["clip_sample"] is True
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
@@ -66,11 +66,11 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
     (tmp_path / "out/mine.txt").write_text("keep")
     refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out"), "exists already")
     refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out/mine.txt"), "exists already")
-    two = stack([someone(1).relaxed, someone(2).relaxed])
+    two = stack([someone(1).lora, someone(2).lora])
     changed = {LAYER: lambda layer, x, y: 2 * y}
-    for edits, why in (two, "1 person"), (changed, f"{LAYER}: only changes of weights"):
+    for adapters, why in (two, "1 person"), (changed, f"{LAYER}: only changes of weights"):
         with pytest.raises(ValueError, match=why):
-            merge_to_folder(method().model, edits, None, tmp_path / "new")
+            merge_to_folder(method().model, adapters, None, tmp_path / "new")
     infinite = {LAYER: LowRank(torch.ones(1, 16, 1), torch.full((1, 1, 16), torch.inf))}
     refused(lambda: merge_to_folder(method().model, infinite, None, tmp_path / "new"), LAYER, "infinite")
     (tmp_path / "source/scheduler").mkdir(parents=True)

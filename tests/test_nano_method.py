@@ -2,10 +2,10 @@
 import pytest
 
 import hdb
-from edits import join
+from adapters import join
 from nano import seeds
 from nano.people import HeldOut
-from nano.pretrain import FOLDER
+from nano.training.pretrain import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,15 @@ def held_out():
     return HeldOut(8, "cpu", seeds.VALIDATION)
 
 
-def measure(held_out, method, edits, style, who=slice(None)):
+def measure(held_out, method, adapters, style, who=slice(None)):
     numbers = list(range(8))[who]
-    _, likeness, right = held_out.measure(method.model, edits, style, numbers, who, steps=10)
+    _, likeness, right = held_out.measure(method.model, adapters, style, numbers, who, steps=10)
     return likeness.mean().item(), right.mean().item()
 
 
 def test_the_prediction_is_far_above_nobody(method, held_out):
     """README has .88 against .04 on the plain photo, .75 against .00 in styles."""
-    predicted = method.lidb.factors(method.predict(held_out.photos))
+    predicted = method.lidb.adapters(method.predict(held_out.photos))
     for style, margin in (("photo", .7), ("professional", .6)):
         mine, right = measure(held_out, method, predicted, style)
         nobody, _ = measure(held_out, method, {}, style)
@@ -37,7 +37,7 @@ def test_the_prediction_is_far_above_nobody(method, held_out):
 def test_tuning_keeps_the_prediction_and_lifts_it(method, held_out):
     who = slice(0, 2)
     theta = method.predict(held_out.photos[who])
-    predicted = method.lidb.factors(theta)
+    predicted = method.lidb.adapters(theta)
     tuned = join(predicted, method.fine_tune(held_out.photos[who], theta))
     before, _ = measure(held_out, method, predicted, "photo", who)
     after, _ = measure(held_out, method, tuned, "photo", who)

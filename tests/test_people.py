@@ -6,9 +6,10 @@ import torch
 from test_faces import generator
 from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
 
-from files.console import UserError
+from program.console import UserError
 from hdb import load_hypernet
-from nano import faces, people, pretrain, seeds
+from nano import faces, people, seeds
+from nano.training import pretrain
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_encoder_from_nothing(train):  # noqa: F811
 
 
 def test_no_encoder_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="vit.safetensors: .*make it with: python nano/pretrain.py encoder"):
+    with pytest.raises(UserError, match="vit.safetensors: .*make it with: .*pretrain encoder"):
         people.load_encoder(tmp_path / "vit.safetensors", "cpu")
 
 

@@ -1,4 +1,4 @@
-"""baselines/perfusion.py by numbers, on a tiny model: against the paper's formulas, token by token."""
+"""methods/perfusion.py by numbers, on a tiny model: against the paper's formulas, token by token."""
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +8,14 @@ from torch.func import functional_call
 
 import clip
 import hdb
-from baselines import perfusion
-from baselines.perfusion import (
+from methods import perfusion
+from methods.perfusion import (
     Gated,
     covariance,
     dual,
-    edits,
+    adapters,
     encoding,
-    fit,
+    learn,
     inverse,
     make_person,
     projections,
@@ -24,11 +24,11 @@ from baselines.perfusion import (
     together,
     turn,
 )
-from baselines.textual_inversion import LAYER, Rows
+from methods.textual_inversion import LAYER, Rows
 from diffusion import denoising_loss
-from files.console import UserError
+from program.console import UserError
 from files.person import MAKERS, Person, load_person, save_person
-from descent import descend
+from training.fit import fit
 
 VOCAB = shared_model().tokenizer.vocab
 SKS, FACE, ROCK = (VOCAB[f"{word}</w>"] for word in ("sks", "face", "rock"))
@@ -72,7 +72,7 @@ def written_out(weight, e, concepts, c_inverse, beta, tau):
 
 
 def one(i, o, c_inverse, beta=.6, tau=.2):
-    """The edit of one concept i (d,), o (n,)."""
+    """The adapter of one concept i (d,), o (n,)."""
     return Gated(i[None, None], dual(i[None], c_inverse)[None], o[None, None], beta, tau)
 
 
@@ -94,10 +94,10 @@ def some_tensors(people=1, seed=0, word=SKS, model=None):
     return found
 
 
-def predicted(model, edits, prompts, seed=4):
-    """The UNet's outputs for these prompts, under the edits."""
+def predicted(model, adapters, prompts, seed=4):
+    """The UNet's outputs for these prompts, under the adapters."""
     x = some(len(prompts), 4, 8, 8, seed=seed)
-    with torch.no_grad(), model.edited(edits):
+    with torch.no_grad(), model.adapted(adapters):
         return model.unet(x, 500, model.context(prompts))
 
 
@@ -223,7 +223,7 @@ def test_encodings_are_those_of_the_word_at_its_places():
     assert face.shape == (1, WIDTH) and not face.requires_grad
     assert torch.allclose(face[0], written_out_encoding(model, plain, "face", FACE), atol=1e-5)
     rows.requires_grad_()
-    with model.edited({LAYER: Rows(rows[:, None], SKS)}):
+    with model.adapted({LAYER: Rows(rows[:, None], SKS)}):
         ours = encoding(model, "sks face", SKS, 2)
     assert ours.shape == (2, WIDTH) and not ours.requires_grad  # no gradient through i*
     for person in range(2):
@@ -262,16 +262,16 @@ def written_out_fit(model, photos, steps, lr, embedding_lr, batch, seed, token=S
     losses = []
 
     def by_hand(o):
-        def edit(layer, e, y):
+        def adapter(layer, e, y):
             sim, norm = e @ c_inverse @ i, i @ c_inverse @ i
             left = e - sim[..., None] * i / norm
             return left @ layer.weight.T + torch.sigmoid((sim / norm - .75) / .1)[..., None] * o
-        return edit
+        return adapter
     for step in range(steps):
         i = .99 * i + .01 * written_out_encoding(model, embedding, f"{word} face", token).detach()
         replaced = {LAYER: lambda layer, x, y: torch.where((x == token)[..., None], embedding, y)}
         replaced |= {name: by_hand(o) for name, o in (keys | values).items()}
-        with model.edited(replaced):
+        with model.adapted(replaced):
             loss = denoising_loss(model, latent, [f"a {word} face"], g).mean()
             gradients = torch.autograd.grad(loss, trained)
         losses.append(loss.item())
@@ -286,11 +286,11 @@ def written_out_fit(model, photos, steps, lr, embedding_lr, batch, seed, token=S
 @pytest.mark.parametrize(("word", "token"), [("sks", SKS), ("rock", ROCK)])
 def test_fitting_written_out(word, token):
     model, losses = shared_model(), []
-    ours = fit(model, photo(), 3, .02, .004, 2, word, generator(8), lambda *said: losses.append(said))
+    ours = learn(model, photo(), 3, .02, .004, 2, word, generator(8), lambda *said: losses.append(said))
     theirs, expected = written_out_fit(model, photo(), 3, .02, .004, 2, 8, token, word)
     assert [step for step, _ in losses] == [0, 1, 2]
     assert [loss for _, loss in losses] == pytest.approx(expected, rel=1e-3)
-    start = fit(model, photo(), 0, identifier=word)
+    start = learn(model, photo(), 0, identifier=word)
     assert ours.keys() == {"token", *theirs} and not any(t.requires_grad for t in ours.values())
     for name, t in theirs.items():
         moved = (t - start[name][0]).norm()
@@ -301,7 +301,7 @@ def test_fitting_written_out(word, token):
 
 def test_everybody_starts_as_a_face():
     model = shared_model()
-    start, face = fit(model, photo(2), 0), super_category(model)
+    start, face = learn(model, photo(2), 0), super_category(model)
     assert torch.equal(start["embedding"], model.layers[LAYER].weight[[FACE, FACE]])
     assert torch.equal(start["input"], face.repeat(2, 1))
     for name, layer in projections(model, "v").items():
@@ -311,7 +311,7 @@ def test_everybody_starts_as_a_face():
 
 def test_the_concepts_encoding_is_a_slow_average():
     model = shared_model()
-    after = [fit(model, photo(), steps, .02, .05, 2, generator=generator(1)) for steps in range(4)]
+    after = [learn(model, photo(), steps, .02, .05, 2, generator=generator(1)) for steps in range(4)]
     for before, now in zip(after, after[1:]):
         seen = written_out_encoding(model, before["embedding"][0], "sks face", SKS)
         assert torch.allclose(now["input"][0], .99 * before["input"][0] + .01 * seen, atol=1e-6)
@@ -321,9 +321,9 @@ def test_the_concepts_encoding_is_a_slow_average():
 
 
 def test_each_rate_moves_its_own():
-    model, start = shared_model(), fit(shared_model(), photo(), 0)
+    model, start = shared_model(), learn(shared_model(), photo(), 0)
     for lr, word_lr in ((.02, 0.), (0., .02), (.03, .01)):
-        ours = fit(model, photo(), 1, lr, word_lr, 1)
+        ours = learn(model, photo(), 1, lr, word_lr, 1)
         for name in start.keys() - {"input", "dual", "token"}:
             moved = (ours[name] - start[name]).abs()
             assert moved.max().item() == pytest.approx(word_lr if name == "embedding" else lr, abs=1e-4)
@@ -331,7 +331,7 @@ def test_each_rate_moves_its_own():
 
 def test_people_are_fitted_side_by_side_as_alone():
     model, two = shared_model(), photo(2)
-    both, others = (fit(model, photos, 2, .02, .01, 2, generator=generator(3))
+    both, others = (learn(model, photos, 2, .02, .01, 2, generator=generator(3))
                     for photos in (two, two[[0, 0]]))
 
     def apart(person):
@@ -342,7 +342,7 @@ def test_people_are_fitted_side_by_side_as_alone():
 
 def test_groups_of_parameters_have_a_rate_each():
     p, q, r = (torch.ones(1, requires_grad=True) for _ in range(3))
-    descend(lambda: (3 * p + q ** 2 - r).sum(), [{"params": [p, q], "lr": .1}, {"params": [r]}], 1, .01)
+    fit(lambda: (3 * p + q ** 2 - r).sum(), [{"params": [p, q], "lr": .1}, {"params": [r]}], 1, .01)
     assert [t.item() for t in (p, q, r)] == pytest.approx([.9, .9, 1.01], abs=1e-5)
     assert p.grad is None and q.grad is None
 
@@ -351,9 +351,9 @@ def test_half_precision_trains_in_float32():
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.bfloat16()
-    ours = fit(model, photo(), 1, .01, .01, 1)
+    ours = learn(model, photo(), 1, .01, .01, 1)
     assert all(t.dtype == torch.float32 for t in ours.values())
-    with torch.no_grad(), model.edited(edits(ours, model)):
+    with torch.no_grad(), model.adapted(adapters(ours, model)):
         context = model.context(["a [V] face"])
         assert model.unet(some(1, 4, 8, 8).bfloat16(), 5, context).dtype == torch.bfloat16
 
@@ -363,7 +363,7 @@ def test_half_precision_trains_in_float32():
 
 def test_edits_are_of_every_cross_attention_at_sampling_settings():
     model, tensors = shared_model(), some_tensors(2)
-    made = edits(tensors, model)
+    made = adapters(tensors, model)
     cross = {name for name in model.layers if "attn2.to_k" in name or "attn2.to_v" in name}
     assert made.keys() == {LAYER, *cross} and len(cross) > 4
     assert made[LAYER].token == SKS and torch.equal(made[LAYER].vectors, tensors["embedding"][:, None])
@@ -371,7 +371,7 @@ def test_edits_are_of_every_cross_attention_at_sampling_settings():
         assert (made[name].beta, made[name].tau) == (.7, .15)
         assert torch.equal(made[name].inputs[:, 0], tensors["input"])
         assert torch.equal(made[name].duals[:, 0], tensors["dual"])
-    assert {type(edit) for edit in made.values()} == set(perfusion.kinds(None))
+    assert {type(adapter) for adapter in made.values()} == set(perfusion.kinds(None))
 
 
 def test_keys_are_locked_whatever_was_trained():
@@ -379,7 +379,7 @@ def test_keys_are_locked_whatever_was_trained():
     face = written_out_encoding(model, model.layers[LAYER].weight[FACE], "face", FACE)
     for seed in 0, 50:
         tensors = some_tensors(seed=seed)
-        made = edits(tensors, model)
+        made = adapters(tensors, model)
         e = tensors["input"][None]
         for name, layer in projections(model, "k").items():
             locked = layer.weight @ face
@@ -394,9 +394,9 @@ def test_keys_are_locked_whatever_was_trained():
 
 def test_pictures_of_people_side_by_side_are_each_ones():
     model, tensors = shared_model(), some_tensors(2)
-    both = predicted(model, edits(tensors, model), ["a [V] face"] * 4)
+    both = predicted(model, adapters(tensors, model), ["a [V] face"] * 4)
     for person in range(2):
-        alone = edits({name: t[person:person + 1] for name, t in tensors.items()}, model)
+        alone = adapters({name: t[person:person + 1] for name, t in tensors.items()}, model)
         ours = predicted(model, alone, ["a [V] face"] * 4)[person::2]
         assert torch.allclose(both[person::2], ours, atol=1e-4)
     assert (predicted(model, {}, ["a [V] face"] * 4) - both).abs().max() > .01 and untouched(model)
@@ -406,7 +406,7 @@ def test_people_of_different_words_are_not_side_by_side():
     tensors = some_tensors(2)
     tensors["token"][1] += 1
     with pytest.raises(ValueError):
-        edits(tensors, shared_model())
+        adapters(tensors, shared_model())
 
 
 def test_a_file_holds_the_shapes_and_the_word(tmp_path, monkeypatch):
@@ -417,7 +417,7 @@ def test_a_file_holds_the_shapes_and_the_word(tmp_path, monkeypatch):
     person = Person(tensors=tensors, made_by="perfusion", base="tiny", identifier="rock")
     save_person(person, method, tmp_path / "me.safetensors")
     again = load_person(tmp_path / "me.safetensors", method)
-    assert again.identifier == "rock" and again.edits(method)[LAYER].token == ROCK  # in float16
+    assert again.identifier == "rock" and again.adapters(method)[LAYER].token == ROCK  # in float16
     assert ROCK > 256
     for name, t in tensors.items():
         assert torch.allclose(again.tensors[name], t, rtol=1e-3, atol=1e-3)
@@ -447,17 +447,17 @@ def test_two_people_are_gram_schmidt_of_their_directions():
     layer, e = some_layer(), some(2, 3, 8)
     c_inverse, i, o = two_concepts(False)
     e[0, :2] = i
-    edit = [{"layer": one(i[k], o[k], c_inverse)} for k in range(2)]
-    ours = [together(*pair)["layer"](layer, e, layer(e)) for pair in (edit, edit[::-1])]
+    adapter = [{"layer": one(i[k], o[k], c_inverse)} for k in range(2)]
+    ours = [together(*pair)["layer"](layer, e, layer(e)) for pair in (adapter, adapter[::-1])]
     assert torch.allclose(*ours, atol=1e-4)  # whoever comes first
     for h, token in zip(ours[0].flatten(0, 1), e.flatten(0, 1)):
         expected = written_out(layer.weight, token, [(i[0], o[0]), (i[1], o[1])], c_inverse, .6, .2)
         assert torch.allclose(h, expected, atol=1e-3)
-    other = {"layer": edit[1]["layer"]._replace(beta=.1, tau=.9)}
-    assert together(edit[0], other)["layer"][3:] == (.6, .2)  # the first's
-    one_by_one = edit[1]["layer"](layer, e, edit[0]["layer"](layer, e, layer(e)))
+    other = {"layer": adapter[1]["layer"]._replace(beta=.1, tau=.9)}
+    assert together(adapter[0], other)["layer"][3:] == (.6, .2)  # the first's
+    one_by_one = adapter[1]["layer"](layer, e, adapter[0]["layer"](layer, e, layer(e)))
     assert (ours[0] - one_by_one).abs().max() > .1  # which is more than the sum
-    three = together(together(*edit), {"layer": one(some(8, seed=5), some(5, seed=6), c_inverse)})["layer"]
+    three = together(together(*adapter), {"layer": one(some(8, seed=5), some(5, seed=6), c_inverse)})["layer"]
     concepts = [(i[0], o[0]), (i[1], o[1]), (some(8, seed=5), some(5, seed=6))]
     expected = written_out(layer.weight, e[1, 2], concepts, c_inverse, .6, .2)
     assert torch.allclose(three(layer, e, layer(e))[1, 2], expected, atol=1e-3)
@@ -465,11 +465,11 @@ def test_two_people_are_gram_schmidt_of_their_directions():
 
 def test_two_people_in_a_model_have_a_word_each():
     model = shared_model()
-    me, you = edits(some_tensors(2), model), edits(some_tensors(seed=30, word=ROCK), model)
+    me, you = adapters(some_tensors(2), model), adapters(some_tensors(seed=30, word=ROCK), model)
     joined = together(me, you)
     assert joined.keys() == me.keys()
     ids = torch.tensor([[SKS, ROCK, FACE]] * 2)
-    with model.edited({LAYER: joined[LAYER]}):
+    with model.adapted({LAYER: joined[LAYER]}):
         rows = model.layers[LAYER](ids)
     assert torch.equal(rows[:, 0], me[LAYER].vectors[:, 0])
     assert torch.equal(rows[:, 1], you[LAYER].vectors[:, 0].expand(2, -1))
@@ -488,7 +488,7 @@ def args(**given):
 
 def test_the_knobs_turn_every_gate():
     model, method = shared_model(), hdb.HyperDreamBooth(shared_model())
-    made = edits(some_tensors(), model)
+    made = adapters(some_tensors(), model)
     assert turn(made, args(), method) == made
     for given, expected in ((args(beta=.4), (.4, .15)), (args(tau=.3), (.7, .3)),
                             (args(beta=0., tau=1.), (0., 1.))):
@@ -504,11 +504,11 @@ def test_the_second_person_comes_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setitem(MAKERS, "perfusion", perfusion)
     model, file = shared_model(), tmp_path / "you.safetensors"
     method = hdb.HyperDreamBooth(model)
-    me, you = edits(some_tensors(), model), some_tensors(seed=30, word=ROCK)
+    me, you = adapters(some_tensors(), model), some_tensors(seed=30, word=ROCK)
     you = {name: t.half().float() for name, t in you.items()}
     save_person(Person(tensors=you, made_by="perfusion", identifier="rock"), method, file)
     ours = turn(me, args(beside=str(file), beta=.5), method)
-    expected = together(me, edits(you, model))
+    expected = together(me, adapters(you, model))
     for name in projections(model, "k") | projections(model, "v"):
         assert all(torch.equal(a, b) for a, b in zip(ours[name][:3], expected[name][:3]))
         assert ours[name][3:] == (.5, .15)
@@ -518,7 +518,7 @@ def test_the_second_person_comes_from_a_file(tmp_path, monkeypatch):
         turn(me, args(beside=str(file)), method)
     twin = some_tensors() | {"token": you["token"]}
     save_person(Person(tensors=twin, made_by="perfusion", identifier="rock"), method, file)
-    me = edits({name: t.half().float() for name, t in some_tensors().items()}, model)
+    me = adapters({name: t.half().float() for name, t in some_tensors().items()}, model)
     with pytest.raises(UserError, match="its word cannot be told from sks"):
         turn(me, args(beside=str(file)), method)
     save_person(Person(torch.zeros(1, *method.lidb.shape)), method, file)
@@ -535,7 +535,7 @@ def test_a_person_is_made_as_the_options_say():
                            model="tiny")
     person = make_person(SimpleNamespace(model=model), photo(), said, stage)
     assert (person.made_by, person.base, person.identifier) == ("perfusion", "tiny", "rock")
-    expected = fit(model, photo(), 2, .02, .01, 3, "rock", generator(7))
+    expected = learn(model, photo(), 2, .02, .01, 3, "rock", generator(7))
     assert all(torch.equal(person.tensors[name], t) for name, t in expected.items())
     assert stage.steps == len(stage.losses) == 2 and len(stage.said) == 1
 
@@ -543,4 +543,4 @@ def test_a_person_is_made_as_the_options_say():
 def test_the_identifier_is_one_token():
     for word in "rocking", "sks face", "":
         with pytest.raises(UserError, match="one token"):
-            fit(shared_model(), photo(), 1, identifier=word)
+            learn(shared_model(), photo(), 1, identifier=word)

@@ -16,9 +16,9 @@ import lidb
 import sd
 import unet
 import vae
-from edits import LowRank, fresh_lora, join
+from adapters import LowRank, fresh_lora, join
 from files import person
-from files.console import UserError
+from program.console import UserError
 from files.lora import export_lora, load_lora
 from files.person import Person, is_person, load_person, save_person
 
@@ -49,19 +49,19 @@ def method():
     return hdb.HyperDreamBooth(small())
 
 
-def output(model, edits=None):
+def output(model, adapters=None):
     """Text features and predicted noise."""
     x, t, ids = lora_inputs()
-    with model.edited(edits or {}):
+    with model.adapted(adapters or {}):
         context = model.text(ids)
         return context, model.unet(x, t, context)
 
 
 def someone(seed=0, rank=4, **more):
     theta = .3 * draw((1, *method().lidb.shape), f"theta {seed}")
-    relaxed = fresh_lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
-    relaxed = {k: LowRank(a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in relaxed.items()}
-    return Person(theta, relaxed, base="small", **more)
+    lora = fresh_lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
+    lora = {k: LowRank(a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in lora.items()}
+    return Person(theta, lora, base="small", **more)
 
 
 def refused(call, *words):
@@ -83,13 +83,13 @@ def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
     save_person(person, method(), tmp_path / "me.safetensors", dtype=dtype)
     back = load_person(tmp_path / "me.safetensors", method())
     assert back.theta.dtype == torch.float32 and torch.equal(back.theta, person.theta.to(dtype).float())
-    expected = {k: [t.to(dtype).float() for t in pair] for k, pair in person.relaxed.items()}
-    assert equal(back.relaxed, expected) and all(isinstance(edit, LowRank) for edit in back.relaxed.values())
+    expected = {k: [t.to(dtype).float() for t in pair] for k, pair in person.lora.items()}
+    assert equal(back.lora, expected) and all(isinstance(adapter, LowRank) for adapter in back.lora.values())
     about = back.identifier, back.scale, back.date, back.base, back.basis_seed
     assert about == ("ohwx", .8, person.date, "small", 0)
     save_person(back, method(), tmp_path / "again.safetensors", dtype=dtype)
     again = load_person(tmp_path / "again.safetensors", method())
-    assert again.edits(method()).keys() == method().layers.keys()
+    assert again.adapters(method()).keys() == method().layers.keys()
     first, second = (load_file(tmp_path / name) for name in ("me.safetensors", "again.safetensors"))
     assert first.keys() == second.keys()
     assert all(first[k].dtype == dtype and torch.equal(first[k], second[k]) for k in first)
@@ -99,18 +99,18 @@ def test_parts_of_a_person(tmp_path):
     person = someone()
     save_person(person, method(), tmp_path / "lidb.safetensors", lidb_only=True, dtype=torch.float32)
     back = load_person(tmp_path / "lidb.safetensors", method())
-    assert back.relaxed == {} and torch.equal(back.theta, person.theta)
-    save_person(Person(None, person.relaxed), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
+    assert back.lora == {} and torch.equal(back.theta, person.theta)
+    save_person(Person(None, person.lora), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
     back = load_person(tmp_path / "lora.safetensors", method())
-    assert back.theta is None and equal(back.edits(method()), person.relaxed)
+    assert back.theta is None and equal(back.adapters(method()), person.lora)
     person.theta = None
     refused(lambda: save_person(person, method(), tmp_path / "x", lidb_only=True), "nothing to write")
 
 
 def test_factors_are_the_sum_at_the_default_strength():
     person = someone(scale=.5)
-    both = join(method().lidb.factors(person.theta), person.relaxed)
-    for name, (a, b) in person.edits(method()).items():
+    both = join(method().lidb.adapters(person.theta), person.lora)
+    for name, (a, b) in person.adapters(method()).items():
         assert a.shape[2] == 5 and torch.allclose(a @ b, .5 * both[name][0] @ both[name][1], atol=1e-6)
 
 
@@ -205,7 +205,7 @@ def warned(call):
     return texts
 
 
-def named(name, **more):
+def with_identifier(name, **more):
     """A method around a small model of this name."""
     model = small(**more)
     model.name = name
@@ -218,24 +218,24 @@ def test_a_file_says_which_weights_it_was_made_for(file):
     assert {part: note[part] for part in ("unet", "text")} == {
         part: method().model.checksums[part] for part in ("unet", "text")}
     assert not warned(lambda: load_person(file, method()))
-    assert not warned(lambda: load_person(file, named("elsewhere/small")))
+    assert not warned(lambda: load_person(file, with_identifier("elsewhere/small")))
 
 
 def test_another_model_of_the_same_shapes_is_warned_of(file):
-    other = named("other", seed=1)
+    other = with_identifier("other", seed=1)
     message, = warned(lambda: load_person(file, other))
     here, there = other.model.checksums, method().model.checksums
     for word in (str(file), "made for small", "used with other", f"unet {there['unet']}, here {here['unet']}",
                  f"text {there['text']}, here {here['text']}", "likeness"):
         assert word in message
-    mixed = named("mixed")
+    mixed = with_identifier("mixed")
     mixed.model.unet = other.model.unet
     message, = warned(lambda: load_person(file, mixed))
     assert f"unet {there['unet']}, here {here['unet']}" in message and "text" not in message
 
 
 def test_the_same_model_in_bfloat16_is_the_same(file):
-    half = named("small")
+    half = with_identifier("small")
     for part in (half.model.unet, half.model.text, half.model.vae):
         part.bfloat16()
     assert not warned(lambda: load_person(file, half))
@@ -245,7 +245,7 @@ def test_the_same_model_in_bfloat16_is_the_same(file):
     ("small", "small", False), ("small", "other", True), ("", "other", False)])
 def test_a_file_without_checksums_goes_by_the_models_name(file, base, here, told):
     altered(file, unet=None, text=None, base=base)
-    messages = warned(lambda: load_person(file, named(here, seed=1)))
+    messages = warned(lambda: load_person(file, with_identifier(here, seed=1)))
     assert len(messages) == told
     assert all("made for small" in text and "used with other" in text for text in messages)
 
@@ -282,5 +282,5 @@ def test_what_cannot_be_kept_is_not_written(tmp_path):
 
 def test_is_person(file, tmp_path):
     assert is_person(file) and is_person(str(file))
-    export_lora(someone().relaxed, tmp_path / "lora.safetensors")
+    export_lora(someone().lora, tmp_path / "lora.safetensors")
     assert not any(map(is_person, (tmp_path / "lora.safetensors", tmp_path, tmp_path / "none.jpg")))

@@ -110,7 +110,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
 @pytest.mark.parametrize("arguments, why", [
     (["none.png", "[V] face"], "no such file"),
     (["README.md", "[V] face"], "cannot be read as a picture"),
-    (["baselines", "[V] face"], "no such folder, or it holds no photos; __init__.py: cannot be read"),
+    (["methods", "[V] face"], "no such folder, or it holds no photos; __init__.py: cannot be read"),
     (["nano/example.png", "nano/example.png", "[V] face", "--crop", "0,0,90"], "cannot have one --crop"),
     (["nano/example.png", "[V] face", "--crop", "100,100,100"], "does not lie inside"),
     (["nano/example.png", "[V] face", "--crop", "1,2"], "is not face, center or x,y,size"),

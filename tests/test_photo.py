@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from tiny import generator
 
-from files.console import UserError
+from program.console import UserError
 from nano import faces, seeds
 from nano.photo import avatar, reader, report, train
 from nano.photo.reader import CLASSES, HEADS, NUMBERS, Reader

@@ -9,14 +9,15 @@ from test_faces import generator, people, photos
 from test_personalize import ROOT
 
 import clip
-import edits
+import adapters
 import sd
 import unet
 import vae
-import world
+from program import distributed
 from files.checkpoints import read_json, write
-from files.console import UserError
-from nano import faces, judge, pretrain, seeds
+from program.console import UserError
+from nano import faces, judge, seeds
+from nano.training import pretrain
 from nano.photo import train as photo_train
 from vit import NANO_VIT, ViT
 
@@ -57,7 +58,7 @@ def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(model):
         a, b = (model.context([text])[0, -1] for text in (one, other))
         return (a - b).norm() / a.norm()
 
-    rare = change("a zwx face with pale skin", f"a {edits.IDENTIFIER} face with pale skin")
+    rare = change("a zwx face with pale skin", f"a {adapters.IDENTIFIER} face with pale skin")
     pairs = (("pale skin", "dark skin"), ("a red mohawk", "a blond mohawk"), ("round glasses", "a goatee"),
              ("long grey hair", "bald"))
     for word, other in pairs:
@@ -117,7 +118,7 @@ def test_a_part_is_trained_and_written(train, options, file, runs):
 def test_the_encoder_is_written_by_one_of_several_processes(train, monkeypatch):
     options = ["encoder", *SMALL, "--fresh", 1]
     with monkeypatch.context() as other:
-        other.setattr(world, "first", lambda: False)
+        other.setattr(distributed, "is_main", lambda: False)
         assert not list((train(*options) / "runs/encoder").iterdir())
     written = load_file(train(*options) / "runs/encoder/vit.safetensors")
     assert written.keys() == ViT(NANO_VIT).state_dict().keys()

@@ -1,4 +1,4 @@
-"""baselines/textual_inversion.py by numbers, on a tiny model: against text encoders with other rows."""
+"""methods/textual_inversion.py by numbers, on a tiny model: against text encoders with other rows."""
 import os
 import warnings
 from types import SimpleNamespace
@@ -11,21 +11,21 @@ from torch.func import functional_call
 
 import clip
 import diffusion
-import edits as edits_of
+import adapters as edits_of
 import hdb
-from baselines import textual_inversion
-from baselines.textual_inversion import (
+from methods import textual_inversion
+from methods.textual_inversion import (
     LAYER,
     Rows,
-    edits,
-    fit,
+    adapters,
+    learn,
     is_embedding,
     load_embedding,
     make_person,
     save_embedding,
     shapes,
 )
-from files.console import UserError
+from program.console import UserError
 from sd import StableDiffusion
 
 WEIGHT = "text_model.embeddings.token_embedding.weight"
@@ -49,7 +49,7 @@ def written_out_features(model, vectors, ids):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The edit
+# The adapter
 
 def test_features_are_those_of_an_encoder_with_another_row():
     model, vectors = shared_model(), some_vectors()
@@ -57,7 +57,7 @@ def test_features_are_those_of_an_encoder_with_another_row():
     weight[SKS] = vectors[0, 0]
     ids = model.tokenizer(["a sks face", "sks as sks rock", "a face as a star"])
     expected = functional_call(model.text, {WEIGHT: weight}, (ids,))
-    with model.edited({LAYER: Rows(vectors, SKS)}):
+    with model.adapted({LAYER: Rows(vectors, SKS)}):
         got = model.text(ids)
     assert torch.allclose(got, expected, atol=1e-5)
     plain = model.text(ids)
@@ -69,7 +69,7 @@ def test_three_vectors_are_three_words_in_their_order():
     # said three times, apart, too often, too seldom
     prompts = ["a sks sks sks face", "sks a sks face sks", "sks sks sks sks sks", "a sks face"]
     ids = model.tokenizer(prompts)
-    with model.edited({LAYER: Rows(vectors, SKS)}):
+    with model.adapted({LAYER: Rows(vectors, SKS)}):
         got = model.text(ids)
     for features, row in zip(got, ids):
         assert torch.allclose(features, written_out_features(model, vectors[0], row), atol=1e-5)
@@ -81,7 +81,7 @@ def test_other_words_keep_their_embedding():
     model = shared_model()
     ids = model.tokenizer(["a sks sks rock star sks", "blurry"])
     before, vectors = model.layers[LAYER](ids), some_vectors(tokens=2)
-    with model.edited({LAYER: Rows(vectors, SKS)}):
+    with model.adapted({LAYER: Rows(vectors, SKS)}):
         after = model.layers[LAYER](ids)
     assert torch.equal(after[ids != SKS], before[ids != SKS])
     assert torch.equal(after[ids == SKS], vectors[0, [0, 1, 0]])
@@ -92,7 +92,7 @@ def test_people_take_turns_in_a_batch(tokens):
     model, vectors = shared_model(), some_vectors(3, tokens)
     prompts = ["a sks sks face", "sks", "a sks face as a sks", "sks a sks", "a face", "rock sks sks"]
     ids = model.tokenizer(prompts)
-    with model.edited({LAYER: Rows(vectors, SKS)}):
+    with model.adapted({LAYER: Rows(vectors, SKS)}):
         together = model.text(ids)
         with pytest.raises(ValueError, match="4 cannot be shared among 3 people"):
             model.text(ids[:4])
@@ -108,10 +108,10 @@ def test_vectors_are_as_precise_as_the_model():
 
 def test_edits_are_of_the_identifiers_row():
     vectors = some_vectors(2, 3)
-    ((layer, edit),) = edits({"vectors": vectors}, shared_model()).items()
-    assert layer == LAYER and edit.token == SKS and edit.vectors is vectors
+    ((layer, adapter),) = adapters({"vectors": vectors}, shared_model()).items()
+    assert layer == LAYER and adapter.token == SKS and adapter.vectors is vectors
     model, prompts = shared_model(), [hdb.PROMPT, hdb.PROMPT]
-    with model.edited(edits({"vectors": vectors}, model)):
+    with model.adapted(adapters({"vectors": vectors}, model)):
         one, other = model.context(prompts)
     assert not torch.allclose(one, other, atol=.1) and untouched(model)
 
@@ -159,7 +159,7 @@ def written_out_training(model, photos, steps, lr, batch, tokens, seed, prompt=N
 def test_training_written_out(people, batch, tokens):
     model, losses = shared_model(), []
     photos, start = photo(people), written_out_start(shared_model(), tokens, generator(8))
-    ours = fit(model, photos, 3, .02, batch, tokens, generator(8),
+    ours = learn(model, photos, 3, .02, batch, tokens, generator(8),
                callback=lambda step, loss: losses.append((step, loss)))
     theirs, expected = written_out_training(model, photos, 3, .02, batch, tokens, 8)
     assert ours.keys() == {"vectors"} and ours["vectors"].shape == (people, tokens, WIDTH)
@@ -181,13 +181,13 @@ def test_the_reference_is_one_that_sees_the_vectors_and_the_prompt():
 def test_everybody_starts_at_a_face():
     model = shared_model()
     face = model.text.state_dict()[WEIGHT][FACE]
-    assert torch.equal(fit(model, photo(2), 0)["vectors"], face.expand(2, 1, WIDTH))
-    one, other = fit(model, photo(2), 0, tokens=4, generator=generator(3))["vectors"]
+    assert torch.equal(learn(model, photo(2), 0)["vectors"], face.expand(2, 1, WIDTH))
+    one, other = learn(model, photo(2), 0, tokens=4, generator=generator(3))["vectors"]
     assert torch.equal(one, other) and torch.equal(one[0], face)
     assert torch.allclose(one, written_out_start(model, 4, generator(3)))
     apart = (one[1:] - face).norm(dim=1) / face.norm()
     assert (apart > .01).all() and (apart < .3).all()
-    assert not torch.equal(fit(model, photo(), 0, tokens=4, generator=generator(4))["vectors"][0], one)
+    assert not torch.equal(learn(model, photo(), 0, tokens=4, generator=generator(4))["vectors"][0], one)
 
 
 def test_arguments_are_heard():
@@ -195,20 +195,20 @@ def test_arguments_are_heard():
 
     def run(**more):
         given = {"steps": 2, "lr": .01, "batch": 2, "generator": generator(1)} | more
-        return fit(model, photo(), **given)["vectors"]
+        return learn(model, photo(), **given)["vectors"]
     base = run()
     for other in ({"steps": 3}, {"lr": .02}, {"batch": 3}, {"generator": generator(2)}):
         assert (run(**other) - base).abs().max() > 1e-4
     assert torch.equal(run(), base) and run(tokens=2).shape == (1, 2, WIDTH)
     assert torch.equal(run(generator=None), run(generator=generator(0)))
-    assert (fit(model, photo(seed=2), 2, .01, 2, 1, generator(1))["vectors"] - base).abs().max() > 1e-4
+    assert (learn(model, photo(seed=2), 2, .01, 2, 1, generator(1))["vectors"] - base).abs().max() > 1e-4
     run(steps=3, callback=lambda step, loss: losses.append(loss))
     assert len(losses) == 3 and min(losses) > 0
 
 
 def test_only_the_vectors_are_trained():
     model, state, given = tiny_model(), torch.get_rng_state(), photo().requires_grad_()
-    fit(model, given, 2, .01, 2, 2)
+    learn(model, given, 2, .01, 2, 2)
     assert torch.equal(torch.get_rng_state(), state)
     assert given.grad is None and untouched(model)
 
@@ -217,7 +217,7 @@ def test_people_trained_side_by_side_do_not_mix():
     model = shared_model()
     # the second person is another, the first one's result the same
     photos = (torch.cat([photo(), photo(seed=seed)]) for seed in (2, 3))
-    (a, b), (c, d) = (fit(model, both, 3, .02, 2, 2, generator(1))["vectors"] for both in photos)
+    (a, b), (c, d) = (learn(model, both, 3, .02, 2, 2, generator(1))["vectors"] for both in photos)
     start = written_out_start(model, 2, generator(1))
     assert (a - c).norm() < .01 * (a - start).norm() and (b - d).norm() > .1 * (b - start).norm()
 
@@ -227,7 +227,7 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 
     def run(lr):
         losses = []
-        vectors = fit(model, photo(), 20, lr, callback=lambda step, loss: losses.append(loss))["vectors"]
+        vectors = learn(model, photo(), 20, lr, callback=lambda step, loss: losses.append(loss))["vectors"]
         return sum(losses[-5:]), torch.equal(vectors[0, 0], model.text.state_dict()[WEIGHT][FACE])
     (still, same), (trained, moved) = run(0.), run(.1)  # under the same noises
     assert same and not moved and trained < .97 * still
@@ -235,18 +235,18 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     # its optimiser knows no meta tensors
-    monkeypatch.setattr(textual_inversion, "descend", lambda *_, **__: None)
+    monkeypatch.setattr(textual_inversion, "fit", lambda *_, **__: None)
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
-    assert fit(model, photo(2), 1, tokens=2)["vectors"].device == model.device
+    assert learn(model, photo(2), 1, tokens=2)["vectors"].device == model.device
 
 
 def test_a_half_precision_models_vectors_are_float32():
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.bfloat16()
-    vectors = fit(model, photo(), 2, .01, 2, 2)["vectors"]
+    vectors = learn(model, photo(), 2, .01, 2, 2)["vectors"]
     assert vectors.dtype == torch.float32 and not torch.equal(vectors.bfloat16().float(), vectors)
 
 
@@ -257,20 +257,20 @@ def test_the_words_have_to_be_one_token_each(words):
     other = StableDiffusion("other", ours.unet, ours.text, tokenizer, ours.vae)
     missing = "sks" if "face" in words else "face"
     with pytest.raises(UserError, match=f'"{missing}" is not one token of other'):
-        fit(other, photo(), 0)
+        learn(other, photo(), 0)
     if missing == "sks":
         with pytest.raises(ValueError, match="not one token"):
-            edits({"vectors": some_vectors()}, other)
+            adapters({"vectors": some_vectors()}, other)
 
 
 def test_so_many_vectors_as_the_prompt_has_room_for():
     model = shared_model()
     for tokens in 0, -1, 9:
         with pytest.raises(ValueError, match=f"{tokens} vectors: tiny's prompts have room for 1 to 8"):
-            fit(model, photo(), 1, tokens=tokens)
+            learn(model, photo(), 1, tokens=tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is cut
-        vectors = fit(model, photo(), 1, .01, tokens=8)["vectors"]
+        vectors = learn(model, photo(), 1, .01, tokens=8)["vectors"]
     start = written_out_start(model, 8, generator(0))
     assert ((vectors[0] - start).norm(dim=1) > 0).all()
 
@@ -295,12 +295,13 @@ def test_a_person_is_made_as_the_options_say():
     person = make_person(SimpleNamespace(model=model), photo(), args, stage)
     about = person.made_by, person.base, person.identifier
     assert about == ("textual_inversion", "somewhere", "sks sks")
-    assert torch.equal(person.tensors["vectors"], fit(model, photo(), 2, .02, 3, 2, generator(6))["vectors"])
+    expected = learn(model, photo(), 2, .02, 3, 2, generator(6))["vectors"]
+    assert torch.equal(person.tensors["vectors"], expected)
     assert stage.steps == len(stage.losses) == 2 and len(stage.said) == 1
     # the identifier is what was trained with
-    ids = model.tokenizer([edits_of.named(hdb.PROMPT, person.identifier)])[0]
-    with model.edited(edits(person.tensors, model)):
-        context = model.context([edits_of.named(hdb.PROMPT, person.identifier)])[0]
+    ids = model.tokenizer([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
+    with model.adapted(adapters(person.tensors, model)):
+        context = model.context([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
     assert torch.allclose(context, written_out_features(model, person.tensors["vectors"][0], ids), atol=1e-5)
     assert (ids == SKS).sum() == 2
 

@@ -17,11 +17,12 @@ from test_personalize import ROOT, run
 import hdb
 import train
 from diffusion import denoising_loss
-from files import console, images
+from files import images
+from program import console
 from files.checkpoints import LoadError, checksum, write
-from files.photos import Photos
+from training.photos import Photos
 from nano import seeds
-from trainer import Trainer
+from training.trainer import Trainer
 from vit import encode_face
 
 
@@ -173,7 +174,7 @@ def test_fitted_targets_explain_their_people(tmp_path):
     theta = train.fit_targets(method, Two(), settings, tmp_path / "t", {}, math.inf)
 
     def loss(theta):
-        with torch.no_grad(), method.model.edited(method.lidb.factors(theta)):
+        with torch.no_grad(), method.model.adapted(method.lidb.adapters(theta)):
             latents = Two.latents.flatten(0, 1)[[0, 2]]
             g = torch.Generator().manual_seed(9)
             return denoising_loss(method.model, latents, [hdb.PROMPT] * 2, g).mean()

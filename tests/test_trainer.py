@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tiny import adam_by_hand, generator
 from torch import nn
 
-import world
+from program import distributed
 from files import checkpoints
 from files.checkpoints import write
-from files.console import Stopped, UserError
-from files.parts import differences
-from trainer import Pool, Trainer, seeded
+from program.console import Stopped, UserError
+from training.parts import differences
+from training.trainer import Pool, Trainer, seeded
 
 
 def train(out, steps, total=120, **options):
@@ -46,35 +46,35 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, muon):
 
 def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
     of = {"unet": "12ab", "people": 3}
-    train(tmp_path, 3, of=of)
-    train(tmp_path, 3, of=of)  # the same goes on
+    train(tmp_path, 3, depends_on=of)
+    train(tmp_path, 3, depends_on=of)  # the same goes on
     for other, why in (({"unet": "34cd", "people": 3}, "unet 12ab there, 34cd here"),
                        ({"unet": "12ab"}, "people 3 there, none here"),
                        (of | {"faces": "x"}, "faces not known there, x here")):
         with pytest.raises(UserError, match=rf"of another run \({why}\); remove it"):
-            train(tmp_path, 3, of=other)
+            train(tmp_path, 3, depends_on=other)
     file = tmp_path / "state.safetensors"
     tensors, note = load_file(file), {"step": "3", "of": json.dumps({"unet": "12ab", "people": "3"})}
     write(tensors, file, note)
-    train(tmp_path, 3, of=of)
+    train(tmp_path, 3, depends_on=of)
     lacking = {k: t for k, t in tensors.items() if k != "exp_avg_sq.model.bias"}
     for spoilt in (tensors | {"exp_avg.model.weight": torch.zeros(3)},
                    tensors | {"ema.model.weight": torch.zeros(3)},
                    lacking, tensors | {"more": torch.zeros(3)}):
         write(spoilt, file, note)
         with pytest.raises(UserError, match=r"of another run \(with other modules\)"):
-            train(tmp_path, 5, of=of)
+            train(tmp_path, 5, depends_on=of)
     for spoilt, why in ((tensors["exp_avg.model.weight"] * torch.nan, "NaN"),
                         (tensors["exp_avg.model.weight"].half(), "with other modules")):
         write(tensors | {"exp_avg.model.weight": spoilt}, file, note)
         with pytest.raises(UserError, match=why):
-            train(tmp_path, 5, of=of)
+            train(tmp_path, 5, depends_on=of)
     steps = [{"step": step} for step in ("x", "-1", "121", "9" * 5000)]
     deep = [{"step": "3", "of": '{"a":' * 100_000}]
     for wrong in (*steps, *deep, {}, {"step": "3", "of": "{"}):
         write(tensors, file, wrong)
         with pytest.raises(UserError, match="damaged"):
-            train(tmp_path, 5, of=of)
+            train(tmp_path, 5, depends_on=of)
     write(tensors, file, {"step": "3", "of": "start None, basis 5"})  # as states said it before
     with pytest.raises(UserError, match="run start None, basis 5 there, none here"):
         train(tmp_path, 5)
@@ -153,7 +153,7 @@ def test_the_usual_settings_of_a_run(tmp_path):
     trainer = Trainer({"m": nn.Linear(2, 2)}, tmp_path / "in/a/folder", 10, lr=.1)
     (adam,) = trainer.optimizers
     (group,) = adam.param_groups
-    assert (trainer.warmup, trainer.decay, trainer.deadline, trainer.of) == (100, .999, math.inf, {})
+    assert (trainer.warmup, trainer.decay, trainer.deadline, trainer.depends_on) == (100, .999, math.inf, {})
     assert (group["betas"], group["weight_decay"], trainer.matrices) == ((.9, .99), .01, {})
 
 
@@ -176,7 +176,7 @@ def test_the_numbers_shown_are_running_means(tmp_path):
 
 def test_the_numbers_shown_are_those_of_all_processes(tmp_path, monkeypatch):
     model, mine = nn.Linear(1, 1), torch.tensor(3.)
-    monkeypatch.setattr(world, "average", lambda tensors: torch._foreach_mul_(tensors, .5))
+    monkeypatch.setattr(distributed, "average", lambda tensors: torch._foreach_mul_(tensors, .5))
     trainer = Trainer({"m": model}, tmp_path, 10, lr=0.)
     trainer.update(model.weight.sum() * 0 + 2, other=mine, third=8)
     assert trainer.mean == {"loss": 1., "other": 1.5, "third": 4.} and mine == 3
@@ -217,7 +217,7 @@ def test_the_bar_says_how_far_a_run_is(tmp_path, capsys, monkeypatch):
     train(tmp_path / "run", 5, total=5)
     _, first, *_ = capsys.readouterr().err.split("\r")
     assert first.startswith("run:  60%|") and "| 3/5 [" in first
-    monkeypatch.setattr(world, "first", lambda: False)  # of several processes one has a bar
+    monkeypatch.setattr(distributed, "is_main", lambda: False)  # of several processes one has a bar
     train(tmp_path / "other", 1)
     assert capsys.readouterr().err == ""
 

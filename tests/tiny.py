@@ -11,7 +11,7 @@ import unet
 import vae
 from hypernet import HyperConfig, HyperNetwork
 from sd import StableDiffusion
-from trainer import seeded
+from training.trainer import seeded
 from vit import ViTConfig
 
 UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -56,7 +56,7 @@ def untouched(model):
 
 
 class Changed:
-    """`model` with other weights, as functional_call computes it: the reference for what edits do.
+    """`model` with other weights, as functional_call computes it: the reference for what adapters do.
 
     deltas: name -> (in, out), added to the weight of that layer."""
 
@@ -74,9 +74,9 @@ class Changed:
         return functional_call(self.model.unet, self.weights["unet"], (x, t, context))
 
 
-def deltas(edits, person=0):
+def deltas(adapters, person=0):
     """name -> A·B (in, out) of one of the people."""
-    return {name: a[person] @ b[person] for name, (a, b) in edits.items()}
+    return {name: a[person] @ b[person] for name, (a, b) in adapters.items()}
 
 
 def generator(seed=0):

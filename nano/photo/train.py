@@ -1,29 +1,26 @@
 """Train the reader of photos.
 
-    python nano/photo/train.py --photos FOLDER    train nano/reader.safetensors and print how well it reads
-    python nano/photo/train.py --photos FOLDER --steps 0      the figures alone
+    python -m nano.photo.train --photos FOLDER    train nano/reader.safetensors and print how well it reads
+    python -m nano.photo.train --photos FOLDER --steps 0      the figures alone
 
 It learns from drawings, whose numbers are known, under heavy photographic noise, and from a folder of
 portraits with labels.csv: the words of faces.py (skin 0-4, hair_colour, hair_style, glasses, beard), shapes
 as ranks in [0, 1], median colours of skin, iris and lips.
 """
 import csv
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-from files import console, images  # noqa: E402
-from files.checkpoints import refusing, write  # noqa: E402
-from files.layouts import place  # noqa: E402
-from nano import faces, seeds  # noqa: E402
-from nano.photo.reader import (  # noqa: E402
+from files import images
+from program import console
+from files.checkpoints import refusing, write
+from files.layouts import device_and_dtype
+from nano import faces, seeds
+from nano.photo.reader import (
     CLASSES, FILE, NUMBERS, STORED, Reader, load_reader, view)
-from nano.photo.report import UNKNOWN, report  # noqa: E402
-from trainer import Trainer, seeded  # noqa: E402
+from nano.photo.report import UNKNOWN, report
+from training.trainer import Trainer, seeded
 
 
 def truth_of(identity):
@@ -153,7 +150,7 @@ def train(args, photos, truth):
     truth, of_drawings, weights = ({name: t.to(device) for name, t in some.items()}
                                    for some in (truth, of_drawings, weights))
     trainer = Trainer({"reader": model}, Path(args.runs) / "reader", args.steps, args.lr,
-                      weight_decay=.1, of={"photos": args.photos, "seed": args.seed})
+                      weight_decay=.1, depends_on={"photos": args.photos, "seed": args.seed})
     quarter = args.batch // 4
     for step in trainer:
         # Photos, and a quarter drawings, half of them as if photographed, half hardly changed
@@ -187,7 +184,7 @@ def arguments():
     console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(8, 4096), lr=(0, 1),
                          drawings=(8, 10 ** 6), seed=(0, seeds.SEEDS))
     console.check_folder(parser, "--runs", args.runs)
-    args.device, _ = place(args.device, torch.float32)
+    args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 
 

@@ -28,7 +28,7 @@ import sd
 import unet
 import vae
 from diffusion import ddim, seeded_noise
-from edits import LowRank, fresh_lora, join, named
+from adapters import LowRank, fresh_lora, join, with_identifier
 from files.compvis import unet_to_compvis, vae_to_compvis
 from files.lora import export_lora
 from files.merged import merge_to_folder
@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
 def make(folder, single):
     """Save a pipeline with random weights as diffusers does, and the weights in one file as CompVis did."""
     # a vocabulary of these prompts' words is enough: IDS shows what the other tokens do
-    vocab, merges = clip.learn_bpe(f"{named(PROMPT)} {NEGATIVE}".split())
+    vocab, merges = clip.learn_bpe(f"{with_identifier(PROMPT)} {NEGATIVE}".split())
     write_tokenizer(clip.Tokenizer(vocab, merges), folder.parent)
     pipe = StableDiffusionPipeline(
         unet=their_unet(unet.SD15), text_encoder=their_text(**asdict(clip.SD15)), vae=their_vae(vae.SD15),
@@ -67,12 +67,12 @@ def make(folder, single):
 
 
 def someone(model):
-    """Random edits like a person's: LiDB's and a LoRA of rank 4 beside them."""
+    """Random adapters like a person's: LiDB's and a LoRA of rank 4 beside them."""
     method = HyperDreamBooth(model)
     theta = .3 * draw((1, *method.lidb.shape), "theta")
-    relaxed = fresh_lora(method.layers, 4, generator("relaxed"))
-    relaxed = {name: LowRank(a.detach(), .2 * draw(b.shape, name)) for name, (a, b) in relaxed.items()}
-    return join(method.lidb.factors(theta), relaxed)
+    lora = fresh_lora(method.layers, 4, generator("lora"))
+    lora = {name: LowRank(a.detach(), .2 * draw(b.shape, name)) for name, (a, b) in lora.items()}
+    return join(method.lidb.adapters(theta), lora)
 
 
 def theirs(pipe):
@@ -80,7 +80,8 @@ def theirs(pipe):
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scale = pipe.vae.config.scaling_factor
-    sample = pipe(named(PROMPT), negative_prompt=NEGATIVE, latents=seeded_noise((1, 4, 64, 64), [0]),
+    sample = pipe(with_identifier(PROMPT), negative_prompt=NEGATIVE,
+                  latents=seeded_noise((1, 4, 64, 64), [0]),
                   num_inference_steps=4, guidance_scale=7.5, output_type="latent").images
     return [pipe.text_encoder(IDS).last_hidden_state, pipe.unet(SQUARE, 500, CONTEXT).sample,
             pipe.unet(OBLONG, 500, CONTEXT).sample, pipe.vae.encode(PHOTO).latent_dist.mean * scale,
@@ -133,17 +134,17 @@ def check(folder):
         plain = ours(model)
         fine.append(compare(source.name, reference, plain))
 
-    edits = someone(model)
-    with model.edited(edits):
+    adapters = someone(model)
+    with model.adapted(adapters):
         personal = ours(model)
     compare("(person or not)", plain, personal)
     # from the single file, which shows that it is one to diffusers too
     pipe = StableDiffusionPipeline.from_single_file(single, config=str(hub), local_files_only=True)
     single.unlink()
-    export_lora(edits, lora)
+    export_lora(adapters, lora)
     pipe.load_lora_weights(folder, weight_name=lora.name)
     fine.append(compare("person as a LoRA", theirs(pipe), personal))
-    merge_to_folder(model, edits, hub, folder / "merged")
+    merge_to_folder(model, adapters, hub, folder / "merged")
     pipe = StableDiffusionPipeline.from_pretrained(folder / "merged")
     fine.append(compare("person merged", theirs(pipe), personal))
     return all(fine)

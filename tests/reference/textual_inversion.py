@@ -2,8 +2,8 @@
 
     pip install diffusers==0.42.1 transformers==5.23.0   # here only, never by the tests
 
-What baselines/textual_inversion.py writes is loaded into a small pipeline. Its new rows are the vectors, and
-its text features are ours under the edit; the greatest difference relative to the greatest value is shown.
+What methods/textual_inversion.py writes is loaded into a small pipeline. Its new rows are the vectors, and
+its text features are ours under the adapter; the greatest difference relative to the greatest value is shown.
 """
 import tempfile
 from dataclasses import asdict
@@ -16,8 +16,8 @@ from rule import difference, draw, fill
 from tiny import TEXT, UNET, VAE, tiny_model
 from transformers import CLIPTokenizer
 
-from baselines.textual_inversion import TOKEN, edits, identifier, save_embedding
-from edits import named
+from methods.textual_inversion import TOKEN, adapters, identifier, save_embedding
+from adapters import with_identifier
 from files.tokenizers import write_tokenizer
 from hdb import PROMPT
 
@@ -35,9 +35,9 @@ for count in 1, 3:
     rows = pipe.text_encoder.get_input_embeddings().weight[-count:]
     assert torch.equal(rows, vectors[0]), "other rows than were written"
 
-    with torch.no_grad(), model.edited(edits({"vectors": vectors}, model)):
-        ours = model.context([named(PROMPT, identifier(count))])
-        theirs, _ = pipe.encode_prompt(named(PROMPT, TOKEN), "cpu", 1, False)
+    with torch.no_grad(), model.adapted(adapters({"vectors": vectors}, model)):
+        ours = model.context([with_identifier(PROMPT, identifier(count))])
+        theirs, _ = pipe.encode_prompt(with_identifier(PROMPT, TOKEN), "cpu", 1, False)
     error = difference(ours, theirs)
     print(f"{count} vectors: rows equal, text features to {error:.1e}")
     assert error < 5e-6, "other text features"

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from test_personalize import ROOT
 
-import world
+from program import distributed
 from files.checkpoints import LoadError, write
-from files.console import Stopped
-from files.parts import joined, kept
+from program.console import Stopped
+from training.parts import cached, load_all
 
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch, train
-from files import console
+from program import console
 train.WATCHED = 1
 torch.set_num_threads(1)
 doomed, update = sys.argv.pop(1), train.Trainer.update
@@ -80,41 +80,41 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
         made.append(part)
         return {"x": torch.full((part,), float(part))}
     for rank in 0, 1, 0:
-        monkeypatch.setattr(world, "share", lambda rank=rank: (rank, 2))
-        files = kept(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers")
-    assert made == [1, 3, 2] and joined(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
+        monkeypatch.setattr(distributed, "rank_and_size", lambda rank=rank: (rank, 2))
+        files = cached(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers")
+    assert made == [1, 3, 2] and load_all(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
     monkeypatch.undo()
     files[1].unlink()
     with pytest.raises(Stopped, match="stopped with numbers, 2 of 3 parts; the same command goes on"):
-        kept(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers", deadline=0)
+        cached(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers", deadline=0)
     with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
-        kept(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
+        cached(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
     assert made == [1, 3, 2]
 
 
 def test_processes_end_together_and_see_the_same(tmp_path, monkeypatch, capsys):
     """What another one is late with, or has made of other things meanwhile, is known once all are there."""
-    monkeypatch.setattr(world, "share", lambda: (0, 2))
-    monkeypatch.setattr(world, "greatest", lambda late: True)  # the other one's deadline
+    monkeypatch.setattr(distributed, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "greatest", lambda late: True)  # the other one's deadline
     with pytest.raises(Stopped, match="stopped with numbers, 1 of 2 parts") as stop:
-        kept(tmp_path, [1, 2], {"of": 7}, lambda part: {"x": torch.ones(part)}, "numbers")
+        cached(tmp_path, [1, 2], {"of": 7}, lambda part: {"x": torch.ones(part)}, "numbers")
     assert stop.value.signum == 0 and "100%" in capsys.readouterr().err
 
     def other(late):
         write({"x": torch.ones(2)}, tmp_path / "00001.safetensors", {"of": "8", "parts": "2"})
-    monkeypatch.setattr(world, "greatest", other)
+    monkeypatch.setattr(distributed, "greatest", other)
     with pytest.raises(LoadError, match=r"00001.safetensors: made for others \(of 8 there, 7 here\)"):
-        kept(tmp_path, [1, 2], {"of": 7}, None, "numbers")
+        cached(tmp_path, [1, 2], {"of": 7}, None, "numbers")
 
 
 def test_a_process_may_wait_long_for_another(monkeypatch):
     given = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert world.join("cpu") == "cpu" and not given  # somebody else's word for something else
+    assert distributed.join("cpu") == "cpu" and not given  # somebody else's word for something else
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
     monkeypatch.setattr(torch.distributed, "init_process_group",
                         lambda kind, **more: given.update(more, kind=kind))
-    assert world.join("cpu") == "cpu" and given["kind"] == "gloo"
+    assert distributed.join("cpu") == "cpu" and given["kind"] == "gloo"
     assert given["timeout"].total_seconds() > 12 * 3600
 
 
@@ -124,13 +124,14 @@ def test_a_signal_in_the_last_part_is_not_lost(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return {"x": torch.zeros(part)}
     with pytest.raises(Stopped, match="stopped with numbers, 2 of 2 parts") as stop:
-        kept(tmp_path, [1, 2], {}, make, "numbers")
+        cached(tmp_path, [1, 2], {}, make, "numbers")
     assert stop.value.signum == signal.SIGTERM and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_process_alone_is_the_whole_world():
     tensor = torch.tensor([1., 2.])
-    world.average([tensor])
-    assert world.share() == (0, 1) and world.first() and world.join("cpu") == "cpu"
-    assert world.greatest(3) == 3 and tensor.tolist() == [1., 2.]
-    assert not world.lost(RuntimeError("gloo"))
+    distributed.average([tensor])
+    assert distributed.rank_and_size() == (0, 1) and distributed.is_main()
+    assert distributed.join("cpu") == "cpu"
+    assert distributed.greatest(3) == 3 and tensor.tolist() == [1., 2.]
+    assert not distributed.lost(RuntimeError("gloo"))

@@ -1,7 +1,7 @@
 """E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228): an encoder E, trained on a domain, here
 faces, says at every step of sampling which word [V] is; then 15 steps of fine-tuning, of all of it.
 
-    python -m baselines.e4t face.png "[V] face as a rock star"
+    python -m methods.e4t face.png "[V] face as a rock star"
 
 The word embedding is e = e_face + s·E(photo, z_t, t). Since it is another one for every z_t, the text encoder
 runs anew within each call of the UNet: the prompt's word embeddings, with a hole where [V] stands, take the
@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import dreambooth
-from baselines.textual_inversion import CLASS, only_token
-from descent import descend
+from methods import dreambooth
+from methods.textual_inversion import CLASS, only_token
+from training.fit import fit
 from diffusion import denoising_loss
-from edits import IDENTIFIER, Change, merge, shared
+from adapters import IDENTIFIER, Change, merge, shared
 from files.checkpoints import LoadError, build, checksum, configure, open_tensors, refusing, write
-from files.console import UserError
+from program.console import UserError
 from files.encoders import load_vit
 from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
@@ -98,17 +98,18 @@ def attention(model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# As edits
+# As adapters
 
 def offsets(model, rows, columns):
-    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as edits of the attention layers, a pair of factors for each."""
+    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as adapters of the attention layers, a pair of factors for
+    each."""
     return {name: Change({"weight": layer.weight * (row @ column.T).to(layer.weight)})
             for (name, layer), row, column in zip(attention(model).items(), rows, columns)}
 
 
 def words(model, photo, encoder):
-    """The edits that put E's word in the place of [V], of P people who take turns in the batch, by what is to
-    be known of their photos (P, photo)."""
+    """The adapters that put E's word in the place of [V], of P people who take turns in the batch, by what is
+    to be known of their photos (P, photo)."""
     return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoder)}
 
 
@@ -161,8 +162,8 @@ def total(denoising, word):
 # ------------------------------------------------------------------------------------------------------------
 # One person
 
-def fit(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
-    """A photo (1, 3, H, W) in [-1, 1] -> tensors for edits(): all of the UNet, from W' on, and the encoder
+def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
+    """A photo (1, 3, H, W) in [-1, 1] -> tensors for adapters(): all of the UNet, from W' on, and the encoder
     after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
     ValueError for several people: each has a UNet of their own, and side by side they would be no faster.
     """
@@ -178,20 +179,20 @@ def fit(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callba
     def loss():
         denoising = denoising_loss(tuned, latent, [PROMPT], generator)
         return total(denoising, inside["unet."])[0]
-    descend(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
-            lambda: tuned.edited(inside), callback, generator, states=0)  # each as large as the UNet
+    fit(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
+            lambda: tuned.adapted(inside), callback, generator, states=0)  # each as large as the UNet
     changed = {k: t for k, t in dreambooth.differences(model, tuned).items() if k.startswith("unet.")}
     learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
     return {"photo": seen} | learnt | changed
 
 
-def edits(tensors, model):
-    """The tensors of fit() as edits: every layer's Change, the holes, and the words that fill them."""
+def adapters(tensors, model):
+    """The tensors of learn() as adapters: every layer's Change, the holes, and the words that fill them."""
     changes = {name: t for name, t in tensors.items() if name.startswith("unet.")}
     encoder = empty_encoder(model, tensors)
     learnt = {name: tensors[f"encoder.{name}"][0] for name in encoder.state_dict()}
     encoder.load_state_dict(learnt, assign=True)
-    return dreambooth.edits(changes, model) | words(model, tensors["photo"], encoder)
+    return dreambooth.adapters(changes, model) | words(model, tensors["photo"], encoder)
 
 
 def empty_encoder(model, tensors):
@@ -223,7 +224,7 @@ def load_domain(path, model):
     """The Domain in a file of save_domain, in float32 on the model's device. LoadError if it is none, is
     damaged or for other layers than this model's; a warning where those fit and the weights are others."""
     note = open_tensors(path).metadata() or {}
-    with refusing(f"{path}: not a file of baselines/train_e4t.py"):
+    with refusing(f"{path}: not a file of methods/train_e4t.py"):
         config = configure(EncoderConfig(), json.loads(note["config"]), path)
         source, looked = note["vit"], note["vit_checksum"]
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
@@ -260,7 +261,7 @@ def make_person(method, photo, args, stage):
     domain = load_domain(file, method.model)
     generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:
-        tensors = fit(method.model, photo, domain, args.steps, args.lr, args.batch, generator, show)
+        tensors = learn(method.model, photo, domain, args.steps, args.lr, args.batch, generator, show)
     stage(f"fine-tuned {args.steps} steps, learning rate {args.lr:g}")
     return Person(tensors=tensors, made_by="e4t", base=args.model)
 

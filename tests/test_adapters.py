@@ -1,4 +1,5 @@
-"""edits.py by numbers: what an edit does to a layer, when it is in force, and how edits are combined."""
+"""adapters.py by numbers: what an adapter does to a layer, when it is in force, and how adapters are
+combined."""
 import copy
 import pickle
 
@@ -9,17 +10,17 @@ from tiny import Changed, deltas, generator, shared_model, tiny_model
 from torch import nn
 from torch.func import functional_call
 
-import edits
-from edits import (
+import adapters
+from adapters import (
     Change,
     LowRank,
     adaptable_layers,
     detach,
-    edited,
+    adapted,
     fresh_lora,
     in_weights,
     join,
-    low_rank,
+    require_low_rank,
     merge,
     scale,
     shared,
@@ -43,26 +44,27 @@ def x_of(*shape, seed=5):
 
 
 def test_v_is_a_word_of_its_own():
-    assert edits.IDENTIFIER == "sks"
-    assert edits.canonical("a [v] face, a [V]") == "a [V] face, a [V]"
-    assert edits.named("a [v]face") == "a  sks face" and edits.named("a [V] face", "ohwx") == "a  ohwx  face"
+    assert adapters.IDENTIFIER == "sks"
+    assert adapters.canonical("a [v] face, a [V]") == "a [V] face, a [V]"
+    assert adapters.with_identifier("a [v]face") == "a  sks face"
+    assert adapters.with_identifier("a [V] face", "ohwx") == "a  ohwx  face"
 
 
 @pytest.mark.parametrize("shape", [(6, 24), (6, 5, 24), (6, 2, 3, 24)])
 def test_one_person_is_the_whole_batch(shape):
-    layer, edit, x = nn.Linear(24, 40), some(24, 40), x_of(*shape)
+    layer, adapter, x = nn.Linear(24, 40), some(24, 40), x_of(*shape)
     y = layer(x)
-    expected = x @ (layer.weight.T + edit.a[0] @ edit.b[0]) + layer.bias
-    assert torch.allclose(edit(layer, x, y), expected, atol=1e-4) and edit(layer, x, y).shape == y.shape
+    expected = x @ (layer.weight.T + adapter.a[0] @ adapter.b[0]) + layer.bias
+    assert torch.allclose(adapter(layer, x, y), expected, atol=1e-4) and adapter(layer, x, y).shape == y.shape
 
 
 def test_people_take_turns_in_a_batch():
-    layer, edit, x = nn.Linear(24, 40), some(24, 40, people=2), x_of(6, 5, 24)
+    layer, adapter, x = nn.Linear(24, 40), some(24, 40, people=2), x_of(6, 5, 24)
     y = layer(x)
-    got = edit(layer, x, y)
+    got = adapter(layer, x, y)
     for i, person in enumerate((0, 1, 0, 1, 0, 1)):
-        assert torch.allclose(got[i], y[i] + x[i] @ edit.a[person] @ edit.b[person], atol=1e-4)
-    alone = edit(layer, x[:2], y[:2])  # as many people as samples
+        assert torch.allclose(got[i], y[i] + x[i] @ adapter.a[person] @ adapter.b[person], atol=1e-4)
+    alone = adapter(layer, x[:2], y[:2])  # as many people as samples
     assert torch.allclose(alone, got[:2], atol=1e-5)
 
 
@@ -73,19 +75,19 @@ def test_a_batch_that_cannot_be_shared(people, batch):
 
 
 def test_a_one_by_one_convolution_is_a_linear_layer_at_each_pixel():
-    layer, edit, x = nn.Conv2d(16, 8, 1), some(16, 8, people=2), x_of(4, 16, 3, 5)
-    got = edit(layer, x, layer(x))
+    layer, adapter, x = nn.Conv2d(16, 8, 1), some(16, 8, people=2), x_of(4, 16, 3, 5)
+    got = adapter(layer, x, layer(x))
     for i in range(4):
-        delta = (edit.a[i % 2] @ edit.b[i % 2]).T[:, :, None, None]
+        delta = (adapter.a[i % 2] @ adapter.b[i % 2]).T[:, :, None, None]
         expected = nn.functional.conv2d(x[i:i + 1], layer.weight + delta, layer.bias)
         assert torch.allclose(got[i:i + 1], expected, atol=1e-4)
 
 
 def test_the_layer_s_own_dtype_is_kept():
-    layer, edit, x = nn.Linear(24, 40).bfloat16(), some(24, 40), x_of(2, 24).bfloat16()
+    layer, adapter, x = nn.Linear(24, 40).bfloat16(), some(24, 40), x_of(2, 24).bfloat16()
     y = layer(x)
-    got = edit(layer, x, y)
-    expected = y.float() + (x @ edit.a[0].bfloat16()).float() @ edit.b[0].bfloat16().float()
+    got = adapter(layer, x, y)
+    expected = y.float() + (x @ adapter.a[0].bfloat16()).float() @ adapter.b[0].bfloat16().float()
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, expected.bfloat16(), rtol=2 ** -7, atol=0)
 
@@ -97,15 +99,15 @@ def run(layers, x):
 
 def test_edits_are_in_force_inside_and_nowhere_else():
     layers, x = small_layers(), x_of(2, 5, 24)
-    plain, edit = run(layers, x), {"one": some(24, 40), "three": some(16, 8)}
-    with edited(layers, edit):
+    plain, adapter = run(layers, x), {"one": some(24, 40), "three": some(16, 8)}
+    with adapted(layers, adapter):
         inside = run(layers, x)
     changed = copy.deepcopy(layers)
-    merge(changed, edit)
+    merge(changed, adapter)
     assert torch.allclose(inside, run(changed, x), atol=1e-4) and not torch.allclose(inside, plain, atol=1e-2)
-    with edited(layers, {}):
+    with adapted(layers, {}):
         assert torch.equal(run(layers, x), plain)
-    with pytest.raises(KeyboardInterrupt), edited(layers, edit):
+    with pytest.raises(KeyboardInterrupt), adapted(layers, adapter):
         raise KeyboardInterrupt
     assert torch.equal(run(layers, x), plain) and not any(m._forward_hooks for m in layers.values())
 
@@ -114,9 +116,9 @@ def test_what_is_fixed_and_one_person_s_is_in_the_weights_inside():
     layers, fixed = small_layers(), some(24, 40)
     layers["one"].requires_grad_(False)
     own = layers["one"].weight.clone()
-    with pytest.raises(ZeroDivisionError), edited(layers, {"one": fixed}):
+    with pytest.raises(ZeroDivisionError), adapted(layers, {"one": fixed}):
         assert torch.allclose(layers["one"].weight, own + (fixed.a[0] @ fixed.b[0]).T)
-        with edited(layers, {"one": fixed.scaled(2.)}):
+        with adapted(layers, {"one": fixed.scaled(2.)}):
             assert torch.allclose(layers["one"].weight, own + 3 * (fixed.a[0] @ fixed.b[0]).T, atol=1e-5)
         raise ZeroDivisionError
     assert torch.equal(layers["one"].weight, own) and not layers["one"]._forward_hooks
@@ -124,13 +126,13 @@ def test_what_is_fixed_and_one_person_s_is_in_the_weights_inside():
 
 def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
     layer, fixed = nn.Linear(24, 40).requires_grad_(False), some(24, 40)
-    assert edits.absorbs(layer, fixed)
+    assert adapters.absorbs(layer, fixed)
     a, b = (t.clone().requires_grad_() for t in fixed)
-    for edit in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), lambda layer, x, y: y):
-        assert not edits.absorbs(layer, edit)
-    for edit in fixed, Change({"weight": torch.ones(40, 24)}):
-        assert edits.absorbs(layer.float(), edit) and not edits.absorbs(nn.Linear(24, 40), edit)
-        assert not edits.absorbs(layer.bfloat16(), edit)
+    for adapter in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), lambda layer, x, y: y):
+        assert not adapters.absorbs(layer, adapter)
+    for adapter in fixed, Change({"weight": torch.ones(40, 24)}):
+        assert adapters.absorbs(layer.float(), adapter) and not adapters.absorbs(nn.Linear(24, 40), adapter)
+        assert not adapters.absorbs(layer.bfloat16(), adapter)
 
 
 def test_changes_are_in_all_weights_inside_and_give_gradients():
@@ -139,10 +141,10 @@ def test_changes_are_in_all_weights_inside_and_give_gradients():
     own, names = dict(layer.named_parameters()), list(layer.state_dict())
     weight, bias = torch.randn(4, 3, requires_grad=True), torch.randn(4, requires_grad=True)
     layers = {"one": layer}
-    with edited(layers, {"one": Change({"weight": weight, "bias": bias})}):
+    with adapted(layers, {"one": Change({"weight": weight, "bias": bias})}):
         assert torch.allclose(layer(x), F.linear(x, own["weight"] + weight, own["bias"] + bias), atol=1e-6)
         layer(x).sum().backward()
-        with edited(layers, {"one": some(3, 4)}):
+        with adapted(layers, {"one": some(3, 4)}):
             a, b = some(3, 4)
             expected = F.linear(x, own["weight"] + weight, own["bias"] + bias) + x @ a[0] @ b[0]
             assert torch.allclose(layer(x), expected, atol=1e-5)
@@ -156,17 +158,17 @@ def test_low_rank_edits_in_weights_do_and_learn_the_same():
     layers["alike"] = nn.Linear(24, 40)
     for layer in layers.values():
         layer.requires_grad_(False)
-    edit = {"one": some(24, 40), "three": some(16, 8), "alike": some(24, 40, seed=1)}
+    adapter = {"one": some(24, 40), "three": some(16, 8), "alike": some(24, 40, seed=1)}
     gradients, outputs = [], []
     for as_weights in False, True:
-        trained = {name: LowRank(*(t.clone().requires_grad_() for t in one)) for name, one in edit.items()}
-        with edited(layers, in_weights(trained, layers) if as_weights else trained):
+        trained = {name: LowRank(*(t.clone().requires_grad_() for t in one)) for name, one in adapter.items()}
+        with adapted(layers, in_weights(trained, layers) if as_weights else trained):
             outputs.append(torch.cat([run(layers, x).flatten(), layers["alike"](x).flatten()]))
             outputs[-1].square().sum().backward()
         gradients.append([t.grad for one in trained.values() for t in one])
     assert torch.allclose(*outputs, atol=1e-4)
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(*gradients))
-    with pytest.raises(ValueError, match="1 person's edits are needed, not 2 people's"):
+    with pytest.raises(ValueError, match="1 person's adapters are needed, not 2 people's"):
         in_weights({"one": some(24, 40, people=2)}, layers)
 
 
@@ -181,18 +183,18 @@ def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():
     def second(layer, inputs, output):
         return output * 10
 
-    with edited(layers, {"one": first}), edited(layers, {"one": second}):
+    with adapted(layers, {"one": first}), adapted(layers, {"one": second}):
         assert torch.equal(layers["one"](x), (y + 1) * 10)
-    with edited(layers, {"one": some(3, 4)}), edited(layers, {"one": some(3, 4, seed=1)}):
+    with adapted(layers, {"one": some(3, 4)}), adapted(layers, {"one": some(3, 4, seed=1)}):
         both = layers["one"](x)
-    with edited(layers, join({"one": some(3, 4)}, {"one": some(3, 4, seed=1)})):
+    with adapted(layers, join({"one": some(3, 4)}, {"one": some(3, 4, seed=1)})):
         assert torch.allclose(layers["one"](x), both, atol=1e-5)
 
 
 def test_a_layer_that_is_not_there():
     layers = small_layers()
     mistaken = {"one": some(24, 40), "four": None}
-    with pytest.raises(ValueError, match="no such layer here: four"), edited(layers, mistaken):
+    with pytest.raises(ValueError, match="no such layer here: four"), adapted(layers, mistaken):
         pass
     assert not any(m._forward_hooks for m in layers.values())
 
@@ -201,7 +203,7 @@ def test_a_copy_of_a_model_is_nobody_s_and_a_model_can_be_pickled_after_use():
     model = tiny_model()
     before = model.context(["a face"])
     layer = "text.text_model.encoder.layers.0.self_attn.q_proj"
-    with model.edited({layer: some(32, 32)}):
+    with model.adapted({layer: some(32, 32)}):
         inside = model.context(["a face"])
         assert torch.equal(tiny_model().context(["a face"]), before)
     assert not torch.allclose(inside, before, atol=1e-3)
@@ -222,7 +224,7 @@ def test_the_backward_pass_inside_has_the_gradient_of_changed_weights(checkpoint
         pairs[name] = LowRank((.1 * a).requires_grad_(), (.1 * b).requires_grad_())
     factors = [t for pair in pairs.values() for t in pair]
     x, context = x_of(2, 4, 8, 8), x_of(2, 12, 32, seed=6)
-    with model.edited(pairs):
+    with model.adapted(pairs):
         ours = torch.autograd.grad(model.unet(x, 7, context).square().mean(), factors)
     model.unet.gradient_checkpointing = False  # functional_call's weights are gone in the backward pass
     reference = Changed(model, deltas(pairs))
@@ -310,9 +312,9 @@ def test_merging_is_exact_and_reversible():
 
 
 @pytest.mark.parametrize("use, can", [
-    (lambda e: join(e), "low-rank edits can be joined, stacked or exported"),
-    (detach, "low-rank edits can"), (low_rank, "low-rank edits can"),
-    (lambda e: stack([e]), "low-rank edits can"),
+    (lambda e: join(e), "low-rank adapters can be joined, stacked or exported"),
+    (detach, "low-rank adapters can"), (require_low_rank, "low-rank adapters can"),
+    (lambda e: stack([e]), "low-rank adapters can"),
     (lambda e: scale(e, 1), "changes of weights can be scaled or merged"),
     (lambda e: merge({"one": nn.Linear(2, 2)}, e), "changes of weights can be scaled or merged")])
 def test_what_an_edit_is_not_made_for_is_refused(use, can):
@@ -338,7 +340,7 @@ def test_a_change_is_other_parameters(kind):
         for strength in 1, .5:
             changed = {name: p + strength * tensors.get(name, 0) for name, p in layer.named_parameters()}
             expected = functional_call(layer, changed, x)
-            with edited({"it": layer}, scale(person, strength)):
+            with adapted({"it": layer}, scale(person, strength)):
                 assert torch.allclose(layer(x), expected, atol=1e-5)
         merged = {"it": copy.deepcopy(layer)}
         merge(merged, person)
@@ -349,9 +351,9 @@ def test_a_change_is_other_parameters(kind):
 def test_a_change_beside_other_edits_and_in_half_precision():
     layer, x, g = nn.Linear(6, 5).bfloat16(), torch.randn(2, 7, 6).bfloat16(), generator(4)
     change, pair = Change({"weight": torch.randn(5, 6, generator=g)}), some(6, 5)
-    with edited({"it": layer}, {"it": change}):
+    with adapted({"it": layer}, {"it": change}):
         alone = layer(x)
-        with edited({"it": layer}, {"it": pair}):
+        with adapted({"it": layer}, {"it": pair}):
             both = layer(x)
     assert alone.dtype == torch.bfloat16
     assert torch.equal(alone, layer(x) + torch.nn.functional.linear(x, change.tensors["weight"].bfloat16()))
@@ -368,7 +370,7 @@ def test_an_edit_may_change_what_goes_in():
 
     layer, x = nn.Linear(4, 4), torch.randn(3, 4)
     expected = layer(2 * x) + 2 * x
-    with edited({"it": layer}, {"it": Doubled()}):
+    with adapted({"it": layer}, {"it": Doubled()}):
         assert torch.equal(layer(x), expected)
     assert not layer._forward_pre_hooks and not layer._forward_hooks
 
@@ -384,7 +386,7 @@ def test_what_is_shared_by_a_batch():
 
 def test_one_person_s_edits_where_one_is_needed():
     two = {"one": some(2, 2, people=2)}
-    assert low_rank(two) is two and low_rank(two, people=2) is two
-    for use in (lambda: low_rank(two, people=1), lambda: merge({"one": nn.Linear(2, 2)}, two)):
-        with pytest.raises(ValueError, match="1 person's edits are needed, not 2 people's"):
+    assert require_low_rank(two) is two and require_low_rank(two, people=2) is two
+    for use in (lambda: require_low_rank(two, people=1), lambda: merge({"one": nn.Linear(2, 2)}, two)):
+        with pytest.raises(ValueError, match="1 person's adapters are needed, not 2 people's"):
             use()

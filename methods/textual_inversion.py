@@ -1,6 +1,6 @@
 """Textual Inversion (Gal et al., arXiv 2208.01618): a person is a new word, and nothing else is trained.
 
-    python -m baselines.textual_inversion nano/example.png "[V] face as a rock star"
+    python -m methods.textual_inversion nano/example.png "[V] face as a rock star"
 
 The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
 identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from descent import descend
+from training.fit import fit
 from diffusion import denoising_loss
-from edits import IDENTIFIER, named, shared
+from adapters import IDENTIFIER, with_identifier, shared
 from files.checkpoints import open_tensors, outline, read_tensors, write
-from files.console import UserError
+from program.console import UserError
 from files.person import Person, check_numbers
 from hdb import PROMPT
 
@@ -64,11 +64,11 @@ def only_token(model, word):
 
 def room(model, prompt=""):
     """How many vectors fit into a prompt beside its own words."""
-    rest = len(model.tokenizer.tokens(named(prompt, "")))
+    rest = len(model.tokenizer.tokens(with_identifier(prompt, "")))
     return model.tokenizer.max_length - 2 - rest  # start and end
 
 
-def fit(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
+def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
     """The vectors that draw the person of a photo: {"vectors": (P, tokens, d)}, float32.
 
     photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. Everybody starts at
@@ -87,14 +87,14 @@ def fit(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, cal
     vectors = start.repeat(len(photo), 1, 1).requires_grad_()
 
     # [V] is spelt out here, as the model would make it one word
-    prompts = [named(PROMPT, identifier(tokens))] * len(photo)
-    descend(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
-            lambda: model.edited({LAYER: Rows(vectors, token)}), callback, generator)
+    prompts = [with_identifier(PROMPT, identifier(tokens))] * len(photo)
+    fit(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
+            lambda: model.adapted({LAYER: Rows(vectors, token)}), callback, generator)
     return {"vectors": vectors.detach()}
 
 
-def edits(tensors, model):
-    """What model.edited applies of P people's {"vectors": (P, N, d)}. UserError where the identifier is not
+def adapters(tensors, model):
+    """What model.adapted applies of P people's {"vectors": (P, N, d)}. UserError where the identifier is not
     one token of the model."""
     return {LAYER: Rows(tensors["vectors"], only_token(model, IDENTIFIER))}
 
@@ -108,7 +108,7 @@ def shapes(model, tensors):
 
 
 def kinds(args):
-    """What the edits of a person made here are."""
+    """What the adapters of a person made here are."""
     return [Rows]
 
 
@@ -122,7 +122,7 @@ def make_person(method, photo, args, stage):
     """Photo to Person."""
     generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:
-        tensors = fit(method.model, photo, args.steps, args.lr, args.batch, args.tokens, generator, show)
+        tensors = learn(method.model, photo, args.steps, args.lr, args.batch, args.tokens, generator, show)
     stage(f"learnt a word in {args.steps} steps, learning rate {args.lr:g}, {args.tokens} vectors")
     return person(tensors, args.model)
 

@@ -21,14 +21,14 @@ def join(device=None):
     return device
 
 
-def share():
+def rank_and_size():
     """(this process's number, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def first():
+def is_main():
     """Whether this is the process that writes and speaks for all."""
-    return share()[0] == 0
+    return rank_and_size()[0] == 0
 
 
 def average(tensors):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import adam_by_hand, generator
 
-from descent import backward, descend
+from training.fit import backward, fit
 
 
 def test_gradients_are_those_of_the_loss_whatever_the_scale_in_between():
@@ -28,12 +28,12 @@ def test_a_loss_that_rises_for_good_is_taken_back():
     def loss(x):
         return (2 - x + 100 * (x.detach() > 1.05)).sum()
     with pytest.warns(UserWarning, match="rose from 2 to 100, so the last steps are not kept: a rate of 0.1"):
-        descend(lambda: loss(x), [x], 18, .1, generator=generator(0))
+        fit(lambda: loss(x), [x], 18, .1, generator=generator(0))
     assert x.item() == pytest.approx(.9, abs=1e-4)  # of 0, .3, .6, .9, 1.2 and 1.5
-    descend(lambda: loss(y), [y], 16, .1)  # not asked to look
+    fit(lambda: loss(y), [y], 16, .1)  # not asked to look
     assert y.item() == pytest.approx(1.6, abs=1e-4)
     with pytest.warns(UserWarning, match="rose from 100 to 200: a rate"):  # nothing is kept
-        descend(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, generator=generator(0), states=0)
+        fit(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, generator=generator(0), states=0)
     assert y.item() == pytest.approx(1.9, abs=1e-4)
 
 
@@ -41,7 +41,7 @@ def test_a_loss_that_rises_for_good_is_taken_back():
 def test_what_is_destroyed_by_the_first_step_is_put_back_to_the_start(steps, worse):
     x = torch.zeros(1, requires_grad=True)
     with pytest.warns(UserWarning, match="the loss rose from 1 to"):
-        descend(lambda: (1 - x + (worse if x.item() else 0)).sum(), [x], steps, .5, generator=generator(0))
+        fit(lambda: (1 - x + (worse if x.item() else 0)).sum(), [x], steps, .5, generator=generator(0))
     assert x.item() == 0
 
 
@@ -51,9 +51,9 @@ def test_how_much_of_a_rise_is_one(times, risen, recwarn):
 
     def loss():
         return ((times if x.item() else 1) - 1e-9 * x).sum()
-    descend(loss, [x], 3, .1, generator=generator(0))
+    fit(loss, [x], 3, .1, generator=generator(0))
     assert bool(recwarn.list) == risen and bool(x.item()) == (not risen)
-    descend(lambda: x.sum(), [x], 0, .1, generator=generator(0))  # no step, nothing to look back at
+    fit(lambda: x.sum(), [x], 0, .1, generator=generator(0))  # no step, nothing to look back at
 
 
 @pytest.mark.parametrize("passed", [True, False], ids=["drawn before", "drawn in the loss"])
@@ -65,9 +65,9 @@ def test_the_loss_is_compared_on_the_noise_of_the_first_step(passed, recwarn):
     def draw():
         return [torch.rand(1, generator=g) ** 9]
     if passed:
-        descend(lambda noise: (noise + 1e-9 * x).sum(), [x], 20, .01, generator=g, draw=draw)
+        fit(lambda noise: (noise + 1e-9 * x).sum(), [x], 20, .01, generator=g, draw=draw)
     else:
-        descend(lambda: (draw()[0] + 1e-9 * x).sum(), [x], 20, .01, generator=g)
+        fit(lambda: (draw()[0] + 1e-9 * x).sum(), [x], 20, .01, generator=g)
     assert not recwarn.list
     torch.rand(20, generator=other)
     assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=other))
@@ -81,7 +81,7 @@ def test_looking_back_is_no_step():
     def around():
         entered.append(torch.is_grad_enabled())
         yield
-    descend(lambda: (x ** 2).sum(), [x], 3, .1, around, generator=generator(0))
+    fit(lambda: (x ** 2).sum(), [x], 3, .1, around, generator=generator(0))
     assert entered == [True] * 3 + [False]
 
 
@@ -102,7 +102,7 @@ def test_descend_is_adam_on_the_loss_with_its_context_around():
         return value
     start, points, gradients = p.detach().clone(), [], []
     with torch.no_grad():
-        descend(loss, [p], 3, .1, Around, lambda step, value: points.append((step, value, p.clone())))
+        fit(loss, [p], 3, .1, Around, lambda step, value: points.append((step, value, p.clone())))
     assert not inside and log == [1, 1, 1] and p.grad is None
     now = start
     for step, (index, value, after) in enumerate(points):
@@ -110,7 +110,7 @@ def test_descend_is_adam_on_the_loss_with_its_context_around():
         gradients.append(3 * now ** 2)
         now = adam_by_hand(start, gradients, [.1] * 3)
         assert torch.allclose(after, now, atol=1e-5)
-    descend(loss, [p], 0, .1, Around)
+    fit(loss, [p], 0, .1, Around)
     assert torch.allclose(p, now, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_groups_have_rates_of_their_own():
     def loss(p, q, alone):
         return (p ** 3 * torch.arange(3.) + (2 * q).sin()).sum()
     ours, theirs = some(), some()
-    descend(lambda: loss(*ours), groups(*ours), 6, .1)
+    fit(lambda: loss(*ours), groups(*ours), 6, .1)
     optimizer = torch.optim.AdamW(groups(*theirs), betas=(.9, .99), weight_decay=0., fused=True)
     for _ in range(6):
         loss(*theirs).backward()

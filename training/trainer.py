@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import world
-from descent import backward
+from program import distributed
+from training.fit import backward
 from files.checkpoints import finite, read_tensors, write
-from files.console import Stopped, UserError, deferred_stop
-from files.parts import differences
+from program.console import Stopped, UserError, deferred_stop
+from training.parts import differences
 
 
 @contextmanager
@@ -31,17 +31,18 @@ class Trainer:
     modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of
     log.jsonl and state.safetensors. deadline: when to stop, by time.time(), to be resumed. muon: matrices and
     convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al.,
-    kellerjordan.github.io/posts/muon). of: name -> what the run depends on beside its modules' shapes, such
-    as the checksum of a frozen model. Iterate over it for the step numbers that remain; call `update(loss)`
-    once in each; of several processes (world.py) each has its own loss, and their mean counts. UserError if
-    the state is damaged or another run's, and then which of the above differs, or the loss is no number any
-    more; Stopped, all saved, where a signal ended it.
+    kellerjordan.github.io/posts/muon). depends_on: name -> what the run depends on beside its modules'
+    shapes, such as the checksum of a frozen model. Iterate over it for the step numbers that remain; call
+    `update(loss)` once in each; of several processes (program/distributed.py) each has its own loss, and
+    their mean counts. UserError if the state is damaged or another run's, and then which of the above
+    differs, or the loss is no number any more; Stopped, all saved, where a signal ended it.
     """
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, weight_decay=.01,
-                 deadline=math.inf, muon=False, of=None):
+                 deadline=math.inf, muon=False, depends_on=None):
         self.out, self.steps, self.lr, self.warmup, self.decay = Path(out), steps, lr, warmup, ema
-        self.deadline, self.of = deadline, {name: str(value) for name, value in (of or {}).items()}
+        self.deadline = deadline
+        self.depends_on = {name: str(value) for name, value in (depends_on or {}).items()}
         self.parameters = {f"{name}.{key}": p for name, module in modules.items()
                            for key, p in module.named_parameters() if p.requires_grad}
         self.ema = {key: p.detach().clone() for key, p in self.parameters.items()}
@@ -74,7 +75,7 @@ class Trainer:
     def __iter__(self):
         saved = time.time()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5,
-                   disable=not world.first())
+                   disable=not distributed.is_main())
         with bar, deferred_stop() as stop:
             while not self.done and not self.ended(stop):
                 yield self.step
@@ -90,8 +91,8 @@ class Trainer:
 
     def ended(self, stop):
         """Whether the deadline or a signal has ended the training for one, and so for all processes."""
-        self.signal = int(world.greatest(stop[0] if stop else 0))
-        return self.signal or world.greatest(time.time() >= self.deadline)
+        self.signal = int(distributed.greatest(stop[0] if stop else 0))
+        return self.signal or distributed.greatest(time.time() >= self.deadline)
 
     @property
     def done(self):
@@ -102,7 +103,8 @@ class Trainer:
         backward(loss, self.parameters.values())
         shown = {name: torch.as_tensor(value, device=self.device).detach().float().clone()
                  for name, value in {"loss": loss, **numbers}.items()}
-        world.average([*shown.values(), *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        distributed.average([*shown.values(), *gradients])
         loss = shown["loss"]
         if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} "
@@ -140,7 +142,7 @@ class Trainer:
 
     def log(self, **numbers):
         """Add a line with these numbers to log.jsonl."""
-        if not world.first():
+        if not distributed.is_main():
             return
         line = {"step": self.step, "time": round(time.time()), **{k: round(v, 6) for k, v in numbers.items()}}
         with open(self.out / "log.jsonl", "a") as f:
@@ -153,9 +155,9 @@ class Trainer:
 
     def save(self):
         """Write state.safetensors."""
-        if not world.first():
+        if not distributed.is_main():
             return
-        note = {"step": str(self.step), "of": json.dumps(self.of)}
+        note = {"step": str(self.step), "of": json.dumps(self.depends_on)}
         write(self.tensors(), self.out / "state.safetensors", note)
 
     def _resume(self, file):
@@ -170,7 +172,7 @@ class Trainer:
         except (UserError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
         ours = self.tensors()
-        differ = differences(of, self.of)
+        differ = differences(of, self.depends_on)
         kinds, expected = ({k: (t.shape, t.dtype) for k, t in some.items()} for some in (found, ours))
         if kinds != expected:
             differ.append("with other modules")

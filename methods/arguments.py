@@ -6,14 +6,14 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from baselines import textual_inversion
-from edits import LINEAR, LowRank
-from files import console
-from files.console import UserError
+from methods import textual_inversion
+from adapters import LINEAR, LowRank
+from program import console
+from program.console import UserError
 from files.layouts import model_name
 from files.merged import free_folder
 from files.person import OURS, is_person
-from files.photos import photo_files
+from training.photos import photo_files
 from nano import faces
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone, and with the LoRA
@@ -102,7 +102,7 @@ def parsed(maker, method):
 
 
 def check_kinds(args, kinds):
-    """UserError if an option asks for what edits of these kinds can't do."""
+    """UserError if an option asks for what adapters of these kinds can't do."""
     for option, asked, possible in (
             ("--strength", args.strength != 1, LINEAR),
             ("--merge", args.merge, (LowRank,) if args.lora else LINEAR),
@@ -110,8 +110,8 @@ def check_kinds(args, kinds):
             ("--export embedding", args.export == "embedding", (textual_inversion.Rows,))):
         if asked and not all(issubclass(kind, possible) for kind in kinds):
             able = " or ".join(kind.__name__ for kind in possible)
-            raise UserError(f"{option} needs edits that are {able}, this person's are "
-                            f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see edits.py")
+            raise UserError(f"{option} needs adapters that are {able}, this person's are "
+                            f"{', '.join(sorted({kind.__name__ for kind in kinds}))}; see adapters.py")
 
 
 def real(path):

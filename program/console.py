@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import world
+from program import distributed
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -177,7 +177,7 @@ def one_line(text, longest=500):
 def run(main, arguments):
     """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130; a
     warning is one line as well."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # files/start.py
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # program/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"
     for name in "stdout", "stderr":
@@ -195,7 +195,7 @@ def run(main, arguments):
     except (UserError, OSError, SafetensorError, RuntimeError) as error:
         reason = str(error)
         # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend
-        if world.lost(error):
+        if distributed.lost(error):
             reason = "another process of this training has ended; the same command goes on"
         elif isinstance(error, RuntimeError):
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:

@@ -1,19 +1,14 @@
 """Measure the miniature before anybody is in it: its autoencoder, and whether it draws what a caption says.
 
-    python nano/check.py
+    python -m nano.training.check
 """
-import sys
-from pathlib import Path
 
 import torch
-
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-import hdb  # noqa: E402
-from files import console  # noqa: E402
-from nano import faces, seeds  # noqa: E402
-from nano.judge import load_judge  # noqa: E402
-from nano.pretrain import psnr  # noqa: E402
+import hdb
+from program import console
+from nano import faces, seeds
+from nano.judge import load_judge
+from nano.training.pretrain import psnr
 
 
 @torch.no_grad()

@@ -18,17 +18,17 @@ def backward(loss, parameters):
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
-def descend(loss, parameters, steps, lr, around=nullcontext, callback=None, generator=None, states=8,
+def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generator=None, states=8,
             draw=None):
     """Change `parameters`, a list of tensors that require gradients, or of groups of them, {"params":
     [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss().
 
-    around() is a context for each loss and its backward: lambda: model.edited(edits made of the parameters).
-    callback(step, loss) after every step. generator: what the losses' noise comes from. Given, the first
-    noise is tried again at the end, with a warning where its loss is well above what it was; then the last of
-    so many `states` in between of which that is not so is put back. draw() -> all tensors that change from
-    step to step, in shapes that don't, for loss(*draw()): with it a GPU is given each step in one piece,
-    `recorded`.
+    around() is a context for each loss and its backward: lambda: model.adapted(adapters made of the
+    parameters). callback(step, loss) after every step. generator: what the losses' noise comes from. Given,
+    the first noise is tried again at the end, with a warning where its loss is well above what it was; then
+    the last of so many `states` in between of which that is not so is put back. draw() -> all tensors that
+    change from step to step, in shapes that don't, for loss(*draw()): with it a GPU is given each step in one
+    piece, `recorded`.
     """
     groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
     trained = [p for group in groups for p in group["params"]]

@@ -1,4 +1,7 @@
-"""What a command line does before it imports torch, which takes a while: it imports this first."""
+"""What all command lines share: options, what they print, signals, several processes.
+
+Every command line imports from here before it imports torch, so that this happens first:
+"""
 import os
 import signal
 import sys
@@ -11,8 +14,7 @@ START = time.time()  # what is printed as time should be what a user waits
 # on a free machine. OpenMP reads this as torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over. A program of
-# baselines/ has the name -m while it imports that
-if sys.argv[0].endswith(("personalize.py", "train.py", "evaluate.py", "bench.py", "pretrain.py", "-m")):
+# Ctrl-C ends a program that is still importing without a traceback; console.run takes it over.
+if sys.argv[0].endswith(("personalize.py", "train.py", "__main__.py", "bench.py", "pretrain.py")):
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not where nohup ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,41 +1,38 @@
 """Train the miniature Stable Diffusion, and the encoder of its hypernetwork, from nothing.
 
-    python nano/pretrain.py vae      then text, unet, encoder; nano/rebuild.sh has the settings
+    python -m nano.training.pretrain vae      then text, unet, encoder; nano/training/rebuild.sh has the
+    settings
 
 Each part checkpoints to --runs every two minutes and goes on from there when called again, on any device. Its
 moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for train.py.
 """
 import json
 import math
-import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
+from program import console
 
-if not __package__:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-import files.start  # noqa: E402, F401  (before torch)
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+import clip
+import diffusion
+import unet
+import vae
+from program import distributed
+from files import images
+from files.checkpoints import build, checksum, read_json, whole_files, write, write_text
+from files.layouts import device_and_dtype
+from files.tokenizers import write_tokenizer
+from nano import faces, seeds
+from sd import StableDiffusion
+from training.trainer import Pool, Trainer, seeded
+from vit import NANO_VIT, ViT
 
-import clip  # noqa: E402
-import diffusion  # noqa: E402
-import unet  # noqa: E402
-import vae  # noqa: E402
-import world  # noqa: E402
-from files import console, images  # noqa: E402
-from files.checkpoints import build, checksum, read_json, whole_files, write, write_text  # noqa: E402
-from files.layouts import place  # noqa: E402
-from files.tokenizers import write_tokenizer  # noqa: E402
-from nano import faces, seeds  # noqa: E402
-from sd import StableDiffusion  # noqa: E402
-from trainer import Pool, Trainer, seeded  # noqa: E402
-from vit import NANO_VIT, ViT  # noqa: E402
-
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 VAE, UNET = "vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS),
@@ -82,7 +79,7 @@ def restore(module, file, prefix=""):
 def begin(name, modules, args, ema=.999, muon=False, **of):
     """The training `name`, which depends on `of` and the seed, begun or resumed."""
     return Trainer(modules, Path(args.runs) / name, args.steps, args.lr, ema=ema, deadline=args.deadline,
-                   muon=muon, of={"seed": args.seed, **of})
+                   muon=muon, depends_on={"seed": args.seed, **of})
 
 
 def initialise(model):
@@ -297,9 +294,9 @@ def train_encoder(args):
         trainer.update(mean + places, mean=mean, places=places)
     if trainer.done:
         trainer.average()
-        if world.first():
+        if distributed.is_main():
             write(vit.state_dict(), trainer.out / "vit.safetensors")
-    world.greatest(0)  # the others read it next
+    distributed.greatest(0)  # the others read it next
 
 
 # What trains a part, and its options beside those of all
@@ -329,7 +326,7 @@ def arguments():
                          lr=(0, 1), ema=(0, 1), pool=(1, 10 ** 8), fresh=(1, 4096), seed=(0, seeds.SEEDS))
     args.deadline = time.time() + 60 * args.minutes
     console.check_folder(parser, "--runs", args.runs)
-    args.device, _ = place(args.device, torch.float32)
+    args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 
 

@@ -1,9 +1,9 @@
 """DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder learn one photo, while
 pictures that the model itself draws of the class keep it from forgetting what a face is.
 
-    python -m baselines.dreambooth face.png "[V] face as a king"
-    python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 2e-5               # Agg-1
-    python -m baselines.dreambooth face.png "[V] face as a king" --steps 400 --lr 5e-4 --rank 4      # LoRA
+    python -m methods.dreambooth face.png "[V] face as a king"
+    python -m methods.dreambooth face.png "[V] face as a king" --steps 400 --lr 2e-5               # Agg-1
+    python -m methods.dreambooth face.png "[V] face as a king" --steps 400 --lr 5e-4 --rank 4      # LoRA
 
 Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
 HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
@@ -14,9 +14,9 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from descent import descend
+from training.fit import fit
 from diffusion import denoising_loss
-from edits import Change, LowRank, fresh_lora
+from adapters import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
 from hdb import PROMPT
 from lidb import personal_layers
@@ -60,9 +60,9 @@ def prior_preserving_loss(model, latent, prior, weight, generator):
     return loss[:own].mean() + (weight * loss[own:].mean() if weight else 0)
 
 
-def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_weight=1., generator=None,
+def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_weight=1., generator=None,
         callback=None):
-    """A photo (P, 3, H, W) in [-1, 1] -> tensors for edits().
+    """A photo (P, 3, H, W) in [-1, 1] -> tensors for adapters().
 
     rank 0: the differences of all weights, of one person (ValueError for more: each has a model of their
     own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
@@ -76,14 +76,14 @@ def fit(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_we
 
     if rank:
         lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
-        factors = {f"{name}.{ab}": t for name, edit in lora.items() for ab, t in zip("AB", edit)}
-        descend(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.edited(lora), callback,
+        factors = {f"{name}.{ab}": t for name, adapter in lora.items() for ab, t in zip("AB", adapter)}
+        fit(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.adapted(lora), callback,
                 generator)
         return {name: t.detach() for name, t in factors.items()}
     if len(photo) > 1:
         raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")
     trained = trainable_copy(model)
-    descend(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
+    fit(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
             generator=generator, states=0)  # each would be as large as the model
     return differences(model, trained)
 
@@ -110,8 +110,8 @@ def differences(model, trained):
     return {name: (p - before[name].float())[None] for name, p in parameters(trained).items()}
 
 
-def edits(tensors, model):
-    """The tensors of fit() as edits: a Change of every layer, or LowRank ones."""
+def adapters(tensors, model):
+    """The tensors of learn() as adapters: a Change of every layer, or LowRank ones."""
     found = {}
     for name, t in tensors.items():
         layer, kind = name.rsplit(".", 1)
@@ -139,7 +139,7 @@ def make_person(method, photo, args, stage):
         prior = shared_prior(model, args.prior_pictures, args.seed)
         stage(f'drew {len(prior)} pictures of "{CLASS_PROMPT}"')
     with stage.progress(args.steps) as show:
-        tensors = fit(model, photo, args.steps, args.lr, args.batch, args.rank, prior, args.prior_weight,
+        tensors = learn(model, photo, args.steps, args.lr, args.batch, args.rank, prior, args.prior_weight,
                       generator, show)
     stage(f"trained {args.steps} steps, learning rate {args.lr:g}")
     return Person(tensors=tensors, made_by="dreambooth", base=args.model)

@@ -1,8 +1,8 @@
 """How fast this is, beside diffusers and PEFT with the same weights: in one process, in turn.
 
-    python bench.py                       # nano
-    python bench.py --model random        # Stable Diffusion 1.5 at full size, its weights random
-    python bench.py --rows a b d --repeats 9
+    python -m evaluation.bench                       # nano
+    python -m evaluation.bench --model random        # Stable Diffusion 1.5 at full size, its weights random
+    python -m evaluation.bench --rows a b d --repeats 9
 
 Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
 number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import files.start  # noqa: F401  (before torch)
+from program import console
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +25,18 @@ import clip
 import hdb
 import unet
 import vae
-from baselines import dreambooth, textual_inversion
+from methods import dreambooth, textual_inversion
 from diffusion import STEPS
-from edits import IDENTIFIER, join
+from adapters import IDENTIFIER, join
 from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
-from files import console
 from files.checkpoints import write_text
-from files.layouts import HERE, place
+from files.layouts import HERE, device_and_dtype
 from files.merged import config_files
 from files.person import Person, save_person
 from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
 from sd import StableDiffusion
-from trainer import seeded
+from training.trainer import seeded
 from vit import NANO_VIT
 
 PROMPT, RANK = "a [V] face", 4
@@ -56,7 +55,7 @@ def full_size(device, dtype):
 
 
 def main(args):
-    device, dtype = place(args.device, args.dtype and getattr(torch, args.dtype))
+    device, dtype = device_and_dtype(args.device, args.dtype and getattr(torch, args.dtype))
     nano = args.model == "nano"
     model = hdb.load("nano", device, dtype) if nano else full_size(device, dtype)
     method = hdb.HyperDreamBooth(model)
@@ -108,21 +107,21 @@ def rows(method, their, args):
 
     def person():
         predicted = method.predict(photo)
-        relaxed = method.fine_tune(photo, predicted, batch=batch)
+        lora = method.fine_tune(photo, predicted, batch=batch)
         with TemporaryDirectory() as folder:
-            save_person(Person(predicted, relaxed), method, Path(folder, "person"))
+            save_person(Person(predicted, lora), method, Path(folder, "person"))
     yield Row("c", "photo to saved person, 40 steps", lambda: [clock(person)])
 
-    def picture(edits):
-        return method.sample([PROMPT], edits, [0], steps=args.sample_steps, guidance=2.)
+    def picture(adapters):
+        return method.sample([PROMPT], adapters, [0], steps=args.sample_steps, guidance=2.)
 
     def their_picture(inside):
         with inside:
             return [clock(lambda: their.picture(context, args.sample_steps))]
     yield Row("d", f"guided picture, {args.sample_steps} steps", lambda: [clock(lambda: picture({}))],
               their and (lambda: their_picture(nullcontext())), lambda: picture({}))
-    edits = join(method.lidb.factors(theta[:1]), tuned(1))
-    yield Row("d", "the same of a person", lambda: [clock(lambda: picture(edits))],
+    adapters = join(method.lidb.adapters(theta[:1]), tuned(1))
+    yield Row("d", "the same of a person", lambda: [clock(lambda: picture(adapters))],
               their and (lambda: their_picture(their.adapted())))
     yield Row("e", "the hypernetwork's prediction", lambda: [clock(lambda: method.predict(photo))],
               flops=lambda: method.predict(photo))
@@ -164,8 +163,8 @@ def rows(method, their, args):
 
     # the paper's 25 and 125 times are of 1,200 and 5,000 such steps against row c
     prior = latents[:1].float()
-    whole = partial(dreambooth.fit, model, photo, prior=prior)
-    word = partial(textual_inversion.fit, model, photo)
+    whole = partial(dreambooth.learn, model, photo, prior=prior)
+    word = partial(textual_inversion.learn, model, photo)
     yield Row("i", "DreamBooth, a step", lambda: ticks(whole, few))
     yield Row("i", "Textual Inversion, a step", lambda: ticks(word, few))
 

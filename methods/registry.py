@@ -1,5 +1,5 @@
 """Once this is imported, persons whom the compared systems have made are read and sampled as any other."""
-from baselines import dreambooth, e4t, perfusion, textual_inversion
+from methods import dreambooth, e4t, perfusion, textual_inversion
 from files.person import MAKERS
 
 MAKERS |= {"dreambooth": dreambooth, "textual_inversion": textual_inversion, "perfusion": perfusion,

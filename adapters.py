@@ -1,14 +1,14 @@
-"""What a personalisation does to a model, as values: a dict of layer name -> edit.
+"""What a personalisation does to a model, as values: a dict of layer name -> adapter.
 
-An edit is called with a layer, its input x and its output y, and returns the new output; one that has a
-method `before` changes what goes in as well. Edits are in force only inside
+An adapter is called with a layer, its input x and its output y, and returns the new output; one that has a
+method `before` changes what goes in as well. Adapters are in force only inside
 
-    with edited(layers, edits):
+    with adapted(layers, adapters):
         ...                          # a sample, or a loss and its backward
 
-and gone afterwards, whatever happens. Low-rank edits are the ones that HyperDreamBooth makes (LiDB's, and
+and gone afterwards, whatever happens. Low-rank adapters are the ones that HyperDreamBooth makes (LiDB's, and
 LoRA): they can be joined, scaled, stacked side by side for several people, merged into the weights and
-written as a LoRA. A Change, of whole weights, can be scaled and merged. Any other callable is an edit as
+written as a LoRA. A Change, of whole weights, can be scaled and merged. Any other callable is an adapter as
 well.
 """
 import copy
@@ -28,7 +28,7 @@ def canonical(prompt):
     return prompt.replace("[v]", "[V]")
 
 
-def named(prompt, identifier=IDENTIFIER):
+def with_identifier(prompt, identifier=IDENTIFIER):
     """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
     return canonical(prompt).replace("[V]", f" {identifier} ")
 
@@ -57,7 +57,7 @@ class LowRank(NamedTuple):
         return LowRank(self.a, self.b * strength)
 
     def changes(self, layer):
-        """name -> what one person's edit adds to the layer's parameters, in float32."""
+        """name -> what one person's adapter adds to the layer's parameters, in float32."""
         (a,), (b,) = self.a.float(), self.b.float()
         return {"weight": (a @ b).T.view_as(layer.weight)}
 
@@ -72,7 +72,7 @@ class Change(NamedTuple):
 
     def __call__(self, layer, x, y):
         bare = copy.copy(layer)
-        bare._forward_hooks = bare._forward_pre_hooks = {}  # or it would be edited itself
+        bare._forward_hooks = bare._forward_pre_hooks = {}  # or it would be adapted itself
         zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
         return y + functional_call(bare, zeros | {name: t.to(y.dtype) for name, t in self.tensors.items()}, x)
 
@@ -93,35 +93,35 @@ def shared(tensor, batch):
 
 
 @contextmanager
-def edited(layers, edits):
-    """The edits are in force inside: edits[name](layer, x, y) takes the place of the output y that
-    layers[name] computes from x. An edit with a method before(layer, inputs) -> inputs is asked for the
-    inputs first, which are then what the layer, and the edit, get.
+def adapted(layers, adapters):
+    """The adapters are in force inside: adapters[name](layer, x, y) takes the place of the output y that
+    layers[name] computes from x. An adapter with a method before(layer, inputs) -> inputs is asked for the
+    inputs first, which are then what the layer, and the adapter, get.
 
-    Edits of several `with` add up, the inner ones see what the outer made. The backward pass belongs inside
-    too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its first argument; in several threads at once each needs a model of its own. What `absorbs` says is in
-    the weights inside, and so costs nothing. ValueError for a name that is not in `layers`.
+    Adapters of several `with` add up, the inner ones see what the outer made. The backward pass belongs
+    inside too, since gradient checkpointing runs the layers once more. A layer has to be called as a module,
+    with x as its first argument; in several threads at once each needs a model of its own. What `absorbs`
+    says is in the weights inside, and so costs nothing. ValueError for a name that is not in `layers`.
     """
-    if unknown := [name for name in edits if name not in layers]:
+    if unknown := [name for name in adapters if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
 
-    def hook(edit):
-        return lambda layer, inputs, output: edit(layer, inputs[0], output)
+    def hook(adapter):
+        return lambda layer, inputs, output: adapter(layer, inputs[0], output)
 
     handles, own = [], []
     try:
-        for name, edit in edits.items():
+        for name, adapter in adapters.items():
             layer = layers[name]
-            if absorbs(layer, edit):
+            if absorbs(layer, adapter):
                 # not as nn.Parameters: a change that is trained has its gradient through them
                 own.append((layer._parameters, dict(layer._parameters)))
-                for key, change in edit.changes(layer).items():
+                for key, change in adapter.changes(layer).items():
                     layer._parameters[key] = layer._parameters[key] + change
                 continue
-            if hasattr(edit, "before"):
-                handles.append(layer.register_forward_pre_hook(edit.before))
-            handles.append(layer.register_forward_hook(hook(edit)))
+            if hasattr(adapter, "before"):
+                handles.append(layer.register_forward_pre_hook(adapter.before))
+            handles.append(layer.register_forward_hook(hook(adapter)))
         yield
     finally:
         for handle in handles:
@@ -130,19 +130,19 @@ def edited(layers, edits):
             parameters.update(before)
 
 
-def absorbs(layer, edit):
-    """Whether W + ΔW may take the place of W while an edit is in force: it is one person's, as numbers that
-    don't change meanwhile, nobody asks for W's own gradient, and float32 rounds nothing away."""
-    if isinstance(edit, LowRank):
-        fixed = len(edit.a) == 1 and not edit.a.requires_grad and not edit.b.requires_grad
+def absorbs(layer, adapter):
+    """Whether W + ΔW may take the place of W while an adapter is in force: it is one person's, as numbers
+    that don't change meanwhile, nobody asks for W's own gradient, and float32 rounds nothing away."""
+    if isinstance(adapter, LowRank):
+        fixed = len(adapter.a) == 1 and not adapter.a.requires_grad and not adapter.b.requires_grad
     else:
-        fixed = isinstance(edit, Change)
+        fixed = isinstance(adapter, Change)
     own = layer.parameters(recurse=False)
     return fixed and all(p.dtype == torch.float32 and not p.requires_grad for p in own)
 
 
 def adaptable_layers(unet, text):
-    """Every layer that can take a low-rank edit: name -> nn.Linear, or a 1×1 nn.Conv2d."""
+    """Every layer that can take a low-rank adapter: name -> nn.Linear, or a 1×1 nn.Conv2d."""
     found = {}
     for part, network in ("unet", unet), ("text", text):
         for name, layer in network.named_modules():
@@ -153,33 +153,33 @@ def adaptable_layers(unet, text):
 
 
 def fresh_lora(layers, rank, generator, people=1):
-    """Low-rank edits to train (LoRA, Hu et al., arXiv 2106.09685): A ~ N(0, 1/in) from a CPU generator, B =
-    0, so nothing changes yet."""
-    edits = {}
+    """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685): A ~ N(0, 1/in) from a CPU generator, B
+    = 0, so nothing changes yet."""
+    adapters = {}
     for name, layer in layers.items():
         a = torch.randn(people, layer.in_features, rank, generator=generator, device="cpu")
         a = a / layer.in_features ** .5
         b = torch.zeros(people, rank, layer.out_features)
-        edits[name] = LowRank(*(t.to(layer.weight.device).requires_grad_() for t in (a, b)))
-    return edits
+        adapters[name] = LowRank(*(t.to(layer.weight.device).requires_grad_() for t in (a, b)))
+    return adapters
 
 
-def low_rank(edits, people=None):
-    """The same edits. ValueError unless they are LowRank and, if that is given, of so many people."""
-    for name, edit in edits.items():
-        if not isinstance(edit, LowRank):
-            raise ValueError(f"{name}: only low-rank edits can be joined, stacked or exported")
-        if people not in (None, len(edit.a)):
-            raise ValueError(f"{people} person's edits are needed, not {len(edit.a)} people's")
-    return edits
+def require_low_rank(adapters, people=None):
+    """The same adapters. ValueError unless they are LowRank and, if that is given, of so many people."""
+    for name, adapter in adapters.items():
+        if not isinstance(adapter, LowRank):
+            raise ValueError(f"{name}: only low-rank adapters can be joined, stacked or exported")
+        if people not in (None, len(adapter.a)):
+            raise ValueError(f"{people} person's adapters are needed, not {len(adapter.a)} people's")
+    return adapters
 
 
 def join(*many):
-    """Low-rank edits that do what all the given ones do together: a sum of products is a product of
+    """Low-rank adapters that do what all the given ones do together: a sum of products is a product of
     concatenations, and ranks add up."""
     joined = {}
-    for edits in many:
-        for name, new in low_rank(edits).items():
+    for adapters in many:
+        for name, new in require_low_rank(adapters).items():
             if name in joined:
                 people = max(len(joined[name].a), len(new.a))
                 (a, b), (c, d) = ([t.expand(people, -1, -1) for t in pair] for pair in (joined[name], new))
@@ -188,54 +188,54 @@ def join(*many):
     return joined
 
 
-def scale(edits, strength):
-    """The same edits with `strength` times the effect. ValueError for what is no change of weights."""
-    return {name: linear(name, edit).scaled(strength) for name, edit in edits.items()}
+def scale(adapters, strength):
+    """The same adapters with `strength` times the effect. ValueError for what is no change of weights."""
+    return {name: linear(name, adapter).scaled(strength) for name, adapter in adapters.items()}
 
 
 LINEAR = LowRank, Change  # what adds something to the weights, so that half of it, say, has a meaning
 
 
-def linear(name, edit):
-    """The edit. ValueError unless it is a change of weights."""
-    if not isinstance(edit, LINEAR):
+def linear(name, adapter):
+    """The adapter. ValueError unless it is a change of weights."""
+    if not isinstance(adapter, LINEAR):
         raise ValueError(f"{name}: only changes of weights can be scaled or merged")
-    return edit
+    return adapter
 
 
-def in_weights(edits, layers):
-    """One person's low-rank edits as changes of whole weights, ΔW = A·B as it is now. Gradients reach A and
-    B through them. Where layers are small, that is fewer operations than a product beside each: those of all
-    layers of one shape are made at once."""
+def in_weights(adapters, layers):
+    """One person's low-rank adapters as changes of whole weights, ΔW = A·B as it is now. Gradients reach A
+    and B through them. Where layers are small, that is fewer operations than a product beside each: those of
+    all layers of one shape are made at once."""
     alike, changes = {}, {}
-    for name, (a, b) in low_rank(edits, people=1).items():
+    for name, (a, b) in require_low_rank(adapters, people=1).items():
         alike.setdefault((a.shape, b.shape), []).append(name)
     for names in alike.values():
-        a, b = (torch.cat(factors) for factors in zip(*(edits[name] for name in names)))
+        a, b = (torch.cat(factors) for factors in zip(*(adapters[name] for name in names)))
         for name, change in zip(names, b.mT.float() @ a.mT.float()):
             changes[name] = Change({"weight": change.view_as(layers[name].weight)})
     return changes
 
 
-def detach(edits):
-    """The same low-rank edits, as numbers without a history."""
-    return {name: LowRank(a.detach(), b.detach()) for name, (a, b) in low_rank(edits).items()}
+def detach(adapters):
+    """The same low-rank adapters, as numbers without a history."""
+    return {name: LowRank(a.detach(), b.detach()) for name, (a, b) in require_low_rank(adapters).items()}
 
 
 def stack(people):
-    """A list of low-rank edits, of one person or several each, to those of all of them in order: one per
+    """A list of low-rank adapters, of one person or several each, to those of all of them in order: one per
     picture of a batch.
 
-    Where ranks differ, or somebody has no edit of a layer, zeros fill up. {} is nobody in particular, the
+    Where ranks differ, or somebody has no adapter of a layer, zeros fill up. {} is nobody in particular, the
     model as it is.
     """
-    counts = [len(next(iter(low_rank(edits).values())).a) if edits else 1 for edits in people]
+    counts = [len(next(iter(require_low_rank(own).values())).a) if own else 1 for own in people]
     stacked = {}
-    for name in dict.fromkeys(name for edits in people for name in edits):
-        a, b = next(edits[name] for edits in people if name in edits)
+    for name in dict.fromkeys(name for adapters in people for name in adapters):
+        a, b = next(adapters[name] for adapters in people if name in adapters)
         nothing = a.new_zeros(1, a.shape[1], 1), b.new_zeros(1, 1, b.shape[2])
-        pairs = [edits.get(name) or [t.expand(n, -1, -1) for t in nothing]
-                 for n, edits in zip(counts, people)]
+        pairs = [adapters.get(name) or [t.expand(n, -1, -1) for t in nothing]
+                 for n, adapters in zip(counts, people)]
         rank = max(a.shape[2] for a, _ in pairs)
         stacked[name] = LowRank(torch.cat([F.pad(a, (0, rank - a.shape[2])) for a, _ in pairs]),
                                 torch.cat([F.pad(b, (0, 0, 0, rank - b.shape[1])) for _, b in pairs]))
@@ -243,11 +243,11 @@ def stack(people):
 
 
 @torch.no_grad()
-def merge(layers, edits):
-    """Put one person's edits into the weights themselves: W ← W + ΔW, computed in float32, exact to rounding.
-    ValueError for several people's, and for edits that are no change of weights."""
-    low_rank({name: edit for name, edit in edits.items() if isinstance(edit, LowRank)}, people=1)
-    for name, edit in edits.items():
-        for key, change in linear(name, edit).changes(layers[name]).items():
+def merge(layers, adapters):
+    """Put one person's adapters into the weights themselves: W ← W + ΔW, computed in float32, exact to
+    rounding. ValueError for several people's, and for adapters that are no change of weights."""
+    require_low_rank({name: one for name, one in adapters.items() if isinstance(one, LowRank)}, people=1)
+    for name, adapter in adapters.items():
+        for key, change in linear(name, adapter).changes(layers[name]).items():
             parameter = layers[name].get_parameter(key)
             parameter.copy_(parameter.float() + change.float())

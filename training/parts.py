@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import world
+from program import distributed
 from files.checkpoints import LoadError, open_tensors, write
-from files.console import Stopped, deferred_stop
+from program.console import Stopped, deferred_stop
 
 
 def differences(there, here):
@@ -22,17 +22,17 @@ def split(things, size):
     return [things[i:i + size] for i in range(0, len(things), size)]
 
 
-def kept(folder, parts, of, make, what, deadline=float("inf")):
+def cached(folder, parts, depends_on, make, what, deadline=float("inf")):
     """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors. Each
     of several processes makes some of them.
 
-    of: name -> what they depend on; LoadError where files are of something else. Stopped by a signal, or at
-    the deadline (time.time()), after the part in hand.
+    depends_on: name -> what they depend on; LoadError where files are of something else. Stopped by a signal,
+    or at the deadline (time.time()), after the part in hand.
     """
-    rank, size = world.share()
+    rank, size = distributed.rank_and_size()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
-    of = {name: str(value) for name, value in of.items()} | {"parts": str(len(parts))}
-    refuse_others(files, of)
+    depends_on = {name: str(value) for name, value in depends_on.items()} | {"parts": str(len(parts))}
+    refuse_others(files, depends_on)
 
     def stopped(signum):
         done = sum(file.exists() for file in files)
@@ -43,23 +43,23 @@ def kept(folder, parts, of, make, what, deadline=float("inf")):
             if not file.exists() and i % size == rank:
                 if late := time.time() > deadline:
                     break
-                write(make(part), file, of)
+                write(make(part), file, depends_on)
             if stop:
                 raise stopped(stop[0])
-    if world.greatest(late):  # known when all are here
+    if distributed.greatest(late):  # known when all are here
         raise stopped(0)
-    refuse_others(files, of)  # what the others have made meanwhile, of what they see
+    refuse_others(files, depends_on)  # what the others have made meanwhile, of what they see
     return files
 
 
-def refuse_others(files, of):
+def refuse_others(files, depends_on):
     """LoadError where one of those files that are there says that it was made of something else."""
     for file in filter(Path.exists, files):
-        if differ := differences(open_tensors(file).metadata() or {}, of):
+        if differ := differences(open_tensors(file).metadata() or {}, depends_on):
             others = "; ".join(differ)
             raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as before")
 
 
-def joined(files, name):
+def load_all(files, name):
     """The tensor of this name in all files, one after the other."""
     return torch.cat([open_tensors(file).get_tensor(name) for file in files])

@@ -1,9 +1,9 @@
 """The paper's experiment, measured again: every system on the same people, prompts and noises.
 
-    python evaluate.py             # on nano: 32 test people, 11 prompts, and the curves; hours on two cores
-    python evaluate.py --quick         # 1 person, 6 prompts, no curves: ten minutes
-    python evaluate.py --rows "Only Hyper" Perfusion --people 8
-    python evaluate.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
+    python -m evaluation             # on nano: 32 test people, 11 prompts, and the curves; hours on two cores
+    python -m evaluation --quick         # 1 person, 6 prompts, no curves: ten minutes
+    python -m evaluation --rows "Only Hyper" Perfusion --people 8
+    python -m evaluation --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
 On nano the judge says of every picture whose it is and in which style (evaluation/scores.py); elsewhere the
 paper's metrics are computed. --out gets scores.csv, a line for each picture; costs.csv, seconds and bytes of
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import files.start  # noqa: F401  (before torch)
+from program import console
 
 import torch
 from tqdm import tqdm
@@ -27,12 +27,12 @@ from tqdm import tqdm
 import hdb
 from evaluation import report, systems
 from evaluation.scores import Judged, Paper
-from files import console, images
+from files import images
 from files.checkpoints import checksum, read_json, refusing, write_text
 from files.layouts import HERE, model_name
-from files.parts import differences
+from training.parts import differences
 from files.person import save_person
-from files.photos import read_photos
+from training.photos import read_photos
 from nano import seeds
 from nano.people import HeldOut
 
@@ -91,9 +91,9 @@ def measure(job, group, prompts, method, photos, scores, table, costs, args):
             for value in job.values for person in group.tolist() for prompt in prompts}
     if all(key in table for key in keys):
         return
-    edits = fit(job, group, method, photos, costs).edits(method)
+    adapters = fit(job, group, method, photos, costs).adapters(method)
     for value in job.values:
-        mine = job.turn(edits, value)
+        mine = job.turn(adapters, value)
         for prompt in prompts:
             # everybody's noise depends on the prompt and on who it is alone
             noises = [1000 * list(scores.prompts).index(prompt) + who for who in group.tolist()]
@@ -184,7 +184,7 @@ def check_run(args, method):
 def drawn(people, device):
     """Photos (P, N, 3, H, W) of test people; the curve over photos needs all."""
     held = HeldOut(people, device, seeds.TEST)
-    return torch.cat([held.photos[:, None], held.again(systems.PHOTOS)], 1)
+    return torch.cat([held.photos[:, None], held.more_photos(systems.PHOTOS)], 1)
 
 
 def faces(args, model):

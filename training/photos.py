@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from files import images
 from files.checkpoints import checksum, open_tensors
-from files.parts import kept, split
+from training.parts import cached, split
 from vit import encode_face
 
 PART = 64  # photos in a file of the cache
@@ -77,7 +77,7 @@ class Photos:
             return {"features": torch.cat([encode_face(vit, view).half() for view in views]),
                     "latents": torch.cat([model.encode(view) for view in views])}
         of = {"photos": f"{listed:08x}", "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
-        made = kept(cache, split(files, PART), of, encoded, "photos", deadline)
+        made = cached(cache, split(files, PART), of, encoded, "photos", deadline)
         opened = [f for f in map(open_tensors, made) if f.keys()]  # a part may have no photo in it
         self.rows = [(f, i) for f in opened for i in range(f.get_slice("latents").get_shape()[0])]
         self.count = len(self.rows)

@@ -1,9 +1,9 @@
 """Perfusion (Tewel et al., arXiv 2305.01644): a person is one gated rank-one change of every cross-attention.
 
-    python -m baselines.perfusion face.png "[V] face as a rock star"
-    python -m baselines.perfusion out/person.safetensors "[V] face as a king" --beta .6
-    python -m baselines.perfusion you.png "[V] face" --identifier zwx          # a second person
-    python -m baselines.perfusion out/person.safetensors "[V] face and zwx face" --with you.safetensors
+    python -m methods.perfusion face.png "[V] face as a rock star"
+    python -m methods.perfusion out/person.safetensors "[V] face as a king" --beta .6
+    python -m methods.perfusion you.png "[V] face" --identifier zwx          # a second person
+    python -m methods.perfusion out/person.safetensors "[V] face and zwx face" --with you.safetensors
 
 A layer W of keys or values gets encodings e of the prompt's tokens. Where e lies along i*, the encoding of
 the person's word, W·i* is replaced by o*, as far as a gate opens:
@@ -28,11 +28,11 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from baselines.textual_inversion import CLASS, LAYER, Rows, only_token
-from descent import descend
+from methods.textual_inversion import CLASS, LAYER, Rows, only_token
+from training.fit import fit
 from diffusion import denoising_loss
-from edits import IDENTIFIER, named, shared
-from files.console import UserError
+from adapters import IDENTIFIER, with_identifier, shared
+from program.console import UserError
 from files.person import Person, load_person
 from hdb import PROMPT
 from nano import faces, seeds
@@ -84,7 +84,7 @@ class Gated(NamedTuple):
 
 
 class Both(NamedTuple):
-    """One edit of a layer after the other."""
+    """One adapter of a layer after the other."""
     first: Rows
     second: Rows
 
@@ -139,7 +139,7 @@ def dual(i, c_inverse):
 
 @torch.no_grad()
 def encoding(model, phrase, token, people=1):
-    """Of `token` in the phrase, the mean over TEMPLATES, under the edits of so many people: (P, d)."""
+    """Of `token` in the phrase, the mean over TEMPLATES, under the adapters of so many people: (P, d)."""
     prompts = [template.format(phrase) for template in TEMPLATES for _ in range(people)]
     ids = model.tokenizer(prompts).to(model.device)
     place = (ids == token).int().argmax(1)
@@ -155,14 +155,15 @@ def super_category(model):
 # ------------------------------------------------------------------------------------------------------------
 # The method
 
-def fit(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=IDENTIFIER, generator=None,
+def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=IDENTIFIER, generator=None,
         callback=None):
-    """The photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors for edits(), (P, …), float32.
+    """The photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors for adapters(), (P, …),
+    float32.
 
     lr: of the values; embedding_lr: of the word's embedding; batch: noises of a photo a step. callback(step,
     loss) after every step. UserError, a ValueError, where the identifier is not one token.
     """
-    people, token, prompt = len(photo), only_token(model, identifier), named(PROMPT, identifier)
+    people, token, prompt = len(photo), only_token(model, identifier), with_identifier(PROMPT, identifier)
     generator = generator or torch.Generator().manual_seed(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
     face = super_category(model)
@@ -183,18 +184,18 @@ def fit(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=ID
     def around():
         # in every step i* follows its word, no gradient goes back through it
         if torch.is_grad_enabled():
-            with model.edited({LAYER: Rows(embedding[:, None], token)}):
-                i.lerp_(encoding(model, named("[V] face", identifier), token, people), 1 - KEPT)
-        return model.edited(gated(tensors(), model, face, *TRAINING))
+            with model.adapted({LAYER: Rows(embedding[:, None], token)}):
+                i.lerp_(encoding(model, with_identifier("[V] face", identifier), token, people), 1 - KEPT)
+        return model.adapted(gated(tensors(), model, face, *TRAINING))
 
     rates = [{"params": [*values.values()], "lr": lr}, {"params": [embedding], "lr": embedding_lr}]
-    descend(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
+    fit(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
             around, callback, generator)
     return {name: t.detach() for name, t in tensors().items()}
 
 
 def gated(tensors, model, face, beta, tau):
-    """The edits of all that is a person's; face (1, d): super_category(model)."""
+    """The adapters of all that is a person's; face (1, d): super_category(model)."""
     (token,) = {int(high * 256 + low) for high, low in tensors["token"].tolist()}
     found = {LAYER: Rows(tensors["embedding"][:, None], token)}
     i, duals = (tensors[name][:, None] for name in ("input", "dual"))
@@ -206,8 +207,8 @@ def gated(tensors, model, face, beta, tau):
     return found
 
 
-def edits(tensors, model):
-    """What model.edited applies, at the β and τ of sampling."""
+def adapters(tensors, model):
+    """What model.adapted applies, at the β and τ of sampling."""
     return gated(tensors, model, super_category(model), *SAMPLING)
 
 
@@ -222,8 +223,8 @@ def shapes(model, tensors):
 # After training: two people in one picture, β and τ
 
 def together(first, second):
-    """The edits of two people, of each their own word, as one. h = W·e⊥ + Σ o*_j·σ((s_j − β)/τ), where e⊥ is
-    what Gram-Schmidt over U·i*_j, C⁻¹ = UᵀU, leaves of U·e: nothing in the span of all i*.
+    """The adapters of two people, of each their own word, as one. h = W·e⊥ + Σ o*_j·σ((s_j − β)/τ), where e⊥
+    is what Gram-Schmidt over U·i*_j, C⁻¹ = UᵀU, leaves of U·e: nothing in the span of all i*.
 
     No U is needed: with vectors i'_k of the same span for which s_j is 1 if j = k and 0 otherwise, e⊥ is
     e − Σ i'_j·s_j. β and τ are the first's.
@@ -241,28 +242,28 @@ def together(first, second):
     return joined
 
 
-def at(edits, beta, tau=SAMPLING[1]):
-    """The same edits with another β and τ."""
-    return {name: edit._replace(beta=beta, tau=tau) if isinstance(edit, Gated) else edit
-            for name, edit in edits.items()}
+def at(adapters, beta, tau=SAMPLING[1]):
+    """The same adapters with another β and τ."""
+    return {name: adapter._replace(beta=beta, tau=tau) if isinstance(adapter, Gated) else adapter
+            for name, adapter in adapters.items()}
 
 
-def turn(edits, args, method):
-    """The same edits, beside those in the file `beside` of args, at its β and τ. UserError if the file is no
-    person of Perfusion's, or has the same word."""
+def turn(adapters, args, method):
+    """The same adapters, beside those in the file `beside` of args, at its β and τ. UserError if the file is
+    no person of Perfusion's, or has the same word."""
     if args.beside:
         person = load_person(args.beside, method)
         if person.made_by != "perfusion":
             raise UserError(f"{args.beside}: made by {person.made_by}; --with takes a person of Perfusion's")
-        other = person.edits(method)
-        if other[LAYER].token == edits[LAYER].token:
+        other = person.adapters(method)
+        if other[LAYER].token == adapters[LAYER].token:
             raise UserError(f"{args.beside}: both people are called {person.identifier}; make one of them "
                             "with another --identifier")
         try:
-            edits = together(edits, other)
+            adapters = together(adapters, other)
         except torch.linalg.LinAlgError:  # i* of one is 0 or the other's
             raise UserError(f"{args.beside}: its word cannot be told from {args.identifier}") from None
-    return at(edits, args.beta, args.tau)
+    return at(adapters, args.beta, args.tau)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def options(parser):
 
 
 def kinds(args):
-    """What the edits of a person made here are."""
+    """What the adapters of a person made here are."""
     return [Rows, Gated]
 
 
@@ -283,7 +284,7 @@ def make_person(method, photo, args, stage):
     """Photo to Person."""
     generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:
-        tensors = fit(method.model, photo, args.steps, args.lr, args.embedding_lr, args.batch,
+        tensors = learn(method.model, photo, args.steps, args.lr, args.embedding_lr, args.batch,
                       args.identifier, generator, show)
     stage(f"trained {args.steps} steps, learning rates {args.lr:g} (values), {args.embedding_lr:g} (word)")
     return Person(tensors=tensors, made_by="perfusion", base=args.model, identifier=args.identifier)

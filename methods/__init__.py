@@ -1,2 +1,1 @@
 """The systems that the paper compares with, each in a file of its own: only its difference from hdb.py."""
-from files import start  # noqa: F401  (before torch)

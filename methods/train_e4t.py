@@ -1,7 +1,7 @@
 """Pre-train E4T's encoder and offsets (arXiv 2302.12228, section 4.1) on a domain: faces.
 
-    python -m baselines.train_e4t                       # nano's, on people that its renderer draws
-    python -m baselines.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
+    python -m methods.train_e4t                       # nano's, on people that its renderer draws
+    python -m methods.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
 The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the
 photo of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped,
@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 import hdb
-from baselines import e4t
+from methods import e4t
 from diffusion import denoising_loss
-from files import console
+from program import console
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER
 from files.layouts import model_name
-from files.photos import Photos
+from training.photos import Photos
 from nano import people, seeds
-from trainer import Trainer, seeded
+from training.trainer import Trainer, seeded
 
 WATCHED = 8  # people whose pictures are measured while nano's is trained
 
@@ -70,21 +70,21 @@ def main(args):
 
     of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
     trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr, warmup=20,
-                      deadline=deadline, muon=True, of=of)
+                      deadline=deadline, muon=True, depends_on=of)
     for step in trainer:
         # train.py's people
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
         who, view = data.draw(step, args.batch, generator)
         seen = data.features(who).mean(1)
-        edits = in_training(domain, deltas, model, seen)
-        with model.edited(edits):
+        adapters = in_training(domain, deltas, model, seen)
+        with model.adapted(adapters):
             denoising = denoising_loss(model, *data.pictures(who, view), generator)
-            loss, size = e4t.total(denoising, edits["unet."])
+            loss, size = e4t.total(denoising, adapters["unet."])
             trainer.update(loss, denoising=denoising.mean(), size=size)
         if watched and (trainer.step % args.every == 0 or trainer.done):
             with torch.no_grad():
-                edits = in_training(domain, deltas, model, domain.look(watched.photos))
-            watched.watch(model, edits, trainer)
+                adapters = in_training(domain, deltas, model, domain.look(watched.photos))
+            watched.watch(model, adapters, trainer)
     trainer.average()
     with torch.no_grad():
         for i, delta in enumerate(deltas):
@@ -96,7 +96,7 @@ def main(args):
 
 
 def in_training(domain, deltas, model, seen):
-    """The edits of people whose photos (P, photo) the encoder has seen."""
+    """The adapters of people whose photos (P, photo) the encoder has seen."""
     factors = zip(*(delta() for delta in deltas))
     return e4t.offsets(model, *factors) | e4t.words(model, seen, domain.encoder)
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from baselines import e4t, registry  # noqa: F401
+from methods import e4t, registry  # noqa: F401
 import personalize
-from files import console
+from program import console
 from files.person import MAKERS
 
 OPTIONS = {"dreambooth": ["--prior-pictures", 1], "textual_inversion": [], "perfusion": [], "e4t": []}
@@ -31,14 +31,14 @@ def run(monkeypatch, capsys):
 
 
 def test_every_module_is_a_method():
-    files = {file.stem for file in personalize.HERE.glob("baselines/*.py")}
-    methods = files - {"__init__", "registry", "train_e4t"}
+    files = {file.stem for file in personalize.HERE.glob("methods/*.py")}
+    methods = files - {"__init__", "registry", "train_e4t", "arguments"}
     assert methods == MAKERS.keys() == OPTIONS.keys() and e4t is MAKERS["e4t"]
 
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_what_is_usual_on_nano_is_what_fit_does(method):
-    defaults = {name: p.default for name, p in inspect.signature(MAKERS[method].fit).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(MAKERS[method].learn).parameters.items()}
     usual = {name: row[0] for name, row in MAKERS[method].NUMBERS.items()}
     shared = usual.keys() & defaults
     assert {"steps", "lr", "batch"} <= shared
@@ -104,11 +104,11 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
 
 
 @pytest.mark.parametrize("method, arguments, why", [
-    ("textual_inversion", ["--strength", .5], "--strength needs edits that are LowRank or Change"),
+    ("textual_inversion", ["--strength", .5], "--strength needs adapters that are LowRank or Change"),
     ("perfusion", ["--strength", .5], "--strength needs"),
     ("e4t", ["--merge", "out/merged"], "--merge needs"),
-    ("dreambooth", ["--export", "lora"], "needs edits that are LowRank, this person's are Change"),
-    ("dreambooth", ["--export", "embedding"], "--export embedding needs edits that are Rows"),
+    ("dreambooth", ["--export", "lora"], "needs adapters that are LowRank, this person's are Change"),
+    ("dreambooth", ["--export", "embedding"], "--export embedding needs adapters that are Rows"),
     ("hyperdreambooth", ["--export", "embedding"], "--export embedding needs"),
     ("dreambooth", ["nano/example.png", "[V] face"], "stands where a prompt is expected"),
     ("dreambooth", ["--rank", -1], "--rank must be"), ("perfusion", ["--tau", 0], "--tau must be"),
