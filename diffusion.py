@@ -65,14 +65,15 @@ def noised(latent, generator, share=(0, 1)):
 
 def denoising_error(unet, context, noisy, t, noise, weight):
     """Per sample (B,) the error of the clean latent that the UNet sees in what noised() gives, under the text
-    features `context` (n, m, d) of the n people that take turns in the batch.
+    features `context` (n, m, d) of the n people that take turns in the batch. The UNet computes in the dtype
+    of `context`, the error is float32.
 
     It is the noise's error times 1/SNR; that is cut at 5, where almost pure noise would otherwise drown
     everything else.
     """
     # what is the same for many samples was encoded once
-    predicted = unet(noisy, t, context.repeat(len(noisy) // len(context), 1, 1))
-    return weight * (predicted - noise).float().pow(2).mean((1, 2, 3))
+    predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
+    return weight * (predicted.float() - noise.float()).pow(2).mean((1, 2, 3))
 
 
 def timesteps(steps, spacing="leading"):

@@ -86,7 +86,7 @@ def test_an_embedding_goes_to_other_programs_and_comes_back(tmp_path, run):
 
 
 def test_a_lora_of_dreambooths_goes_to_other_programs(tmp_path, run):
-    few = "--steps", 1, "--prior-weight", 0, "--sample-steps", 1, "--out", tmp_path
+    few = "--steps", 1, "--prior-pictures", 1, "--sample-steps", 1, "--dtype", "bfloat16", "--out", tmp_path
     run("dreambooth", "nano/example.png", "[V] face", *few, "--rank", 2, "--export", "lora", "--strength", .5)
     with safe_open(tmp_path / "lora.safetensors", "pt") as f:
         assert f.metadata()["ss_network_dim"] == "2"
