@@ -353,14 +353,16 @@ def test_every_time_step_can_be_drawn_and_no_other(monkeypatch):
     assert sorted(model.asked[1][1].tolist()) == [0, 250, 500, 750]
 
 
-def test_the_loss_is_computed_in_float32_and_its_draws_on_the_cpu():
-    latent = draw((4, 4, 3, 3), "half").bfloat16()
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+def test_the_loss_is_computed_in_float32_and_its_draws_on_the_cpu(kept):
+    latent = draw((4, 4, 3, 3), "half").to(kept)
     model = Echo(lambda x: x * .9)
+    model.context = lambda prompts: torch.zeros(1, 1, 1, dtype=torch.bfloat16)
     loss = diffusion.denoising_loss(model, latent, ["a"], torch.Generator().manual_seed(1))
     noisy = model.asked[0][0]
     t, noise = drawn(4, latent.shape, 1)
     abar = diffusion.ALPHAS_CUMPROD[t]
-    error = (noisy * .9 - noise.bfloat16()).float().pow(2).mean((1, 2, 3))
+    error = ((noisy * .9).float() - noise.to(kept).float()).pow(2).mean((1, 2, 3))
     torch.testing.assert_close(loss, error * ((1 - abar) / abar).clamp(max=5), rtol=1e-5, atol=0)
     assert loss.dtype == torch.float32 and noisy.dtype == torch.bfloat16
     with torch.device("meta"):
