@@ -108,7 +108,8 @@ def measure(job, group, prompts, method, photos, scores, table, costs, args):
                     images.save(images.to_pil(pictures[i]), file)
     for who in group.tolist():
         if who < SHOWN:
-            images.save(images.to_pil(photos[who, 0]), report.picture(args.out, "photo", who, ""))
+            file = report.picture(args.out, "photo", who, "")
+            images.save(images.to_pil(photos[who, 0]), file, generated=False)
 
 
 def fit(job, group, method, photos, costs):

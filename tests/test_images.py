@@ -1,5 +1,6 @@
 import struct
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -299,6 +300,7 @@ def test_png_carries_its_settings(tmp_path):
     path = tmp_path / "deep" / "a.png"
     images.save(images.to_pil(torch.zeros(3, 8, 8)), str(path), prompt="a [V] face — naïve", seed=3)
     back = Image.open(path)
+    assert back.text.pop("XML:com.adobe.xmp")
     assert back.text == {"prompt": "a [V] face — naïve", "seed": "3"}
     assert back.getpixel((0, 0)) == (128, 128, 128)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
@@ -308,3 +310,28 @@ def test_sheet():
     sheet = images.sheet(torch.full((3, 3, 4, 4), -1.), 2)
     assert sheet.size == (8, 8)
     assert sheet.getpixel((1, 5)) == (0, 0, 0) and sheet.getpixel((7, 7)) == (255, 255, 255)
+
+
+def itxt(png, keyword):
+    """The texts of a PNG's uncompressed iTXt chunks with this keyword, read without PIL."""
+    found, at = [], 8
+    while at < len(png):
+        length, kind = struct.unpack(">I4s", png[at:at + 8])
+        if kind == b"iTXt":
+            name, rest = png[at + 8:at + 8 + length].split(b"\0", 1)
+            language, translated, text = rest[2:].split(b"\0", 2)
+            found += [text.decode()] if name.decode() == keyword and rest[0] == 0 else []
+        at += 12 + length
+    return found
+
+
+def test_every_picture_but_a_photo_says_to_machines_that_it_is_generated(tmp_path):
+    for name, options in ("made", {"prompt": "a face"}), ("photo", {"generated": False}):
+        images.save(images.to_pil(torch.zeros(3, 8, 8)), tmp_path / f"{name}.png", **options)
+    assert itxt((tmp_path / "photo.png").read_bytes(), "XML:com.adobe.xmp") == []
+    (packet,) = itxt((tmp_path / "made.png").read_bytes(), "XML:com.adobe.xmp")
+    described = ElementTree.fromstring(packet)[0][0]
+    space = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}"
+    kind = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    assert described.get(f"{space}DigitalSourceType") == kind
+    assert packet.startswith("<?xpacket begin") and packet.endswith('<?xpacket end="w"?>')
