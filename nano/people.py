@@ -78,6 +78,7 @@ class HeldOut:
         self.judge = load_judge(device)
         self.identity = faces.identities(range(first, first + count))
         self.first, self.device = first, device
+        self.circumstances = faces.nuisances(count, torch.Generator().manual_seed(first))  # of the photos
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def more_photos(self, count):

@@ -13,6 +13,7 @@ HYPERNET = 400_000_000
 POOL = 500_000_000       # the people that trainings draw from, by row()
 JUDGE = 777_000_000      # + --seed: the judge's people
 READER = 800_000_000     # the reader's drawings, and its steps
+INSTRUMENT = 850_000_000  # what its coarse reading is fitted on
 
 # People whom no training sees, from here on one after the other
 EXAMPLE = 10_000_004     # example.png
