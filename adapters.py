@@ -37,8 +37,9 @@ class LowRank(NamedTuple):
     """y + x·A·B, with one person's A (1, in, r) and B (1, r, out), or the factors of P people.
 
     For one person the whole batch is that person; for P people a batch of k·P samples is k groups of them in
-    order (guidance: negatives first, then prompts). The layer is a linear one or a 1×1 convolution, which is
-    one at each pixel.
+    order (guidance: negatives first, then prompts). The layer is a linear one or a k×k convolution: there
+    `in` counts what the kernel sees, channels · k·k, so that A is a k×k convolution to r channels and B one
+    of 1×1.
     """
     a: torch.Tensor
     b: torch.Tensor
@@ -47,8 +48,11 @@ class LowRank(NamedTuple):
         """ValueError for a batch that cannot be shared among the people."""
         a, b = (shared(t.to(x.dtype), len(x)) for t in self)
         if isinstance(layer, nn.Conv2d):
-            x = x.flatten(2).mT  # (B, pixels, in)
-            return y + (x @ a @ b).mT.reshape(y.shape)
+            kernel = a.mT.reshape(-1, *layer.weight.shape[1:])          # (people·r, channels, k, k)
+            side_by_side = x.reshape(-1, len(a) * x.shape[1], *x.shape[2:])
+            x = F.conv2d(side_by_side, kernel, None, layer.stride, layer.padding, groups=len(a))
+            x = x.view(len(y), -1, *y.shape[2:]).flatten(2).mT          # (B, pixels, r)
+            return y + (x @ b).mT.reshape(y.shape)
         # (B, tokens, in), or all of one person's tokens as one matrix; the product adds to y by itself
         x, start = (z.reshape(len(a), -1, z.shape[-1]) for z in (x, y))
         return torch.baddbmm(start, x @ a, b).view(y.shape)
@@ -142,12 +146,11 @@ def absorbs(layer, adapter):
 
 
 def adaptable_layers(unet, text):
-    """Every layer that can take a low-rank adapter: name -> nn.Linear, or a 1×1 nn.Conv2d."""
+    """Every layer that can take a low-rank adapter: name -> nn.Linear or nn.Conv2d."""
     found = {}
     for part, network in ("unet", unet), ("text", text):
         for name, layer in network.named_modules():
-            one_by_one = isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1)
-            if one_by_one or isinstance(layer, nn.Linear):
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 found[f"{part}.{name}"] = layer
     return found
 

@@ -1,9 +1,11 @@
-"""Stable Diffusion 1.x's noise schedule, the denoising loss, two samplers and classifier-free guidance.
+"""Stable Diffusion 1.x's noise schedule, the denoising loss, three samplers and classifier-free guidance.
 
 A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an
-int. It keeps its state in fp32 whatever the denoiser computes in, and after each step calls callback(i, t, x,
-x0) with the number of the step, from 0, its time, the latent it arrived at and the clean latent predicted on
-the way. The numbers are diffusers', step for step.
+int. It keeps its state in fp32 whatever the denoiser computes in, draws what noise it needs from `generator`,
+a CPU torch.Generator or a list of B (those that made x, or others; never a new one of the same seed, which
+would draw x again), and after each step calls callback(i, t, x, x0) with the number of the step, from 0, its
+time, the latent it arrived at and the clean latent predicted on the way. The numbers are diffusers', step for
+step.
 """
 import math
 
@@ -32,10 +34,15 @@ def seeded_noise(shape, source):
     """
     if isinstance(source, torch.Generator):
         return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
-    each = [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in source]
+    each = generators(source)
     if len(each) != shape[0]:
         raise ValueError(f"{len(each)} seeds for a batch of {shape[0]}")
     return torch.stack([torch.randn(shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in each])
+
+
+def generators(seeds):
+    """A CPU torch.Generator for each of the seeds; one that is there already is itself."""
+    return [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in seeds]
 
 
 def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
@@ -95,17 +102,12 @@ def timesteps(steps, spacing="leading"):
 @torch.no_grad()
 def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
     """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0,
-    DDPM's variance at eta 1.
-
-    generator: needed if eta > 0; a CPU torch.Generator or a list of B. Give those that made x, or others;
-    never a new one of the same seed, which would draw x again.
+    DDPM's variance at eta 1. generator: needed if eta > 0.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
-    given = generator if isinstance(generator, (list, tuple)) else [generator]
-    if eta > 0 and not all(isinstance(g, torch.Generator) for g in given):
-        raise ValueError("eta > 0 draws noise at each step: give generator=, a CPU torch.Generator or a list "
-                         "with one for each image")
+    if eta > 0:
+        require_generators(generator)
     x = x.float()
     for i, t in enumerate(timesteps(steps)):
         abar = ALPHAS_CUMPROD[t].item()
@@ -123,11 +125,12 @@ def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
 
 
 @torch.no_grad()
-def dpmpp_2m(denoise, x, steps=25, callback=None):
+def dpmpp_2m(denoise, x, steps=25, generator=None, callback=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w), down to no
     noise at all.
 
-    The first step has no predecessor and the last an infinite λ: both are of first order.
+    The first step has no predecessor and the last an infinite λ: both are of first order. It needs no
+    generator.
     """
     x = x.float()
     times = timesteps(steps, "linspace")
@@ -147,6 +150,56 @@ def dpmpp_2m(denoise, x, steps=25, callback=None):
         if callback:
             callback(i, t, x, x0)
     return x
+
+
+def require_generators(generator):
+    """ValueError unless this is a torch.Generator or a list of them."""
+    given = generator if isinstance(generator, (list, tuple)) else [generator]
+    if not all(isinstance(g, torch.Generator) for g in given):
+        raise ValueError("this sampler draws noise at each step: give generator=, a CPU torch.Generator or a "
+                         "list with one for each image")
+
+
+LCM_STEPS = 50         # of the solver that consistency models are distilled from: their time steps
+LCM_DATA = .5          # σ_data of the boundary scalings
+LCM_TIME_SCALE = 10.   # of t in them
+
+
+@torch.no_grad()
+def lcm(denoise, x, steps=4, generator=None, callback=None):
+    """Latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3), for a UNet distilled to it or
+    with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
+
+    The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²), c_out = s/√(s² + σ²)
+    for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh noise to f.
+    """
+    require_generators(generator)
+    x, times = x.float(), lcm_timesteps(steps)
+    for i, t in enumerate(times):
+        abar, scaled = ALPHAS_CUMPROD[t].item(), LCM_TIME_SCALE * t
+        c_skip = LCM_DATA ** 2 / (scaled ** 2 + LCM_DATA ** 2)
+        c_out = scaled / math.sqrt(scaled ** 2 + LCM_DATA ** 2)
+        x0 = (x - math.sqrt(1 - abar) * denoise(x, t).float()) / math.sqrt(abar)
+        x = c_out * x0 + c_skip * x
+        if i + 1 < steps:
+            abar = ALPHAS_CUMPROD[times[i + 1]].item()
+            noise = seeded_noise(x.shape, generator).to(x.device)
+            x = math.sqrt(abar) * x + math.sqrt(1 - abar) * noise
+        if callback:
+            callback(i, t, x, x0)
+    return x
+
+
+def lcm_timesteps(steps):
+    """The time steps lcm() visits, from noisy to clean: of LCM_STEPS, 19, 39, … 999, as many as evenly as can
+    be, from the last on. ValueError for more than there are."""
+    if not 1 <= steps <= LCM_STEPS:
+        raise ValueError(f"steps must be from 1 to {LCM_STEPS}, not {steps}")
+    every = STEPS // LCM_STEPS
+    return [STEPS - 1 - every * math.floor(i * (LCM_STEPS / steps)) for i in range(steps)]
+
+
+SAMPLERS = {"dpmpp_2m": dpmpp_2m, "ddim": ddim, "lcm": lcm}
 
 
 def guided(unet, context, negative=None, scale=7.5):

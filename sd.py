@@ -85,18 +85,17 @@ class StableDiffusion:
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, one seed for each (0, 1, … if None).
 
         size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
-        sampler: diffusion.dpmpp_2m, ddim, or for eta > 0 functools.partial(ddim, eta=1., generator=g) with
-        `g` generators that are the `seeds` as well. callback: see diffusion.py.
+        sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.). callback: see diffusion.py.
         """
         side = 8 * self.unet.config.sample_size
         height, width = size or (side, side)
         check_sides(height, width)
-        seeds = range(len(prompts)) if seeds is None else seeds
-        noise = diffusion.seeded_noise((len(prompts), 4, height // 8, width // 8), list(seeds))
+        generators = diffusion.generators(range(len(prompts)) if seeds is None else seeds)
+        noise = diffusion.seeded_noise((len(prompts), 4, height // 8, width // 8), generators)
         context = self.context(prompts)
         negatives = self.context([negative] * len(prompts))
         denoise = diffusion.guided(self.unet, context, negatives, guidance)
-        latent = sampler(denoise, noise.to(self.device), steps, callback=callback)
+        latent = sampler(denoise, noise.to(self.device), steps, generator=generators, callback=callback)
         return self.decode(latent).float().clamp(-1, 1)
 
 

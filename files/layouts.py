@@ -191,6 +191,9 @@ def folder_settings(folder):
     if unusual:
         warnings.warn(f"{folder}/scheduler: {', '.join(unusual)} is not Stable Diffusion 1.5's noise "
                       "schedule, which is used here all the same", stacklevel=1)
+    if (kind := schedule.get("_class_name")) in ("LCMScheduler", "TCDScheduler"):
+        warnings.warn(f"{folder}: made for {kind}, to be sampled in few steps; give --sampler lcm",
+                      stacklevel=1)
     return settings
 
 

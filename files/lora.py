@@ -14,7 +14,9 @@ from files.compvis import unet_to_compvis
 from program.console import UserError
 from files.person import check_numbers
 
-CONVOLUTIONS = (".proj_in", ".proj_out", ".conv_shortcut")  # 1×1, which LoRAs of others may change
+# how names of convolutions end, by their kernel's side
+KERNELS = {1: (".proj_in", ".proj_out", ".conv_shortcut"),
+           3: (".conv", ".conv1", ".conv2", ".conv_in", ".conv_out")}
 PREFIXES = {"unet": "unet", "text": "text_encoder"}         # diffusers' names of the two parts
 
 # From a key as kohya's scripts, diffusers (its layers were once X.processor.to_q and self_attn.to_q) or PEFT
@@ -53,11 +55,12 @@ def export_lora(adapters, path, metadata=None, dtype=torch.float32):
     tensors, rank = {}, max((a.shape[2] for a, _ in require_low_rank(adapters, people=1).values()), default=0)
     for name, (a, b) in adapters.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
-        end = (1, 1) if name.endswith(CONVOLUTIONS) else ()
-        down = F.pad(a[0].T, (0, 0, 0, rank - a.shape[2]))    # (r, in), of convolutions (r, in, 1, 1)
-        up = F.pad(b[0].T, (0, rank - b.shape[1]))            # (out, r)
-        tensors[f"{key}.lora_down.weight"] = down.to(dtype).unflatten(1, (-1, *end))
-        tensors[f"{key}.lora_up.weight"] = up.to(dtype).unflatten(1, (-1, *end))
+        side = next((side for side, ends in KERNELS.items() if name.endswith(ends)), None)
+        kernel, one = ((side, side), (1, 1)) if side else ((), ())
+        down = F.pad(a[0].T, (0, 0, 0, rank - a.shape[2]))    # (r, in), of convolutions (r, in, k, k)
+        up = F.pad(b[0].T, (0, rank - b.shape[1]))            # (out, r), of convolutions (out, r, 1, 1)
+        tensors[f"{key}.lora_down.weight"] = down.to(dtype).unflatten(1, (-1, *kernel))
+        tensors[f"{key}.lora_up.weight"] = up.to(dtype).unflatten(1, (-1, *one))
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))   # readers multiply by alpha / r
     check_numbers(tensors, path, "nothing to write, the person has no personal weights")
     note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
@@ -84,7 +87,7 @@ def load_lora(path, model, strength=1.0):
         if name is None:
             problems["layers that this model doesn't have, or no LoRA"].append(key)
         elif name not in layers:
-            problems["neither linear nor a 1×1 convolution (LoCon), which is not implemented"].append(key)
+            problems["neither linear nor convolutions"].append(key)
         elif role in found[name]:
             problems["the same layer twice"].append(key)
         elif role == "alpha" and t.numel() != 1:
@@ -98,8 +101,9 @@ def load_lora(path, model, strength=1.0):
             problems["one matrix without the other"] += keys.values()
             continue
         down, up = tensors[keys["down"]], tensors[keys["up"]]
-        (n_out, n_in), rank = layers[name].weight.shape[:2], max([1, *down.shape[:1]])
-        if [(*t.shape[:2], t.shape[2:].numel()) for t in (down, up)] != [(rank, n_in, 1), (n_out, rank, 1)]:
+        n_out, n_in, *kernel = layers[name].weight.shape
+        rank = max([1, *down.shape[:1]])
+        if [matrix(down.shape), matrix(up.shape)] != [matrix((rank, n_in, *kernel)), (n_out, rank)]:
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}"
             problems["made for other widths"].append(f"{keys['down']} and up, {shapes}")
     report_problems(path, problems)
@@ -117,6 +121,11 @@ def load_lora(path, model, strength=1.0):
     numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
     check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in adapters.items()}, path, "empty")
     return adapters
+
+
+def matrix(shape):
+    """The shape without the sides of a 1×1 kernel, which some write of linear layers and some leave out."""
+    return tuple(shape[:2] if set(shape[2:]) == {1} else shape)
 
 
 def report_problems(path, problems):

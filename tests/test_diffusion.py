@@ -12,7 +12,7 @@ import diffusion
 import unet
 import vae
 
-SHAPE, STEPS = (1, 4, 5, 3), (4, 10, 25, 50)
+SHAPE, STEPS, LCM_STEPS = (1, 4, 5, 3), (4, 10, 25, 50), (1, 2, 4, 7, 50)
 # SD 1.5's structure, thin.
 UNET = unet.UNetConfig(block_out_channels=(32, 64, 64, 64), cross_attention_dim=24, layers_per_block=1)
 VAE = vae.VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
@@ -80,6 +80,22 @@ def test_samplers_equal_diffusers_at_every_step(name, steps):
     ours = way(getattr(diffusion, name.split()[0]), toy, draw(SHAPE, f"{case}:x"), steps=steps, **options)
     assert len(ours) == steps
     assert max(difference(a, b) for a, b in zip(ours, stored()[case], strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("steps", LCM_STEPS)
+def test_consistency_sampling_equals_diffusers_at_every_step(steps):
+    noise = generator(f"lcm {steps}:steps")
+    ours = way(diffusion.lcm, toy, draw(SHAPE, f"lcm {steps}:x"), steps=steps, generator=noise)
+    expected = stored("lcm")[f"lcm {steps}"]
+    assert max(difference(a, b) for a, b in zip(ours, expected, strict=True)) <= 1e-4
+
+
+def test_consistency_samplings_time_steps_equal_diffusers():
+    ours = [t for n in range(1, 51) for t in diffusion.lcm_timesteps(n)]
+    assert ours == stored("lcm")["times"].tolist()
+    for steps in 0, 51:
+        with pytest.raises(ValueError, match="from 1 to 50"):
+            diffusion.lcm(toy, draw(SHAPE, "x"), steps, generator("x"))
 
 
 @pytest.mark.parametrize("sampler", [diffusion.ddim, diffusion.dpmpp_2m])

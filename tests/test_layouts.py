@@ -335,6 +335,13 @@ def test_parts_that_are_named_and_not_there(folder):
     assert sd.load(folder, "cpu").unet.config.in_channels == 4
 
 
+@pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
+def test_a_folder_made_for_few_steps_says_so(folder, kind):
+    change(folder / "scheduler/scheduler_config.json", _class_name=kind)
+    with pytest.warns(UserWarning, match=f"made for {kind}.* --sampler lcm"):
+        sd.load(folder, device="cpu")
+
+
 def test_another_noise_schedule_is_warned_of(folder):
     change(folder / "scheduler/scheduler_config.json", beta_schedule="linear")
     with pytest.warns(UserWarning, match="beta_schedule 'linear' is not"):

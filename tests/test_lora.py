@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import difference
+from rule import difference, draw, generator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_person import LAYER, equal, method, output, refused, small, someone
+from test_person import LAYER, equal, lora_inputs, method, output, refused, small, someone
 
-from adapters import LowRank, adaptable_layers, join, merge
+from adapters import LowRank, adaptable_layers, join, merge, scale, stack
+from diffusion import guided, lcm
 from files import lora
 from program.console import UserError
 from files.lora import export_lora, load_lora
@@ -17,6 +18,46 @@ from files.lora import export_lora, load_lora
 REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
 NAMINGS = ["diffusers peft", "diffusers lora.down", "diffusers processor", "kohya", "peft"]
 KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
+
+
+LCM_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1",
+              "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
+
+
+def lcm_lora(unet):
+    """Random factors for the layers that LCM-LoRA has, as kohya's scripts name them."""
+    tensors = {}
+    for name, layer in unet.named_modules():
+        if name.endswith(LCM_LAYERS) and hasattr(layer, "weight"):
+            key, (n_out, *sizes) = f"lora_unet_{name.replace('.', '_')}", layer.weight.shape
+            down, up = draw((4, *sizes), f"{key}:down"), draw((n_out, 4, *[1] * len(sizes[1:])), f"{key}:up")
+            tensors[f"{key}.lora_down.weight"] = down / layer.weight[0].numel() ** .5
+            tensors |= {f"{key}.lora_up.weight": up / 2, f"{key}.alpha": torch.tensor(3.)}
+    return tensors
+
+
+def test_lcm_loras_layers_and_sampler_do_what_they_do_in_diffusers(tmp_path):
+    model, stored = method().model, load_file(REFERENCE.with_name("lcm.safetensors"))["latents"]
+    save_file(lcm_lora(model.unet), tmp_path / "lcm.safetensors")
+    adapters, way, (x, _, ids) = load_lora(tmp_path / "lcm.safetensors", model), [], lora_inputs()
+    assert sum(isinstance(model.layers[name], torch.nn.Conv2d) for name in adapters) > 20
+    with model.adapted(adapters), torch.no_grad():
+        denoise = guided(model.unet, model.text(ids), scale=1)
+        lcm(denoise, x, 4, [generator(f"lcm:{i}") for i in range(2)], lambda i, t, x, x0: way.append(x))
+    assert max(difference(a, b) for a, b in zip(way, stored, strict=True)) <= 1e-4
+    # exactly exported, merged, and beside another person
+    export_lora(adapters, tmp_path / "again.safetensors")
+    again, merged = load_lora(tmp_path / "again.safetensors", model), small()
+    assert equal(again, adapters)
+    merge(merged.layers, adapters)
+    expected = output(merged)[1]
+    assert difference(output(model, adapters)[1], expected) < 1e-5
+    assert difference(output(model)[1], expected) > .05
+    halves = join(scale(adapters, .25), scale(adapters, .75))
+    assert difference(output(model, halves)[1], expected) < 1e-5
+    two = output(model, stack([adapters, someone().adapters(method())]))[1]
+    alone = output(model, someone().adapters(method()))[1]
+    assert difference(two[0], expected[0]) < 1e-5 and difference(two[1], alone[1]) < 1e-5
 
 
 def test_an_export_is_the_person(tmp_path):
@@ -54,14 +95,15 @@ def test_convolutions_are_exported_as_convolutions(tmp_path):
     layers = adaptable_layers(model.unet, model.text)
     adapters = {}
     for name, layer in layers.items():
-        n_out, n_in = layer.weight.shape[:2]
-        adapters[name] = LowRank(torch.randn(1, n_in, 2), torch.randn(1, 2, n_out))
+        n_out, seen = len(layer.weight), layer.weight[0].numel()
+        adapters[name] = LowRank(torch.randn(1, seen, 2), torch.randn(1, 2, n_out))
     export_lora(adapters, tmp_path / "lora.safetensors")
     tensors = load_file(tmp_path / "lora.safetensors")
     for name, layer in layers.items():
         key = f"lora_{'te' if name[:4] == 'text' else 'unet'}_{name[5:].replace('.', '_')}"
         assert tensors[f"{key}.lora_down.weight"].shape == (2, *layer.weight.shape[1:]), name
-        assert tensors[f"{key}.lora_up.weight"].shape == (layer.weight.shape[0], 2, *layer.weight.shape[2:])
+        ones = [1] * (layer.weight.dim() - 2)
+        assert tensors[f"{key}.lora_up.weight"].shape == (len(layer.weight), 2, *ones)
     assert any(isinstance(m, torch.nn.Conv2d) for m in layers.values())
     assert equal(load_lora(tmp_path / "lora.safetensors", model), adapters)
 
@@ -141,7 +183,10 @@ def z(*shape):
     ({f"{KEY}.lora_up.weight": torch.full((16, 2), torch.nan)}, [f"{KEY}.lora_up.weight", "NaN"]),
     ({f"{LAYER}.lora_A.weight": z(2, 16)}, ["same layer twice", f"{LAYER}.lora_A"]),
     ({f"{LAYER}.lora_B.bias": z(2, 16)}, [f"{LAYER}.lora_B.bias"]),
-    ({"lora_unet_conv_in.lora_down.weight": z(2, 4, 3, 3)}, ["LoCon", "lora_unet_conv_in"]),
+    ({"lora_unet_conv_in.lora_down.weight": z(2, 4, 3, 3)}, ["one matrix without", "lora_unet_conv_in"]),
+    ({"lora_unet_conv_in.lora_down.weight": z(2, 4), "lora_unet_conv_in.lora_up.weight": z(16, 2, 1, 1)},
+     ["other widths", "lora_unet_conv_in"]),
+    ({"lora_unet_conv_norm_out.lora_down.weight": z(2, 16)}, ["neither linear nor", "conv_norm_out"]),
     ({"lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight": z(2, 2, 3, 3)}, ["LyCORIS", "lora_mid"]),
     ({f"{KEY}.hada_w1_a": z(16, 2)}, ["LoHa", "hada_w1_a"]),
     ({f"{KEY}.lokr_w1": z(4, 4)}, ["LoKr"]),

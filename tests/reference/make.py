@@ -304,6 +304,44 @@ def lora():
 
 
 @part
+def lcm():
+    """The scheduler alone, and a pipeline with a LoRA of LCM-LoRA's layers: latents at every step."""
+    from diffusers import LCMScheduler, StableDiffusionPipeline
+
+    from test_diffusion import LCM_STEPS, SHAPE, toy
+    from test_lora import lcm_lora
+    from test_person import TEXT, UNET, lora_inputs
+    scheduler, out, times = LCMScheduler.from_config(SD15_SCHEDULER), {}, []
+    for n in range(1, 51):
+        scheduler.set_timesteps(n)
+        times.append(scheduler.timesteps)
+    out["times"] = torch.cat(times).to(torch.int16)
+    for n in LCM_STEPS:
+        scheduler.set_timesteps(n)
+        x, way, noise = draw(SHAPE, f"lcm {n}:x"), [], generator(f"lcm {n}:steps")
+        for t in scheduler.timesteps:
+            x = scheduler.step(toy(x, t), t, x, generator=noise).prev_sample
+            way.append(x)
+        out[f"lcm {n}"] = torch.stack(way)
+
+    text = their_text(**asdict(TEXT))
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=text, tokenizer=None, unet=their_unet(UNET), scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(lcm_lora(pipe.unet), f"{folder}/lcm.safetensors")
+        pipe.load_lora_weights(folder, weight_name="lcm.safetensors")
+    x, _, ids = lora_inputs()
+    context, way = text(ids).last_hidden_state, []
+    noise = [generator(f"lcm:{i}") for i in range(2)]
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        x = scheduler.step(pipe.unet(x, t, context).sample, t, x, generator=noise).prev_sample
+        way.append(x)
+    return out | {"latents": torch.stack(way)}
+
+
+@part
 def vit():
     """A small ViTModel read by transformers from a file with our names, at its own size and at another."""
     from transformers import ViTModel
