@@ -156,11 +156,12 @@ def adaptable_layers(unet, text):
 
 
 def fresh_lora(layers, rank, generator, people=1):
-    """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685): A ~ N(0, 1/in) from a CPU generator, B
-    = 0, so nothing changes yet."""
-    adapters = {}
+    """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685): A ~ N(0, 1/in) from a CPU generator, or
+    one for each of the people, B = 0, so nothing changes yet."""
+    adapters, each = {}, generator if isinstance(generator, list) else [generator]
     for name, layer in layers.items():
-        a = torch.randn(people, layer.in_features, rank, generator=generator, device="cpu")
+        shape = people // len(each), layer.in_features, rank
+        a = torch.cat([torch.randn(shape, generator=one, device="cpu") for one in each])
         a = a / layer.in_features ** .5
         b = torch.zeros(people, rank, layer.out_features)
         adapters[name] = LowRank(*(t.to(layer.weight.device).requires_grad_() for t in (a, b)))

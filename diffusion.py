@@ -49,7 +49,7 @@ def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
     """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the adapters in force.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
-    CPU generator for time steps and noise.
+    CPU generator for time steps and noise, or one for each of those people.
     """
     return denoising_error(model.unet, model.context(prompts), *noised(latent, generator, share))
 
@@ -57,7 +57,13 @@ def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
 def noised(latent, generator, share=(0, 1)):
     """What is to be denoised: the latent (B, 4, h, w) with noise, the time steps (B,), spread evenly over the
     batch, which makes the average less noisy, the noise, and the weights (B,) of its errors; on latent's
-    device, drawn by a CPU generator. share: which of how many equal parts of a larger batch this is."""
+    device, drawn by a CPU generator, or by a list of one for each of the people that take turns in the batch,
+    so that nobody's noise depends on who is beside them. share: which of how many equal parts of a larger
+    batch this is."""
+    if isinstance(generator, list):
+        people = latent.unflatten(0, (-1, len(generator))).transpose(0, 1)
+        each = [noised(own, one) for own, one in zip(people, generator)]
+        return tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*each))
     part, parts = share
     count, mine = len(latent) * parts, slice(part * len(latent), (part + 1) * len(latent))
     with torch.device("cpu"):

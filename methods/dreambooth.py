@@ -49,11 +49,14 @@ def shared_prior(model, count, seed):
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
     """Eq. 2: the denoising loss on the person's latents (n, 4, h, w) under "a [V] face" + weight · the same
-    on as many of the class's under "a face", drawn from `prior` (N, 4, h, w)."""
+    on as many of the class's under "a face", drawn from `prior` (N, 4, h, w). generator: one, or a list of
+    one for each of the people that take turns in the batch."""
     own = len(latent)
     prompts = [PROMPT] * own
     if weight:
-        which = torch.randint(len(prior), (own,), generator=generator)
+        each = generator if isinstance(generator, list) else [generator]
+        counts = own // len(each), 1
+        which = torch.cat([torch.randint(len(prior), counts, generator=one) for one in each], 1).flatten()
         latent = torch.cat([latent, prior[which]])
         prompts = prompts + [CLASS_PROMPT] * own
     loss = denoising_loss(model, latent, prompts, generator)

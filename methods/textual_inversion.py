@@ -73,8 +73,9 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
 
     photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. Everybody starts at
     the same: the embedding of the class word, for vectors after the first with a little noise, so that they
-    differ in more than their places. callback(step, loss) after every step. UserError, which is a ValueError,
-    for words that are not one token, or more vectors than the prompt has room for.
+    differ in more than their places. generator: one, or a list of one for each of the people, whose vectors
+    then don't depend on who is beside them. callback(step, loss) after every step. UserError, which is a
+    ValueError, for words that are not one token, or more vectors than the prompt has room for.
     """
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
@@ -82,9 +83,11 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
     generator = generator or torch.Generator().manual_seed(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
     start = model.layers[LAYER].weight[word].detach().float().repeat(tokens, 1)
-    noise = torch.randn(tokens - 1, start.shape[1], generator=generator, device="cpu")
-    start[1:] += SPREAD * start[0].std() * noise.to(start)
-    vectors = start.repeat(len(photo), 1, 1).requires_grad_()
+    each = generator if isinstance(generator, list) else [generator]
+    noise = [torch.randn(tokens - 1, start.shape[1], generator=one, device="cpu") for one in each]
+    vectors = start.repeat(len(each), 1, 1)
+    vectors[:, 1:] += SPREAD * start[0].std() * torch.stack(noise).to(start)
+    vectors = vectors.repeat(len(photo) // len(each), 1, 1).requires_grad_()
 
     # [V] is spelt out here, as the model would make it one word
     prompts = [with_identifier(PROMPT, identifier(tokens))] * len(photo)

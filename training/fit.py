@@ -24,11 +24,11 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generato
     [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss().
 
     around() is a context for each loss and its backward: lambda: model.adapted(adapters made of the
-    parameters). callback(step, loss) after every step. generator: what the losses' noise comes from. Given,
-    the first noise is tried again at the end, with a warning where its loss is well above what it was; then
-    the last of so many `states` in between of which that is not so is put back. draw() -> all tensors that
-    change from step to step, in shapes that don't, for loss(*draw()): with it a GPU is given each step in one
-    piece, `recorded`.
+    parameters). callback(step, loss) after every step. generator: what the losses' noise comes from, or a
+    list of those. Given, the first noise is tried again at the end, with a warning where its loss is well
+    above what it was; then the last of so many `states` in between of which that is not so is put back.
+    draw() -> all tensors that change from step to step, in shapes that don't, for loss(*draw()): with it a
+    GPU is given each step in one piece, `recorded`.
     """
     groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
     trained = [p for group in groups for p in group["params"]]
@@ -48,7 +48,8 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generato
         step = recorded(step)
 
     draw = draw or tuple
-    kept, beginning = [], generator and generator.get_state()
+    sources = generator if isinstance(generator, list) else [generator] if generator else []
+    kept, beginning = [], [source.get_state() for source in sources]
     for i in range(steps):
         if generator and states and i % (steps // states + 1) == 0:
             kept.append([p.detach().clone() for p in trained])
@@ -62,11 +63,11 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generato
 
     def risen():
         """What the first step's noise gives now, if that is well above what it gave then or no number."""
-        now = generator.get_state()
-        generator.set_state(beginning)
+        now = [source.get_state() for source in sources]
+        rewind(sources, beginning)
         with torch.no_grad(), around():
             value = loss(*draw())
-        generator.set_state(now)
+        rewind(sources, now)
         return None if value <= RISEN * first else value
     if (last := risen()) is not None:
         so = ", so the last steps are not kept" if kept else ""
@@ -76,6 +77,12 @@ def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generato
             torch._foreach_copy_([p.detach() for p in trained], state)
             if risen() is None:
                 break
+
+
+def rewind(sources, states):
+    """Put generators into the states that they had."""
+    for source, state in zip(sources, states):
+        source.set_state(state)
 
 
 def adam(parameters, memory, lr):
