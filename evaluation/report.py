@@ -1,15 +1,11 @@
-"""From scores.csv and costs.csv: tables in Markdown, a grid of pictures for each, and a scatter of likeness
-against style with every knob as a curve."""
+"""From scores.csv and costs.csv of a folder: tables.md, which can be read alone, the figures and the grids.
+A system that has only some of its rows stands in the tables with what there is."""
 import csv
+import random
 from collections import defaultdict
-from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from files import images
 from files.checkpoints import write_text
 
 # The paper's: Face Rec., DINO, CLIP-I, CLIP-T
@@ -17,159 +13,209 @@ PAPER = {"HyperDreamBooth": (.655, .473, .577, .286), "DreamBooth": (.618, .441,
          "Textual Inversion": (.623, .289, .472, .277), "DreamBooth-Agg-1": (.615, .323, .431, .313),
          "DreamBooth-Agg-2": (.616, .360, .467, .302), "No Hyper": (.647, .392, .498, .299),
          "Only Hyper": (.631, .414, .501, .298), "k = 1": (.648, .464, .570, .288)}
-METRICS = "Face Rec.", "DINO", "CLIP-I", "CLIP-T"
-TABLES = {"Table 1, the systems": ("HyperDreamBooth", "DreamBooth", "Textual Inversion", "LoRA DreamBooth",
-                                   "Perfusion", "E4T", "the model itself"),
-          "Table 2, DreamBooth in fewer steps": ("HyperDreamBooth", "DreamBooth", "DreamBooth-Agg-1",
-                                                 "DreamBooth-Agg-2"),
-          "Table 3, what the parts do": ("HyperDreamBooth", "No Hyper", "Only Hyper", "k = 1")}
-MISS = .3  # a likeness below: somebody else
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#ff7f0e", "#7f7f7f", "#17becf",
-           "#bcbd22", "#000000", "#3a6", "#a36")
+OURS = "HyperDreamBooth"
+TABLES = {"Table 1: the systems": (OURS, "DreamBooth", "Textual Inversion", "LoRA DreamBooth", "Perfusion",
+                                   "E4T", "the model itself"),
+          "Table 2: DreamBooth in fewer steps": (OURS, "DreamBooth", "DreamBooth-Agg-1", "DreamBooth-Agg-2"),
+          "Table 3: what the parts do": (OURS, "No Hyper", "Only Hyper", "k = 1", "k = 2", "k = 3")}
+# Who is preferred, in %: the paper's votes for HyperDreamBooth, for the other, for neither
+STUDIES = {"Table 4: preferred for identity and style": {"DreamBooth": (64.8, 23.3, 11.9),
+                                                         "Textual Inversion": (70.6, 21.6, 7.8)},
+           "Table 5: preferred, against E4T": {"E4T": (60.0, 37.5, 2.5)},
+           "The same against the systems that the paper leaves out": {
+               "LoRA DreamBooth": None, "Perfusion": None, "No Hyper": None, "Only Hyper": None}}
+MISS = .3      # a likeness below: somebody else
+LEVEL = .02    # a difference in likeness within which a pair is undecided
+RESAMPLES = 2000
 
 
 def read(path):
-    """The lines of a CSV file as dicts."""
+    """The lines of a CSV file as dicts, numbers as floats, what is empty as None; [] where there is no
+    file."""
+    if not Path(path).exists():
+        return []
     with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+        lines = list(csv.DictReader(f))
+    texts = {"system", "knob", "value", "person", "prompt"}
+    return [{name: cell if name in texts else float(cell) if cell else None for name, cell in line.items()}
+            for line in lines]
 
 
-def over_people(rows, name):
-    """The mean of a score over people, of each the mean of their pictures; and its standard error."""
+def over_people(pairs):
+    """Of pairs (person, number or None): the mean over people of each one's mean, its standard error (None of
+    one person alone), and how many people there are. None where there are none."""
     each = defaultdict(list)
-    for row in rows:
-        each[row["person"]].append(float(row[name]))
-    means = [mean(values) for values in each.values()]
-    return mean(means), stdev(means) / len(means) ** .5 if len(means) > 1 else float("nan")
+    for person, number in pairs:
+        if number is not None:
+            each[person].append(number)
+    means = [mean(numbers) for numbers in each.values()]
+    if not means:
+        return None
+    return mean(means), stdev(means) / len(means) ** .5 if len(means) > 1 else None, len(means)
 
 
-def summary(rows, scores):
-    """heading -> (mean, standard error) over people of a system's pictures, all of one setting."""
-    plain = [row for row in rows if row["prompt"] == scores.plain]
-    styled = [row for row in rows if row["prompt"] != scores.plain]
-    if "likeness" not in scores.names:
-        return {name: over_people(rows, name) for name in scores.names}
-    missed = [{"person": row["person"], "missed": float(row["likeness"]) < MISS} for row in styled]
-    return {'"a [V] face"': over_people(plain, "likeness"), "styled": over_people(styled, "likeness"),
-            "style": over_people(styled, "style"), "likeness × style": over_people(styled, "both"),
-            f"under {MISS}": over_people(missed, "missed")}
+def product(*numbers):
+    """Of two numbers, None if one is None."""
+    return None if None in numbers else numbers[0] * numbers[1]
 
+
+def summary(rows, scores, base=()):
+    """heading -> over_people() of a system's pictures, all of one setting. base: the model's own rows, which
+    `leaked` is counted from."""
+    if "another" not in scores.names:
+        return {name: over_people((row["person"], row[name]) for row in rows) for name in scores.names}
+    plain = [row for row in rows if row["prompt"] in scores.plain]
+    styled = [row for row in rows if row["prompt"] in scores.styles and row["prompt"] not in scores.plain]
+    own = {(row["person"], row["prompt"]): row["another"] for row in base}
+
+    def of(some, number):
+        return over_people((row["person"], number(row)) for row in some)
+
+    def leak(row):
+        before = own.get((row["person"], row["prompt"]))
+        return None if None in (row["another"], before) else row["another"] - before
+    return {"plain": of(plain, lambda row: row["another"]),
+            "styled": of(styled, lambda row: row["another"]),
+            "style": of(styled, lambda row: row["style"]),
+            "both": of(styled, lambda row: product(row["another"], row["style"])),
+            "unseen style": of([row for row in styled if row["prompt"] == scores.unseen],
+                               lambda row: product(row["another"], row["style"])),
+            "missed": of(styled, lambda row: row["another"] and float(row["another"] < MISS)),
+            "copied": of(plain, lambda row: row["copied"]),
+            "error": of(plain, lambda row: row["error"]),
+            "obeyed": of(rows, lambda row: row["obeyed"]),
+            "leaked": of([row for row in rows if row["prompt"] in scores.others], leak),
+            "given, plain": of(plain, lambda row: row["likeness"]),
+            "given, both": of(styled, lambda row: product(row["likeness"], row["style"]))}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pairs: what the paper's user studies ask
+
+def winner(ours, theirs, by):
+    """1 if the first of two pictures of a person, rows of one prompt and noise, is preferred, -1 if the
+    second is, 0 if neither: one out of style loses to one in style; else the likest wins, `by` another photo
+    or by the one given."""
+    if ours["style"] != theirs["style"]:
+        return 1 if ours["style"] > theirs["style"] else -1
+    apart = ours[by] - theirs[by]
+    return 0 if abs(apart) < LEVEL else 1 if apart > 0 else -1
+
+
+def preferred(rows, other, prompts, by="another"):
+    """Of all pairs of pictures of OURS and another system that both have, by `another` or by `likeness`: the
+    shares (ours, theirs, neither), the lead with its 95 % interval by bootstrap over people, and how many
+    people. None without a pair."""
+    known = {(row["system"], row["person"], row["prompt"]): row for row in rows
+             if row["prompt"] in prompts and row[by] is not None}
+    each = defaultdict(list)
+    for (system, person, prompt), row in known.items():
+        if system == OURS and (against := known.get((other, person, prompt))):
+            each[person].append(winner(row, against, by))
+    if not each:
+        return None
+    votes = [vote for own in each.values() for vote in own]
+    leads = [mean(own) for own in each.values()]
+    chance = random.Random(0)
+    again = sorted(mean(chance.choices(leads, k=len(leads))) for _ in range(RESAMPLES))
+    low, high = again[int(.025 * RESAMPLES)], again[int(.975 * RESAMPLES)]
+    shares = [votes.count(vote) / len(votes) for vote in (1, -1, 0)]
+    return shares, (mean(votes), low, high), len(leads)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Markdown
 
 def write(folder, scores):
-    """Write tables.md, scatter.png and the grids into `folder`; the paths of what was written."""
+    """Write tables.md into `folder`; the rows by setting, (system, knob, value) -> summary, for the
+    figures."""
     rows, costs = read(folder / "scores.csv"), {row["system"]: row for row in read(folder / "costs.csv")}
     settings = defaultdict(list)
     for row in rows:
         settings[row["system"], row["knob"], row["value"]].append(row)
-    found = {key: summary(some, scores) for key, some in settings.items()}
-    # each once, in the order of the tables, so that the colours stay
-    listed = dict.fromkeys(system for systems in TABLES.values() for system in systems)
-    main = {system: found[system, "", ""] for system in listed if (system, "", "") in found}
-    count = {key: len({row["person"] for row in some}) for key, some in settings.items()}
-    prompts = {row["prompt"] for row in rows if not row["knob"]}
-    parts = [f"{len(prompts)} prompts a person; ± is the standard error over people."]
-    paths = [folder / "tables.md"]
+    base = settings.get(("the model itself", "", ""), ())
+    found = {key: summary(some, scores, base) for key, some in settings.items()}
+    plain = {system: values for (system, knob, _), values in found.items() if not knob}
+    parts = [scores.about]
     for title, systems in TABLES.items():
-        here = [system for system in systems if system in main]
+        here = {system: plain[system] for system in systems if system in plain}
         if here:
-            people = {system: count[system, "", ""] for system in here}
-            parts += [f"**{title}**", table({system: main[system] for system in here}, people, costs)]
-            number = title.split(",")[0].lower().replace(" ", "_")
-            paths += grid(folder, here, scores, folder / f"{number}.png")
-    curves = {key: values for key, values in found.items() if key[1]}
-    for system, knob in dict.fromkeys(key[:2] for key in curves):
-        here = [key for key in curves if key[:2] == (system, knob)]
-        points = {f"{knob} = {key[2]}": curves[key] for key in here}
-        people = {f"{knob} = {key[2]}": count[key] for key in here}
-        parts += [f"**{system}, by {knob}**", table(points, people, {})]
+            parts += list(filter(None, [f"**{title}**", table(here, costs), scores.seen]))
+    if "another" in scores.names:
+        main = [row for row in rows if not row["knob"]]
+        for title, systems in STUDIES.items():
+            pairs = {system: [preferred(main, system, scores.styles, by) for by in ("another", "likeness")]
+                     for system in systems}
+            if any(found for both in pairs.values() for found in both):
+                parts += [f"**{title}**", study(pairs, systems), PAIRS]
+    for system, knob in dict.fromkeys(key[:2] for key in found if key[1]):
+        points = {f"{knob} = {key[2]}": values for key, values in found.items() if key[:2] == (system, knob)}
+        parts += [f"**{system}, by {knob}**", table(points, {})]
     write_text("\n\n".join(parts) + "\n", folder / "tables.md")
-    if "likeness" in scores.names:
-        scatter(main, curves, folder / "scatter.png")
-        paths.append(folder / "scatter.png")
-    return paths
+    return found
 
 
-def table(rows, people, costs):
-    """Markdown of name -> summary, with how many people it is of, seconds and size where they are known, and
-    the paper's figures."""
+PAIRS = f"""Pairs of pictures of the same person, prompt and noise, of all eleven prompts. One that is out of
+style loses to one in style; else the one likest to another photo wins; within {LEVEL:g} neither does. Lead: ours
+less theirs in points, with its 95 % interval by bootstrap over people. The last column has the same by likeness
+to the photo given, which rewards copying it."""
+
+
+def table(rows, costs):
+    """Markdown of name -> summary, with seconds and size where they are known, and the paper's figures."""
     paper = any(name in PAPER for name in rows)
-    heads = ["", "people", *next(iter(rows.values()))] + (["seconds", "KB"] if costs else [])
-    heads += [f"paper: {metric}" if metric == METRICS[0] else metric for metric in METRICS] if paper else []
+    names = [name for name in next(iter(rows.values())) if any(values[name] for values in rows.values())]
+    heads = ["", "people", *names, *(["seconds", "KB"] if costs else []), *(["paper"] if paper else [])]
     lines = [heads, ["---"] * len(heads)]
     for name, values in rows.items():
-        line = [name, str(people[name]), *(figure(*pair) for pair in values.values())]
+        people = max(value[2] for value in values.values() if value)
+        line = [name, str(people), *(figure(values[column], people) for column in names)]
         if costs:
-            seconds, size = (float(costs[name][key]) if name in costs else 0 for key in ("seconds", "bytes"))
-            line += [f"{seconds:.1f}", f"{size / 1000:,.1f}"]
+            known = costs.get(name, {"seconds": None, "bytes": None})
+            line += [cost(known["seconds"], 1, "{:.1f}"), cost(known["bytes"], 1e3, "{:,.1f}")]
         if paper:
-            line += [f"{value:.3f}" for value in PAPER.get(name, ())] or ["–"] * len(METRICS)
+            line.append(" / ".join(f"{value:.3f}".lstrip("0") for value in PAPER.get(name, ())) or "–")
         lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def figure(value, error):
-    """A mean and its standard error, in words; of one person alone there is none."""
-    return f"{value:.3f}" if isnan(error) else f"{value:.3f} ± {error:.3f}"
+def figure(value, people):
+    """A mean and its standard error, in words, with the number of people where it is another than the
+    row's."""
+    if value is None:
+        return "–"
+    middle, error, count = value
+    text = f"{middle:.3f}" if error is None else f"{middle:.3f} ± {error:.3f}"
+    return text if count == people else f"{text} ({count})"
+
+
+def cost(number, unit, form):
+    return "–" if number is None else form.format(number / unit)
+
+
+def study(pairs, papers):
+    """Markdown of system -> preferred() by another photo and by the photo given."""
+    lines = [["against", "people", "ours", "theirs", "neither", "lead", "paper: ours / theirs / neither",
+              "by the photo given: people, ours / theirs / neither, lead"]]
+    lines.append(["---"] * len(lines[0]))
+    for system, (another, given) in pairs.items():
+        people, shares, lead = votes(another)
+        paper = papers[system] and " / ".join(f"{share:.1f} %" for share in papers[system])
+        lines.append([system, people, *shares, lead, paper or "–"])
+        people, shares, lead = votes(given)
+        lines[-1].append(f"{people}, {' / '.join(shares)}, {lead}")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def votes(found):
+    """What preferred() gives, in words."""
+    if found is None:
+        return "–", ["–"] * 3, "–"
+    shares, (lead, low, high), people = found
+    interval = f"{100 * lead:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+    return str(people), [f"{share:.1%}" for share in shares], interval
 
 
 def picture(folder, system, person, prompt):
     """Where a picture for the grids is kept."""
     return Path(folder, "pictures", "_".join((system, str(person), prompt)).replace(" ", "-") + ".png")
-
-
-def grid(folder, systems, scores, path, people=2, prompts=5):
-    """A row for each system: of the first people, photo and pictures of the first prompts. Writes a PNG and
-    gives [path], or [] where pictures are missing."""
-    names = [*scores.prompts][:prompts]
-    rows = [[picture(folder, "photo", who, "") if name is None else picture(folder, system, who, name)
-             for who in range(people) for name in (None, *names)] for system in systems]
-    if not all(file.exists() for row in rows for file in row):
-        return []
-    sheet = torch.cat([images.read(file, 128) for row in rows for file in row])
-    drawn = images.sheet(sheet, len(rows[0]))
-    labelled = Image.new("RGB", (drawn.width + 170, drawn.height), "white")
-    labelled.paste(drawn, (170, 0))
-    for i, system in enumerate(systems):
-        ImageDraw.Draw(labelled).text((6, 128 * i + 54), system, "black", ImageFont.load_default(16))
-    images.save(labelled, path)
-    return [path]
-
-
-def scatter(main, curves, path, side=900, edge=70):
-    """Styled likeness (up) against style accuracy (right), a dot for each system, a line for each knob."""
-    image = Image.new("RGB", (side, side), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-
-    def at(values):
-        style, likeness = values["style"][0], values["styled"][0]
-        return edge + style * (side - 2 * edge), side - edge - max(0, likeness) * (side - 2 * edge)
-
-    # axes, with a grid
-    for i in range(0, 11, 2):
-        x, y = at({"style": (i / 10,), "styled": (i / 10,)})
-        draw.line([(x, edge), (x, side - edge)], "#ddd")
-        draw.line([(edge, y), (side - edge, y)], "#ddd")
-        draw.text((x - 10, side - edge + 8), f"{i / 10:.1f}", "black", font)
-        draw.text((edge - 36, y - 9), f"{i / 10:.1f}", "black", font)
-    draw.text((side / 2 - 60, side - 30), "style accuracy", "black", font)
-    draw.text((10, 20), "likeness on styled prompts", "black", font)
-
-    labels = []
-    for colour, (system, knob) in zip(COLOURS[::-1], dict.fromkeys(key[:2] for key in curves)):
-        points = [(at(values), key[2]) for key, values in curves.items() if key[:2] == (system, knob)]
-        draw.line([point for point, _ in points], colour, 2)
-        for (x, y), _ in points:
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        point, value = points[0]
-        labels.append((point, f"{system}: {knob} {value}", colour))
-    for colour, (system, values) in zip(COLOURS, main.items()):
-        x, y = at(values)
-        draw.ellipse([x - 6, y - 6, x + 6, y + 6], colour)
-        labels.append(((x, y), system, colour))
-
-    # names to the left of their points, from the top down, apart
-    lowest = 0
-    for (x, y), text, colour in sorted(labels, key=lambda label: label[0][1]):
-        lowest = max(lowest + 17, y - 8)
-        draw.text((x - 10 - draw.textlength(text, font), lowest), text, colour, font)
-    images.save(image, path)

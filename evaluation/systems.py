@@ -9,15 +9,14 @@ from adapters import scale
 from files.layouts import HERE
 from files.person import MAKERS, Person
 
-PEOPLE = 8  # side by side, where a method takes several
-PHOTOS = 8  # of everybody, beside the first
+PEOPLE = 8  # side by side on nano, where a method takes several
 
 
 class Job(NamedTuple):
-    """One row of a table: fit(method, photo (P, 3, H, W), generator) -> Person of P people. Or points of a
-    curve: with `turn`, the fitted person's adapters at each of the values, turn(adapters, value) -> adapters.
-    With several `photos` it gets (P, photos, 3, H, W); the pictures are judged by the photo numbered
-    judged_by."""
+    """One row of a table: fit(method, photo (P, 3, H, W), generators, one for each) -> Person of P people. Or
+    points of a curve: with `turn`, the fitted person's adapters at each of the values, turn(adapters, value)
+    -> adapters. With several `photos` it gets (P, photos, 3, H, W). needs: hypernet or encoder, if the row
+    can't be without one."""
     system: str
     fit: Callable
     people: int = PEOPLE
@@ -25,21 +24,21 @@ class Job(NamedTuple):
     values: tuple = ("",)
     turn: Callable = lambda adapters, value: adapters
     photos: int = 1
-    judged_by: int = 0
+    needs: str = ""
 
 
-def ours(method, photo, generator, steps=40, predict=True, iterations=None, **settings):
+def ours(method, photo, generators, steps=40, predict=True, iterations=None, **settings):
     """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
     theta = method.predict(photo, iterations) if predict else None
-    lora = method.fine_tune(photo, theta, steps, generator=generator, **settings) if steps else {}
+    lora = method.fine_tune(photo, theta, steps, generator=generators, **settings) if steps else {}
     return Person(theta, lora, method.basis_seed)
 
 
 def theirs(name, shared=None, **settings):
     """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
-    def fit(method, photo, generator):
+    def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
-        tensors = MAKERS[name].learn(method.model, photo, generator=generator, **given)
+        tensors = MAKERS[name].learn(method.model, photo, generator=generators, **given)
         return Person(tensors=tensors, made_by=name)
     return fit
 
@@ -60,31 +59,32 @@ def usual(module, nano, *names):
     return {name: module.NUMBERS[name][0 if nano else 1] for name in names}
 
 
-def rows(nano, single=None):
+def rows(nano, quick=False):
     """The rows of the paper's tables: on nano at rates that were the best of several on validation people,
-    else at published ones. single: a method whose hypernetwork was trained at s = 1, for the row "k = 1"."""
+    else at published ones. quick: with a twentieth of the steps, where it isn't nano."""
+    part = 20 if quick and not nano else 1
+
     def dreamt(steps, lr, **others):
-        return theirs("dreambooth", prior, steps=steps, lr=lr[0 if nano else 1], **others)
-    fast = {} if nano else {"lr": 5e-4}
-    inverted = usual(textual_inversion, nano, "steps", "lr", "batch")
-    gated = usual(perfusion, nano, "steps", "lr", "embedding_lr", "batch")
-    jobs = [
-        Job("HyperDreamBooth", partial(ours, **fast)),
+        return theirs("dreambooth", prior, steps=max(1, steps // part), lr=lr[0 if nano else 1], **others)
+
+    def known(module, *names):
+        found = usual(module, nano, "steps", *names)
+        return found | {"steps": max(1, found["steps"] // part)}
+    fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4})
+    passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet") for k in (1, 2, 3)]
+    return [
+        Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet"),
         Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1),
-        Job("Textual Inversion", theirs("textual_inversion", **inverted)),
+        Job("Textual Inversion", theirs("textual_inversion", **known(textual_inversion, "lr", "batch"))),
         Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4)),
-        Job("Perfusion", theirs("perfusion", **gated)),
-        Job("E4T", theirs("e4t", domain), 1),
+        Job("Perfusion", theirs("perfusion", **known(perfusion, "lr", "embedding_lr", "batch"))),
+        Job("E4T", theirs("e4t", domain), 1, needs="encoder"),
         Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1),
         Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1),
         Job("No Hyper", partial(ours, predict=False, **fast)),
-        Job("Only Hyper", partial(ours, steps=0)),
-        Job("k = 1", lambda method, photo, generator: ours(single, photo, generator, **fast)),
-        Job("the model itself", lambda method, photo, generator: Person())]
-    absent = {"k = 1"} if single is None else set()
-    if not nano:  # there is no encoder for tuning of SD 1.5's yet
-        absent.add("E4T")
-    return [job for job in jobs if job.system not in absent]
+        Job("Only Hyper", partial(ours, steps=0), needs="hypernet"),
+        *passes,
+        Job("the model itself", lambda method, photo, generators: Person())]
 
 
 def curves():
@@ -95,9 +95,8 @@ def curves():
 
     def beta(adapters, value):
         return perfusion.at(adapters, beta=value)
-    several = [Job("HyperDreamBooth", ours, PEOPLE, "photos", (n,), photos=n, judged_by=PHOTOS)
-               for n in (1, 2, 4, 8)]
-    alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "s", (s,))
+    several = [Job("HyperDreamBooth", ours, PEOPLE, "photos", (n,), photos=n) for n in (1, 2, 4, 8)]
+    alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "passes", (s,))
              for s in (1, 2, 3, 4, 6)]
     return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *several, *alone,
             Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),

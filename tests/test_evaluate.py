@@ -1,7 +1,9 @@
 """The experiment: what is counted, what is measured again, and what the tables say of it."""
 import csv
+import inspect
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ import clip
 from evaluation import __main__ as evaluate
 import hdb
 from adapters import Change
-from evaluation import report, scores, systems
+from evaluation import experiment, figures, leaderboard, report, scores, systems
 from files import images
 from program.console import UserError
 from files.person import Person, save_person
@@ -25,60 +27,80 @@ VISION = clip.VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_laye
 
 
 class Simple:
-    """Scores of a picture: its mean, and 1 if the prompt is the plain one."""
-    names, plain = ("likeness", "style", "both"), "photo"
-    prompts = {"photo": "a [V] face", "king": "a [V] king"}
+    """Scores of a picture: its mean, and none of all but the plain prompt."""
+    names = "likeness", "plain"
+    prompts = {"photo": "a [V] face", "king": "a [V] king", "beach": "a [V] star"}
 
-    def __call__(self, pictures, photos, prompt):
-        likeness, right = pictures.mean((1, 2, 3)), torch.full((len(pictures),), float(prompt == "photo"))
-        return {"likeness": likeness, "style": right, "both": likeness * right}
+    def __init__(self, photos):
+        self.photos = photos
+
+    def __call__(self, pictures, drawn):
+        return {"likeness": pictures.mean((1, 2, 3)).tolist(),
+                "plain": [1. if name == "photo" else None for name, _ in drawn]}
 
 
-def job(fit=lambda method, photo, generator: Person(), **more):
+def job(fit=lambda method, photo, generators: Person(), **more):
     return systems.Job("nobody", fit, **more)
 
 
-def settings(folder):
-    return SimpleNamespace(out=folder, sample_steps=1, guidance=1.)
+def measured(some, people, names, folder, faces_, side=8, method=None):
+    """The lines of scores.csv after a group was measured."""
+    table = experiment.Table(folder / "scores.csv", 5, (*experiment.KEY, *Simple.names))
+    costs = experiment.Table(folder / "costs.csv", 1, ("system", "seconds", "bytes"))
+    settings = experiment.Settings(1, 1., side, folder)
+    method = method or hdb.HyperDreamBooth(shared_model())
+    experiment.measure(some, torch.tensor(people), names, method, Simple(faces_), table, costs, settings)
+    return report.read(folder / "scores.csv")
 
 
-def costs(folder):
-    return evaluate.Table(folder / "costs.csv", 1, ("system", "seconds", "bytes"))
-
-
-def table(folder):
-    columns = "system", "knob", "value", "person", "prompt", *Simple.names
-    return evaluate.Table(folder / "scores.csv", 5, columns)
-
-
-def test_everybody_is_drawn_once_under_their_own_noise(tmp_path):
+@pytest.mark.parametrize("side", [1, 4, 8])
+def test_everybody_is_drawn_once_under_their_own_noise(tmp_path, side):
     method, faces_ = hdb.HyperDreamBooth(shared_model()), photo(3)[:, None]
-    both = job(), torch.tensor([0, 2]), ["photo", "king"], method, faces_, Simple()
-    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
-    evaluate.measure(*both, *files)
-    rows = report.read(tmp_path / "scores.csv")
-    assert [(row["person"], row["prompt"]) for row in rows] == [
-        ("0", "photo"), ("2", "photo"), ("0", "king"), ("2", "king")]
+    rows = measured(job(), [0, 2], ["photo", "beach"], tmp_path, faces_, side)
+    assert [(row["person"], row["prompt"], row["plain"]) for row in rows] == [
+        ("0", "photo", 1), ("2", "photo", 1), ("0", "beach", None), ("2", "beach", None)]
     for row in rows:
-        noise = 1000 * (row["prompt"] == "king") + int(row["person"])
+        noise = 2000 * (row["prompt"] == "beach") + int(row["person"])  # whatever else is drawn
         alone = method.sample([Simple.prompts[row["prompt"]]], {}, [noise], steps=1, guidance=1.)
-        assert float(row["likeness"]) == pytest.approx(alone.mean().item(), abs=1e-4)
-    assert {"nobody_0_king.png", "photo_2_.png"} <= {file.name for file in (tmp_path / "pictures").iterdir()}
+        assert row["likeness"] == pytest.approx(alone.mean().item(), abs=1e-4)
+    assert {"nobody_0_beach.png", "photo_2_.png"} <= {file.name for file in (tmp_path / "pictures").iterdir()}
 
     # measured already: nobody is fitted again
-    def never(method, photo, generator):
+    def never(method, photo, generators):
         raise AssertionError
-    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
-    evaluate.measure(job(never), *both[1:], *files)
+    measured(job(never), [0, 2], ["photo", "beach"], tmp_path, faces_)
     with pytest.raises(AssertionError):
-        evaluate.measure(job(never), torch.tensor([1]), *both[2:], *files)
+        measured(job(never), [1], ["photo"], tmp_path, faces_)
+
+
+@pytest.mark.parametrize("system", ["HyperDreamBooth", "No Hyper", "Textual Inversion", "LoRA DreamBooth",
+                                    "Perfusion"])
+def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
+    """Two people side by side, and the second alone: the same adapters."""
+    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    method.predict = lambda photo, iterations: torch.full((len(photo), *method.lidb.shape), .01)
+    fitted, usual = [], evaluate.hdb.fit
+    modules = [sys.modules[name] for name in ("hdb", "methods.dreambooth", "methods.textual_inversion",
+                                              "methods.perfusion")]
+    for module in modules:
+        monkeypatch.setattr(module, "fit", lambda loss, parameters, steps, *rest, **more:
+                            fitted.append(steps) or usual(loss, parameters, 1, *rest, **more))
+    monkeypatch.setattr(systems.dreambooth, "shared_prior",
+                        lambda *_: torch.randn(5, 4, 16, 16, generator=generator(9)))
+    some = next(one for one in systems.rows(True) if one.system == system)
+    photos = faces.photos(torch.rand(2, 27, generator=generator(1)), generator(2), "cpu")[:, None]
+    both, alone = (experiment.fit(some, torch.tensor(who), method, photos).stored() for who in ([0, 1], [1]))
+    assert fitted[0] >= 40 and both.keys() == alone.keys()
+
+    def apart(person):
+        return sum((both[name][person] - alone[name][0]).pow(2).sum() for name in alone) ** .5
+    assert apart(1) < .1 * apart(0)  # Adam makes much of the last digits of a gradient that is almost 0
 
 
 def test_a_knob_is_turned_after_the_fit(tmp_path):
-    model = shared_model()
-    bias = "unet.conv_out"
+    method, bias = hdb.HyperDreamBooth(shared_model()), "unet.conv_out"
 
-    def fit(method, photo, generator):
+    def fit(method, photo, generators):
         fitted.append(len(photo))
         return Person(tensors={f"{bias}.bias": torch.ones(1, 4)}, made_by="dreambooth")
 
@@ -86,84 +108,69 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
         return {name: adapter.scaled(value) for name, adapter in adapters.items()}
     fitted = []
     some = job(fit, knob="strength", values=(0., .5), turn=turn)
-    method = hdb.HyperDreamBooth(model)
-    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
-    evaluate.measure(some, torch.tensor([0]), ["photo"], method, photo(1)[None], Simple(), *files)
-    rows = report.read(tmp_path / "scores.csv")
+    rows = measured(some, [0], ["photo"], tmp_path, photo(1)[None], method=method)
     assert fitted == [1]
     assert [(row["knob"], row["value"]) for row in rows] == [("strength", "0"), ("strength", "0.5")]
     for row, value in zip(rows, (0, .5)):
         mine = {bias: Change({"bias": torch.full((4,), value)})}
         expected = method.sample(["a [V] face"], mine, [0], steps=1, guidance=1.).mean().item()
-        assert float(row["likeness"]) == pytest.approx(expected, abs=1e-4)
+        assert row["likeness"] == pytest.approx(expected, abs=1e-4)
     assert rows[0]["likeness"] != rows[1]["likeness"]
 
 
 def test_what_one_person_costs(tmp_path):
-    method, known = hdb.HyperDreamBooth(shared_model()), costs(tmp_path)
+    method = hdb.HyperDreamBooth(shared_model())
+    known = experiment.Table(tmp_path / "costs.csv", 1, ("system", "seconds", "bytes"))
 
-    def slow(method, photo, generator):
+    def slow(method, photo, generators):
         time.sleep(.05)
         return Person(torch.zeros(len(photo), *method.lidb.shape))
-    evaluate.fit(job(slow), torch.tensor([0, 1]), method, photo(2)[:, None], known)
+    experiment.fit(job(slow), torch.tensor([0, 1]), method, photo(2)[:, None], known)
     assert report.read(tmp_path / "costs.csv") == []  # people side by side
-    evaluate.fit(job(slow), torch.tensor([1]), method, photo(2)[:, None], known)
+    experiment.fit(job(slow), torch.tensor([1]), method, photo(2)[:, None], known)
     (row,) = report.read(tmp_path / "costs.csv")
     save_person(Person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
-    assert row["system"] == "nobody" and .05 <= float(row["seconds"]) < 5
-    assert int(row["bytes"]) == (tmp_path / "person").stat().st_size
+    assert row["system"] == "nobody" and .05 <= row["seconds"] < 5
+    assert row["bytes"] == (tmp_path / "person").stat().st_size
 
 
-def test_several_photos_are_given_and_another_judges(tmp_path):
-    given, judged, faces_ = [], [], photo(6).unflatten(0, (2, 3))
-
-    def fit(method, photo, generator):
-        given.append(photo)
-        return Person()
-
-    class Noting(Simple):
-        def __call__(self, pictures, photos, prompt):
-            judged.append(photos)
-            return super().__call__(pictures, photos, prompt)
-    some = job(fit, knob="photos", values=(2,), photos=2, judged_by=2)
-    files = table(tmp_path), costs(tmp_path), settings(tmp_path)
-    method = hdb.HyperDreamBooth(shared_model())
-    evaluate.measure(some, torch.tensor([1, 0]), ["photo"], method, faces_, Noting(), *files)
-    assert torch.equal(given[0], faces_[[1, 0], :2]) and torch.equal(judged[0], faces_[[1, 0], 2])
-    shown = evaluate.drawn(2, "cpu")
-    assert shown.shape == (2, 1 + systems.PHOTOS, 3, 128, 128)
-    likeness = scores.Judged("cpu")(shown[:, 0], shown[:, systems.PHOTOS], "photo")["likeness"]
-    assert (likeness > .7).all() and not torch.equal(shown[:, 0], shown[:, 1])
+def test_several_photos_are_given():
+    given, photos = [], photo(6).unflatten(0, (2, 3))
+    some = job(lambda method, photo, generators: given.append(photo) or Person(), photos=2)
+    experiment.fit(some, torch.tensor([1, 0]), hdb.HyperDreamBooth(shared_model()), photos)
+    assert torch.equal(given[0], photos[[1, 0], :2])
 
 
 @pytest.mark.parametrize("named, expected", [
     (None, ["A", "B"]), ([], []), (["B"], ["B"]), (["B", "A"], ["A", "B"])])
-def test_rows_that_are_chosen(named, expected):
-    jobs = [systems.Job(name, None) for name in "AB"]
-    assert [job.system for job in evaluate.chosen(SimpleNamespace(rows=named), jobs)] == expected
+def test_rows_that_are_chosen(named, expected, monkeypatch):
+    monkeypatch.setattr(systems, "rows", lambda nano, quick: [systems.Job(name, None) for name in "AB"])
+    args = SimpleNamespace(rows=named, model="nano", quick=False)
+    assert [job.system for job in evaluate.chosen(args)] == expected
+    args.rows = ["C"]
     with pytest.raises(UserError, match="--rows C: there are A, B"):
-        evaluate.chosen(SimpleNamespace(rows=["C"]), jobs)
+        evaluate.chosen(args)
 
 
 @pytest.mark.parametrize("count, size, expected", [
     (1, 8, [1]), (2, 8, [1, 1]), (4, 2, [1, 2, 1]), (9, 8, [1, 8])])
 def test_groups_are_everybody_the_first_alone(count, size, expected):
-    found = evaluate.groups(count, size)
+    found = experiment.groups(torch.arange(count), size)
     assert [len(group) for group in found] == expected
     assert torch.cat(found).tolist() == list(range(count))
 
 
 def test_a_table_goes_on_where_it_was(tmp_path):
-    first = evaluate.Table(tmp_path / "new/a.csv", 2, ("a", "b", "c"))
+    first = experiment.Table(tmp_path / "new/a.csv", 2, ("a", "b", "c"))
     first.add((1, .25, 3.14159265))
     first.add((1, .25, 9))
-    again = evaluate.Table(tmp_path / "new/a.csv", 2, ("a", "b", "c"))
-    again.add(("x, y", "z", 1))
+    again = experiment.Table(tmp_path / "new/a.csv", 2, ("a", "b", "c"))
+    again.add(("x, y", "z", None))
     assert (1, .25) in again and ("x, y", "z") in again and (1, .3) not in again
     with open(tmp_path / "new/a.csv", newline="") as f:
-        assert list(csv.reader(f)) == [["a", "b", "c"], ["1", "0.25", "3.1416"], ["x, y", "z", "1"]]
+        assert list(csv.reader(f)) == [["a", "b", "c"], ["1", "0.25", "3.1416"], ["x, y", "z", ""]]
     with pytest.raises(UserError, match="other columns"):
-        evaluate.Table(tmp_path / "new/a.csv", 2, ("a", "c"))
+        experiment.Table(tmp_path / "new/a.csv", 2, ("a", "c"))
 
 
 def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
@@ -171,7 +178,7 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
     whole = b"a,b\r\nx,1\r\n"
     for cut in b"y", b"y,", b"y,0.5":
         path.write_bytes(whole + cut)
-        table = evaluate.Table(path, 1, columns)
+        table = experiment.Table(path, 1, columns)
         assert ("x",) in table and ("y",) not in table and path.read_bytes() == whole
         table.add(("y", .75))
         assert path.read_bytes() == whole + b"y,0.75\r\n"
@@ -181,11 +188,11 @@ def test_a_line_that_was_cut_off_is_measured_again(tmp_path):
 def test_a_table_that_makes_no_sense(tmp_path, line):
     (tmp_path / "a.csv").write_bytes(b"a,b\r\n" + line + b"\r\n")
     with pytest.raises(UserError, match="a.csv: damaged"):
-        evaluate.Table(tmp_path / "a.csv", 1, ("a", "b"))
+        experiment.Table(tmp_path / "a.csv", 1, ("a", "b"))
 
 
 def test_numbers_of_other_weights_are_not_mixed(tmp_path):
-    args = SimpleNamespace(out=tmp_path / "run", sample_steps=15, guidance=3., faces=None)
+    args = SimpleNamespace(model="nano", out=tmp_path / "run", sample_steps=15, guidance=3., faces=None)
     method = hdb.HyperDreamBooth(shared_model())
     evaluate.check_run(args, method)
     evaluate.check_run(args, method)
@@ -194,50 +201,136 @@ def test_numbers_of_other_weights_are_not_mixed(tmp_path):
         evaluate.check_run(args, method)
 
 
-def line(person, prompt, likeness, style, system="A", knob="", value=""):
-    return {"system": system, "knob": knob, "value": value, "person": person, "prompt": prompt,
-            "likeness": likeness, "style": style, "both": likeness * style}
+def line(person, prompt, another=None, style=None, system="A", **more):
+    """A line of scores.csv, as report.read gives it."""
+    empty = dict.fromkeys(scores.Judged.names)
+    return empty | {"system": system, "knob": "", "value": "", "person": person, "prompt": prompt,
+                    "another": another, "style": style} | more
 
 
 def test_a_summary_is_of_people():
-    rows = [line("0", "photo", .9, 1), line("1", "photo", .7, 0), line("0", "king", .8, 1),
-            line("0", "pixar", .2, 0), line("1", "king", .6, 1), line("1", "pixar", .4, 1)]
-    found = report.summary(rows, scores.Judged)
-    expected = {'"a [V] face"': (.8, .1), "styled": (.5, 0), "style": (.75, .25),
-                "likeness × style": (.45, .05), "under 0.3": (.25, .25)}
+    rows = [line("0", "photo", .9, 1, copied=.5, likeness=1.), line("0", "photo again", .7, 0, copied=.1),
+            line("1", "photo", .6, 0, error=.25), line("0", "king", .8, 1, likeness=.9),
+            line("0", "pixar", .2, 0), line("1", "king", .6, 1), line("1", "beach", .4, 1),
+            line("0", "glasses", obeyed=1.), line("0", "beard", obeyed=0.), line("1", "glasses"),
+            line("0", "nobody", .5), line("1", "nobody", .1), line("1", "another word", .3)]
+    base = [line("0", "nobody", .2), line("1", "nobody", .2), line("1", "another word", -.1)]
+    found = report.summary(rows, scores.Judged, base)
+    expected = {"plain": (.7, .1, 2), "styled": (.5, 0, 2), "style": (.75, .25, 2), "both": (.45, .05, 2),
+                "unseen style": (.4, None, 1), "missed": (.25, .25, 2), "copied": (.3, None, 1),
+                "error": (.25, None, 1), "obeyed": (.5, None, 1), "leaked": (.225, .075, 2),
+                "given, plain": (1., None, 1), "given, both": (.9, None, 1)}
     assert found.keys() == expected.keys()
-    for name, pair in expected.items():
-        assert found[name] == pytest.approx(pair), name
+    for name, numbers in expected.items():
+        assert found[name] == pytest.approx(numbers), name
+    assert report.summary(rows, scores.Judged)["leaked"] is None
 
 
-def test_one_person_has_no_error():
-    rows = [{"person": "0", "likeness": "0.5"}, {"person": "0", "likeness": "0.7"}]
-    assert report.figure(*report.over_people(rows, "likeness")) == "0.600"
-    assert report.figure(.5, .01) == "0.500 ± 0.010"
+def test_figures_say_of_how_many_people_they_are():
+    assert report.figure((.5, .01, 8), 8) == "0.500 ± 0.010"
+    assert report.figure((.5, .01, 3), 8) == "0.500 ± 0.010 (3)"
+    assert report.figure((.6, None, 1), 1) == "0.600" and report.figure(None, 8) == "–"
 
 
-def test_a_report_of_tables_grids_and_a_scatter(tmp_path):
-    settings = ("HyperDreamBooth",), ("No Hyper",), ("HyperDreamBooth", "steps", "5")
-    rows = [line(who, prompt, .5, 1, *one) for who in "01" for prompt in faces.STYLES for one in settings]
+@pytest.mark.parametrize("ours, theirs, expected", [
+    ((.9, 1), (.8, 1), 1), ((.8, 1), (.9, 1), -1), ((.9, 1), (.885, 1), 0), ((.1, 1), (.9, 0), 1),
+    ((.9, 0), (.1, 1), -1), ((.9, 0), (.8, 0), 1), ((.8, 1), (.815, 1), 0)])
+def test_who_wins_a_pair(ours, theirs, expected):
+    one, other = (line("0", "king", *numbers) for numbers in (ours, theirs))
+    assert report.winner(one, other, "another") == expected
+
+
+def test_pairs_are_counted_and_resampled_by_person():
+    """Of two people the one wins all pairs and the other loses all: the lead may be anything."""
+    rows = [line(who, prompt, .9 if (who == "0") == (system == report.OURS) else .5, 1, system)
+            for who in "01" for prompt in ("photo", "king") for system in (report.OURS, "B")]
+    rows += [line("2", "king", .5, 1, "B"), line("0", "glasses", 0., None, "B")]  # nothing beside them
+    shares, lead, people = report.preferred(rows, "B", faces.STYLES)
+    assert shares == [.5, .5, 0] and lead == (0, -1, 1) and people == 2
+    assert report.preferred(rows, "C", faces.STYLES) is None
+    rows = [row | {"another": .9 if row["system"] == report.OURS else .5} for row in rows]
+    assert report.preferred(rows, "B", faces.STYLES) == ([1, 0, 0], (1, 1, 1), 2)
+
+
+def write_scores(folder, rows):
+    folder.mkdir(exist_ok=True)
+    columns = (*experiment.KEY, *scores.Judged.names)
+    table = experiment.Table(folder / "scores.csv", 5, columns)
+    for row in rows:
+        table.add([row[name] for name in columns])
+
+
+def whole(folder):
+    """What a complete run leaves: of two people and several systems and settings all numbers, and
+    pictures."""
+    systems_ = [(report.OURS, "", ""), ("No Hyper", "", ""), ("the model itself", "", ""),
+                (report.OURS, "steps", "5"), (report.OURS, "steps", "40")]
+    rows = [line(who, prompt, .5 + .1 * int(who), 1., system, knob=knob, value=value, likeness=.7, copied=.2,
+                 error=.1, obeyed=1.)
+            for who in "01" for prompt in scores.Judged.prompts for system, knob, value in systems_]
+    write_scores(folder, rows)
     black = images.to_pil(torch.zeros(3, 64, 64))
     for row in rows:
-        images.save(black, report.picture(tmp_path, "photo", row["person"], ""))
-        images.save(black, report.picture(tmp_path, row["system"], row["person"], row["prompt"]))
-    with open(tmp_path / "scores.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    (tmp_path / "costs.csv").write_text("system,seconds,bytes\nHyperDreamBooth,2.5,183000\n")
-    paths = report.write(tmp_path, scores.Judged)
-    names = ["tables.md", "table_1.png", "table_2.png", "table_3.png", "scatter.png"]
-    assert [path.name for path in paths] == names
-    assert all(path.stat().st_size for path in paths)
+        if row["prompt"] in figures.COLUMNS and not row["knob"]:
+            images.save(black, report.picture(folder, "photo", row["person"], ""))
+            images.save(black, report.picture(folder, row["system"], row["person"], row["prompt"]))
+    (folder / "costs.csv").write_text("system,seconds,bytes\nHyperDreamBooth,2.5,183000\n")
+    return rows
+
+
+def test_a_report_of_all_there_is(tmp_path):
+    whole(tmp_path)
+    found = report.write(tmp_path, scores.Judged)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
-    assert text.startswith("11 prompts a person")
-    third = text.split("**Table 3")[1]
-    assert "| HyperDreamBooth | 2 | 0.500 ± 0.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in third
-    assert "| 2.5 | 183.0 | 0.655 | 0.473 | 0.577 | 0.286 |" in third and "| No Hyper |" in third
-    assert "**HyperDreamBooth, by steps**" in text and "| steps = 5 |" in text and "E4T" not in text
+    third = text.split("**Table 3")[1].split("**")[1]
+    assert "| HyperDreamBooth | 2 | 0.550 ± 0.050 | 0.550 ± 0.050 | 1.000 ± 0.000 |" in third
+    assert "| 2.5 | 183.0 | .655 / .473 / .577 / .286 |" in third and "| No Hyper |" in third
+    assert "E4T |" not in third and "| No Hyper | 2 | 0.0% | 0.0% | 100.0% | +0 [+0, +0] | – | 2," in text
+    assert "**HyperDreamBooth, by steps**" in text and "| steps = 5 |" in text
+    heads = {cell.strip() for row in text.splitlines() if row.startswith("|  |") for cell in row.split("|")}
+    for head in heads - {"", "people"}:  # each is defined where the tables are
+        assert f"**{head}**" in scores.ABOUT, head
+    pytest.importorskip("matplotlib")
+    paths = figures.write(tmp_path, found, scores.Judged)
+    assert [path.name for path in paths] == ["style.png", "copied.png", "obeyed.png", "curves.png",
+                                             "table_1.png", "table_2.png", "table_3.png"]
+    assert all(path.stat().st_size for path in paths)
+
+
+@pytest.mark.parametrize("left", [0, 1, 7, 20, 60])
+def test_an_interrupted_run_breaks_nothing(tmp_path, left):
+    rows = whole(tmp_path / "whole")
+    write_scores(tmp_path / "part", [row | dict.fromkeys(["copied", "error"]) for row in rows[::3][:left]])
+    found = report.write(tmp_path / "part", scores.Judged)
+    figures.write(tmp_path / "part", found, scores.Judged)
+    assert (tmp_path / "part/tables.md").read_text(encoding="utf-8").startswith("nano:")
+
+
+def test_names_in_a_figure_touch_nothing():
+    pytest.importorskip("matplotlib")
+    figure = figures.sheet(7, 5)
+    axes = figure.subplots()
+    points = {f"a system of number {i}": (.5 + .01 * i, .5 + .002 * (i % 3)) for i in range(9)}
+    axes.plot(*zip(*points.values()), "o")
+    axes.margins(.3)
+    figure.canvas.draw()
+    figures.name_dots(axes, points)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == sorted(points)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    dots = axes.transData.transform([*points.values()])
+    assert not any(box.contains(*dot) for box in boxes for dot in dots)
+
+
+def test_a_leaderboard_grows_by_a_row(tmp_path, monkeypatch, capsys):
+    whole(tmp_path)
+    for what in "first", "second | third":
+        leaderboard.main(SimpleNamespace(out=tmp_path, what=what))
+    lines = (tmp_path / "leaderboard.md").read_text(encoding="utf-8").splitlines()
+    assert lines[-3].startswith("|---") and "| first | 0.550 | 0.200 | 1.000 | 0.000 | 2.5 |" in lines[-2]
+    assert "| second / third |" in lines[-1] and lines[0] == "# Leaderboard"
+    with pytest.raises(UserError, match="nothing of HyperDreamBooth"):
+        leaderboard.main(SimpleNamespace(out=tmp_path / "nowhere", what="x"))
 
 
 @pytest.fixture
@@ -246,24 +339,25 @@ def paper(monkeypatch):
     dino = fill(ViT(VIT)).eval()
     monkeypatch.setattr(scores, "load_clip", lambda source, device: (towers, tokenizer))
     monkeypatch.setattr(scores, "load_vit", lambda source, device: dino)
-    return scores.Paper("clip", "dino", "cpu"), towers, tokenizer, dino
+    return scores.Paper(photo(2)[:, None], "clip", "dino", "cpu"), towers, tokenizer, dino
 
 
 @torch.no_grad()
 def test_the_papers_metrics(paper):
     measure, towers, tokenizer, dino = paper
-    pictures, photos = photo(2, seed=3), photo(2, seed=4)
-    found = measure(pictures, photos, "a [V] face as a rock star")
+    pictures, measure.photos = photo(2, seed=3), photo(2, seed=4)[:, None]
+    found = measure(pictures, [("a [V] face as a rock star", 1), ("a [V] face", 0)])
+    photos = measure.photos[[1, 0], 0]
     assert list(found) == ["DINO", "CLIP-I", "CLIP-T"]
 
     def cosine(a, b):
         return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
     one, other = (towers.image_features(clip.preprocess(x, 32)) for x in (pictures, photos))
-    words = towers.text_features(tokenizer(["a face as a rock star"]))
+    words = towers.text_features(tokenizer(["a face as a rock star", "a face"]))
     tokens = [encode_face(dino, x)[:, 0] for x in (pictures, photos)]
     expected = {"CLIP-I": cosine(one, other), "CLIP-T": cosine(one, words), "DINO": cosine(*tokens)}
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(torch.tensor(found[name]), value)
 
 
 def test_face_rec_where_facenet_is_installed(paper, monkeypatch):
@@ -286,41 +380,113 @@ def test_face_rec_where_facenet_is_installed(paper, monkeypatch):
 
     facenet = SimpleNamespace(MTCNN=Detect, InceptionResnetV1=Network)
     monkeypatch.setitem(sys.modules, "facenet_pytorch", facenet)
-    measure = scores.Paper("clip", "dino", "cpu")
+    measure = scores.Paper(photo(2)[:, None], "clip", "dino", "cpu")
     pictures = photo(2)
     pictures[1] = -1
-    found = measure(pictures, photo(2), "a [V] face")
+    found = measure(pictures, [("a [V] face", 0), ("a [V] face", 1)])
     assert list(found) == ["Face Rec.", "DINO", "CLIP-I", "CLIP-T"]
-    assert found["Face Rec."].tolist() == pytest.approx([1, 0])
+    assert found["Face Rec."] == pytest.approx([1, 0])
 
 
 def test_the_judges_scores():
-    judged = scores.Judged("cpu")
-    identity = torch.rand(2, len(faces.IDENTITY), generator=generator(1))
-    photos = faces.photos(identity, generator(2), "cpu")
-    kings = faces.photos(identity, generator(3), "cpu", torch.full((2,), scores.STYLES.index("king")))
-    right, wrong = judged(kings, photos, "king"), judged(kings, photos, "photo")
-    assert right["style"].tolist() == [1, 1] and wrong["style"].tolist() == [0, 0]
-    assert torch.equal(right["likeness"], judged.judge.likeness(kings, photos))
-    assert right["likeness"].min() > .6
-    assert torch.equal(right["both"], right["likeness"]) and wrong["both"].tolist() == [0, 0]
+    """Of drawings whose everything is known: the photo itself, another photo, a king, somebody with
+    glasses."""
+    judged = scores.Judged(3, "cpu")
+    assert judged.photos.shape == (3, 1 + scores.MORE, 3, 128, 128)
+    more = scores.Judged(4, "cpu")  # nobody's photos depend on how many people there are
+    assert torch.equal(more.photos[:3], judged.photos)
+    who = next(i for i, kind in enumerate(faces.attributes(judged.identity)["glasses"]) if kind != 1)
+    one, bespectacled = judged.identity[who:who + 1], judged.identity[who:who + 1].clone()
+    bespectacled[:, faces.IDENTITY.index("glasses")] = faces.number("glasses", 1)
+    king = faces.photos(one, generator(3), "cpu", torch.tensor([faces_index("king")]))
+    glasses = faces.photos(bespectacled, generator(4), "cpu")
+    pictures = torch.cat([judged.photos[who, :1], judged.photos[who, 3:4], king, king, glasses])
+    drawn = [(name, who) for name in ("photo", "photo again", "king", "pixar", "glasses")]
+    found = judged(pictures, drawn)
+    assert found.keys() == set(judged.names)
+    assert found["style"] == [1, None, 1, 0, None] and found["obeyed"] == [None] * 4 + [1]
+    assert found["likeness"][0] == pytest.approx(1) and .7 < found["another"][0] < .999
+    assert found["likeness"][1] < .999 and found["another"][2] > .6
+    assert found["copied"][0] > .7 and abs(found["copied"][1]) < .6 and found["copied"][2:] == [None] * 3
+    assert found["error"][0] < .1 and found["error"][2:] == [None] * 3
+    has = judged(glasses, [("beard", who)])["obeyed"]
+    assert has == ([0] if faces.attributes(one)["beard"] != 3 else [None])
+
+
+def faces_index(style):
+    return list(faces.STYLES).index(style)
 
 
 def test_every_system_of_the_tables_is_there():
-    named = {job.system for job in systems.rows(True, single=object())}
+    named = {job.system for job in systems.rows(True)}
     assert named == {system for table in report.TABLES.values() for system in table}
-    assert {job.system for job in systems.rows(True)} == named - {"k = 1"}
-    assert {job.system for job in systems.rows(False)} == named - {"k = 1", "E4T"}
+    assert {system for table in report.STUDIES.values() for system in table} <= named
     assert {(job.system, job.knob) for job in systems.curves()} == {
-        *(("HyperDreamBooth", knob) for knob in ("steps", "rank", "photos", "strength")), ("Only Hyper", "s"),
-        ("Perfusion", "beta")}
+        *(("HyperDreamBooth", knob) for knob in ("steps", "rank", "photos", "strength")),
+        ("Only Hyper", "passes"), ("Perfusion", "beta")}
+    assert figures.CURVES.keys() <= {(job.system, job.knob) for job in systems.curves()}
+
+
+def test_rows_that_need_what_is_not_there_are_left_out(capsys):
+    method = hdb.HyperDreamBooth(shared_model())
+    left = evaluate.able(systems.rows(False), False, method)
+    assert [job.system for job in left] == ["DreamBooth", "Textual Inversion", "LoRA DreamBooth", "Perfusion",
+                                            "DreamBooth-Agg-1", "DreamBooth-Agg-2", "No Hyper",
+                                            "the model itself"]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 6 and said[0].startswith("HyperDreamBooth: left out, there is no hypernet")
+
+
+@pytest.mark.parametrize("nano, part", [(True, 1), (False, 20)])
+def test_quick_takes_fewer_steps_elsewhere(nano, part):
+    def steps(quick):
+        found = {job.system: job.fit for job in systems.rows(nano, quick)}
+        fits = [found[name] for name in found if name not in ("E4T", "Only Hyper", "the model itself")]
+        settings = [fit.keywords if hasattr(fit, "keywords") else
+                    inspect.getclosurevars(fit).nonlocals["settings"] for fit in fits]
+        return [each["steps"] for each in settings]
+    assert steps(True) == [max(1, usual // part) for usual in steps(False)]
+
+
+def test_a_row_that_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
+    def full(method, photo, generators):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    good = systems.Job("good", lambda method, photo, generators: Person())
+    bad, group = systems.Job("bad", full), torch.tensor([0])
+    table = experiment.Table(tmp_path / "scores.csv", 5, (*experiment.KEY, *Simple.names))
+    work = [(one, group, ["photo"]) for one in (bad, good, bad)]
+    settings = experiment.Settings(1, 1., 8, tmp_path)
+    method = hdb.HyperDreamBooth(shared_model())
+    failed = evaluate.all_of(work, method, Simple(photo(1)[:, None]), table, None, settings)
+    assert failed.keys() == {"bad"} and capsys.readouterr().out.count("bad: CUDA out of memory") == 1
+    assert [row["system"] for row in report.read(tmp_path / "scores.csv")] == ["good"]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load(*given):
+        raise AssertionError("a model is loaded")
+    monkeypatch.setattr(hdb, "load", load)
 
 
 @pytest.mark.parametrize("arguments, why", [
     (["--rows", "Nobody"], "there are HyperDreamBooth"),
     (["--faces", "photos"], "--faces is for a model other than nano"),
     (["--model", "somewhere"], "--faces is for a model other than nano, and needed there"),
+    (["--model", "somewhere", "--faces", "nowhere"], "nowhere: no such folder"),
+    (["--model", "somewhere", "--faces", "nano", "--out", "results"], "has results of nano"),
+    (["--hypernet", "nowhere.safetensors"], "no such file"),
     (["--people", 0], "--people must be"),
     (["--out", "README.md"], "is a file")])
-def test_what_cannot_be_measured(refusal, arguments, why):
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, no_model, arguments, why):
     assert why in refusal(evaluate, "--device", "cpu", *arguments)
+
+
+@pytest.mark.parametrize("given, out", [
+    ([], "results"), (["--quick"], "runs/quick"), (["--model", "x/some-model", "--faces", "nano"],
+                                                  "runs/evaluation_some-model"),
+    (["--model", "x/some-model", "--faces", "nano", "--quick"], "runs/evaluation_some-model_quick"),
+    (["--out", "elsewhere"], "elsewhere")])
+def test_where_results_go(monkeypatch, given, out):
+    monkeypatch.setattr("sys.argv", ["evaluation", *given])
+    assert evaluate.arguments().out == Path(out)

@@ -1,0 +1,135 @@
+"""What is done with every system: fit people, draw each prompt, look at the pictures, add a line for each to
+a table. Nobody's result depends on who is made beside them: everybody has a generator and noises of their
+own."""
+import csv
+import math
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+from evaluation import report
+from files import images
+from files.checkpoints import refusing, write_text
+from files.person import save_person
+from program import console
+
+SHOWN = 4  # people whose pictures are kept for the grids
+KEY = "system", "knob", "value", "person", "prompt"
+
+
+class Settings(NamedTuple):
+    """Of the sampler; how many pictures are drawn side by side; where results go."""
+    sample_steps: int
+    guidance: float
+    side: int
+    out: Path
+
+
+def groups(people, size):
+    """The people (P,) in groups of at most this size, the first person alone, to be timed."""
+    return [group for group in (people[:1], *people[1:].split(size)) if len(group)]
+
+
+@torch.no_grad()
+def measure(job, group, names, method, scores, table, costs, settings):
+    """Fit the people of `group` by one system, draw the prompts of these names at every value of its knob,
+    and add the scores to the table. What is there already is not made again."""
+    keys = {(job.system, job.knob, value, person, name)
+            for value in job.values for person in group.tolist() for name in names}
+    if all(key in table for key in keys):
+        return
+    adapters = fit(job, group, method, scores.photos, costs).adapters(method)
+    for value in job.values:
+        pictures = draw(method, job.turn(adapters, value), group, names, scores, settings)
+        drawn = [(name, who) for name in names for who in group.tolist()]
+        found = scores(pictures, drawn)
+        for i, (name, who) in enumerate(drawn):
+            table.add((job.system, job.knob, value, who, name, *(found[score][i] for score in scores.names)))
+            if who < SHOWN and not job.knob:
+                keep(pictures[i], settings.out, job.system, who, name)
+    for who in group.tolist():
+        if who < SHOWN:
+            keep(scores.photos[who, 0], settings.out, "photo", who, "")
+
+
+def keep(picture, out, system, who, name):
+    file = report.picture(out, system, who, name)
+    images.save(images.to_pil(picture), file, generated=system != "photo")
+
+
+def fit(job, group, method, photos, costs=None):
+    """The Person of the people (P,) of a group, each by their own generator; of one alone, seconds and the
+    file's bytes are added to `costs`."""
+    start = time.perf_counter()
+    given = photos[group, 0] if job.photos == 1 else photos[group, :job.photos]
+    generators = [torch.Generator().manual_seed(who) for who in group.tolist()]
+    person = job.fit(method, given, generators)
+    seconds, size = time.perf_counter() - start, 0
+    if costs is not None and len(group) == 1 and not job.knob:
+        if person.stored():
+            with TemporaryDirectory() as folder:
+                save_person(person, method, Path(folder, "person"))
+                size = Path(folder, "person").stat().st_size
+        costs.add((job.system, seconds, size))
+    return person
+
+
+def draw(method, adapters, group, names, scores, settings):
+    """Pictures of every prompt, of all people of the group each, (prompts · P, 3, H, W). Everybody's noise
+    depends on the prompt and on who it is alone."""
+    listed, pictures = [*scores.prompts], []
+    some = max(1, settings.side // len(group))
+    for i in range(0, len(names), some):
+        each = [(name, who) for name in names[i:i + some] for who in group.tolist()]
+        noises = [1000 * listed.index(name) + who for name, who in each]
+        prompts = [scores.prompts[name] for name, _ in each]
+        pictures.append(method.sample(prompts, adapters, noises, steps=settings.sample_steps,
+                                      guidance=settings.guidance))
+    return torch.cat(pictures)
+
+
+class Table:
+    """A CSV file that grows by a line at a time. The first `key` columns, as text, say what a line is of,
+    numbers follow, or nothing where there is none; what has a line is `in` the table. The last line, if it
+    was cut off, is measured again. UserError for a file with other columns, or lines that make no sense."""
+
+    def __init__(self, path, key, columns):
+        self.path, self.key, rows = path, key, []
+        if path.exists():
+            with refusing(f"{path}: damaged; mend it, or give another folder with --out"):
+                whole, end, cut = path.read_bytes().decode().rpartition("\n")
+                rows = [tuple(row) for row in csv.reader(whole.splitlines())]
+                if rows[:1] != [tuple(columns)]:
+                    raise console.UserError(f"{path}: has other columns; give another folder with --out")
+                numbers = [cell for row in rows[1:] for cell in row[key:] if cell]
+                if any(len(row) != len(columns) for row in rows) or not all(
+                        math.isfinite(float(cell)) for cell in numbers):
+                    raise ValueError("a line is no row of numbers")
+            if cut:
+                write_text(whole + end, path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(columns)
+        self.known = {row[:key] for row in rows}
+
+    def __contains__(self, key):
+        return texts(key) in self.known
+
+    def add(self, row):
+        """Add a line, unless there is one of its kind."""
+        row = texts(row)
+        if row[:self.key] not in self.known:
+            self.known.add(row[:self.key])
+            self.write(row)
+
+    def write(self, row):
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            csv.writer(f).writerow(row)
+
+
+def texts(row):
+    """A row's cells as text: numbers in five digits, None as nothing."""
+    return tuple("" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x) for x in row)

@@ -1,0 +1,139 @@
+"""The report's figures, by matplotlib, which only whoever makes them needs: dots for the systems, curves for
+the knobs, grids of pictures."""
+from evaluation.report import TABLES, picture
+from files import images
+
+DOTS = {"style.png": ("style", "styled", "share of styled pictures in the right style",
+                      "likeness to another photo, styled"),
+        "copied.png": ("copied", "both", "copied from the photo given (1: all of its circumstances)",
+                       "likeness to another photo × style"),
+        "obeyed.png": ("obeyed", "both", "share of looks that are drawn when asked for",
+                       "likeness to another photo × style")}
+CURVES = {("HyperDreamBooth", "steps"): "steps of fine-tuning", ("HyperDreamBooth", "rank"): "rank",
+          ("HyperDreamBooth", "strength"): "strength", ("Only Hyper", "passes"): "passes, prediction alone"}
+PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]  # of a name, from its dot
+COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "glasses"
+
+
+def write(folder, found, scores):
+    """Write the figures that there are numbers and pictures for; their paths. found: of report.write. Without
+    matplotlib: a line, and []."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        print(f"no figures: {error}")
+        return []
+    listed = dict.fromkeys(system for systems in TABLES.values() for system in systems)
+    main = {system: found[system, "", ""] for system in listed if (system, "", "") in found}
+    paths = [dots(main, folder / name, *axes) for name, axes in DOTS.items()]
+    paths.append(curves(found, folder / "curves.png"))
+    for title, systems in TABLES.items():
+        number = title.split(":")[0].lower().replace(" ", "_")
+        here = [system for system in systems if system in main]
+        paths.append(grid(folder, here, scores, folder / f"{number}.png"))
+    return [path for path in paths if path]
+
+
+def sheet(width, height):
+    """An empty figure of so many inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    return FigureCanvasAgg(Figure((width, height), layout="constrained")).figure
+
+
+def dots(main, file, across, up, xlabel, ylabel):
+    """A dot for each system that has both numbers, ± a standard error; the axes end where the dots do."""
+    points = {system: (values[across], values[up]) for system, values in main.items()
+              if values.get(across) and values.get(up)}
+    points.pop("the model itself", None)  # nobody in particular, far from all others
+    if len(points) < 2:
+        return None
+    figure = sheet(7, 5)
+    axes = figure.subplots()
+    for system, ((x, x_error, _), (y, y_error, _)) in points.items():
+        ours = system == "HyperDreamBooth"
+        axes.errorbar(x, y, y_error or 0, x_error or 0, "o", color="C3" if ours else "C0", elinewidth=1)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.margins(.12)
+    axes.grid(alpha=.3)
+    figure.canvas.draw()  # fixes where everything is
+    name_dots(axes, {system: (x[0], y[0]) for system, (x, y) in points.items()})
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def name_dots(axes, points):
+    """Write each name at the first place beside its dot where it touches no dot and no other name, or not at
+    all."""
+    from matplotlib.transforms import Bbox
+    places = {name: axes.transData.transform(point) for name, point in points.items()}
+    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places.values()]
+    renderer, inside = axes.figure.canvas.get_renderer(), axes.get_window_extent()
+    line = {"arrowstyle": "-", "color": "grey", "lw": .5}
+    for name, point in points.items():
+        for far in 9, 20, 34, 50, 70:
+            for dx, dy in PLACES:
+                text = axes.annotate(name, point, (far * dx, far * dy), fontsize=9,
+                                     textcoords="offset points",
+                                     ha={1: "left", 0: "center", -1: "right"}[dx],
+                                     va={1: "bottom", 0: "center", -1: "top"}[dy],
+                                     arrowprops=line if far > 9 else None)
+                box = Bbox.from_extents(*text.get_window_extent(renderer).extents)
+                held = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+                if held and not any(box.overlaps(other) for other in taken):
+                    break
+                text.remove()
+            else:
+                continue
+            taken.append(box)
+            break
+
+
+def curves(found, file):
+    """A panel for each knob: likeness × style by its value, ± a standard error."""
+    panels = {key: {float(value): numbers["both"] for (*setting, value), numbers in found.items()
+                    if tuple(setting) == key and numbers.get("both")} for key in CURVES}
+    panels = {key: dict(sorted(points.items())) for key, points in panels.items() if points}
+    if not panels:
+        return None
+    figure = sheet(3 * len(panels), 2.8)
+    for axes, (key, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        middles, errors, _ = zip(*points.values())
+        axes.errorbar([*points], middles, [error or 0 for error in errors], fmt="o-", capsize=2)
+        axes.set(xlabel=CURVES[key])
+        axes.grid(alpha=.3)
+    figure.axes[0].set(ylabel="likeness to another photo × style")
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def grid(folder, systems, scores, file, people=2):
+    """Pictures of the first people, a row for each person and system, under the photo and the prompts. None
+    where there are not two rows of pictures."""
+    names = [name for name in COLUMNS if name in scores.prompts] or [*scores.prompts][:len(COLUMNS)]
+    rows = [(who, system) for who in range(people) for system in systems
+            if all(picture(folder, system, who, name).exists() for name in names)]
+    if len(rows) < 2:
+        return None
+    figure = sheet(1.3 * (len(names) + 1) + 1.4, 1.3 * len(rows) + .5)
+    panels = figure.subplots(len(rows), len(names) + 1, squeeze=False)
+    for line, (who, system) in zip(panels, rows):
+        files = [picture(folder, "photo", who, ""), *(picture(folder, system, who, name) for name in names)]
+        for axes, shown in zip(line, files):
+            axes.imshow(images.to_pil(images.read(shown, 128)[0]))
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(f"{system}\nperson {who + 1}", rotation=0, ha="right", va="center", fontsize=9)
+    for axes, name in zip(panels[0], ("photo given", *(scores.prompts[name] for name in names))):
+        axes.set_title(wrapped(name), fontsize=8)
+    figure.savefig(file, dpi=100)
+    return file
+
+
+def wrapped(prompt, width=20):
+    """The prompt in lines of about this many letters."""
+    lines = [""]
+    for word in prompt.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
