@@ -156,9 +156,9 @@ def write(folder, scores):
 
 
 PAIRS = f"""Pairs of pictures of the same person, prompt and noise, of all eleven prompts. One that is out of
-style loses to one in style; else the one likest to another photo wins; within {LEVEL:g} neither does. Lead: ours
-less theirs in points, with its 95 % interval by bootstrap over people. The last column has the same by likeness
-to the photo given, which rewards copying it."""
+style loses to one in style; else the one likest to another photo wins; within {LEVEL:g} neither does. Lead:
+ours less theirs in points, with its 95 % interval by bootstrap over people. The last column has the same by
+likeness to the photo given, which rewards copying it."""
 
 
 def table(rows, costs):
