@@ -229,3 +229,31 @@ def guided(unet, context, negative=None, scale=7.5):
         return away + scale * (to - away)
 
     return denoise
+
+
+def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_scale=1.5):
+    """Guidance with a weight each for the text and the person, as a denoiser, from three evaluations a step:
+
+        ε = base(∅) + w_person·(person(∅) − base(∅)) + w_text·(person(c) − person(∅))
+
+    base is the model as it is, person the same with a person's adapters, ∅ the negative prompt, c the prompt;
+    w_text is `scale`. The first difference leads to the person, the second to what the prompt says of them.
+    At w_person 1 base(∅) cancels out and guided() remains; with both weights equal person(∅) does, which is
+    away from the model's own ∅, to the person's c.
+
+    person(x, t, context) is called once a step on a batch of 2B, all B negatives, then all B prompts, and
+    base(x, t, context) once on B: half as much again as guided() costs. context and negative, (B, n, d) or
+    (1, n, d), are the text features as the person's model has them, nobody those of the negative as the base
+    has them.
+    """
+    def denoise(x, t):
+        x = x.to(context.dtype)
+        unprompted, prompted, nobodys = (features.to(context).expand(len(x), -1, -1)
+                                         for features in (negative, context, nobody))
+        both = person(torch.cat([x, x]), t, torch.cat([unprompted, prompted]))
+        person_empty, person_prompt = both.float().chunk(2)
+        base_empty = base(x, t, nobodys).float()
+        to_person, to_prompt = person_empty - base_empty, person_prompt - person_empty
+        return base_empty + person_scale * to_person + scale * to_prompt
+
+    return denoise

@@ -143,5 +143,4 @@ class HyperDreamBooth:
     def sample(self, prompts, adapters=None, seeds=None, **options):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts with the adapters of one person or of B; see
         model.sample."""
-        with self.model.adapted(adapters or {}):
-            return self.model.sample(prompts, seeds, **options)
+        return self.model.sample(prompts, seeds, adapters=adapters or {}, **options)

@@ -260,7 +260,8 @@ def draw(method, people, adapters, args):
     def sample(prompt, who, mine, first):
         prompts = [with_identifier(prompt, people[i].identifier) for i in who]
         return method.sample(prompts, mine, [first + i for i in who], steps=args.sample_steps,
-                             guidance=args.guidance, negative=args.negative)
+                             guidance=args.guidance, negative=args.negative,
+                             person_guidance=args.person_guidance)
     # low-rank people share a batch
     everybody = list(range(len(people)))
     groups = [([i], adapters[i]) for i in everybody]
@@ -281,7 +282,8 @@ def draw(method, people, adapters, args):
 def write_pictures(pictures, shown, columns, model, args):
     """Write every picture, and the sheet of all `shown`, with the settings of the run; return the paths."""
     settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps,
-                "guidance": args.guidance, "negative": args.negative, "strength": args.strength,
+                "guidance": args.guidance, "person guidance": args.person_guidance,
+                "negative": args.negative, "strength": args.strength,
                 "dtype": str(model.dtype).removeprefix("torch.")}
     if args.lora:
         settings["lora"] = ", ".join(f"{path}:{strength:g}" for path, strength in args.lora)

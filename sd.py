@@ -81,21 +81,39 @@ class StableDiffusion:
 
     @torch.no_grad()
     def sample(self, prompts, seeds=None, steps=15, guidance=2., negative="", size=None,
-               sampler=diffusion.dpmpp_2m, callback=None):
+               sampler=diffusion.dpmpp_2m, callback=None, adapters=None, person_guidance=1.):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, one seed for each (0, 1, … if None).
 
+        adapters: applied meanwhile, as in `with model.adapted(adapters)`, which still serves where nobody
+        asks for the model without the person. person_guidance: w_person of diffusion.guided_to_person, half
+        as much time again where it is not 1; ValueError where `adapters` are not given.
         size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
         sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.). callback: see diffusion.py.
         """
         side = 8 * self.unet.config.sample_size
         height, width = size or (side, side)
         check_sides(height, width)
+        if person_guidance != 1 and adapters is None:
+            raise ValueError("person_guidance needs the adapters of a person")
         generators = diffusion.generators(range(len(prompts)) if seeds is None else seeds)
         noise = diffusion.seeded_noise((len(prompts), 4, height // 8, width // 8), generators)
-        context = self.context(prompts)
-        negatives = self.context([negative] * len(prompts))
-        denoise = diffusion.guided(self.unet, context, negatives, guidance)
-        latent = sampler(denoise, noise.to(self.device), steps, generator=generators, callback=callback)
+
+        # where the model without the person is asked as well, adapters are applied call by call
+        always, by_call = (adapters or {}, {}) if person_guidance == 1 else ({}, adapters)
+
+        def person(x, t, context):
+            with self.adapted(by_call):
+                return self.unet(x, t, context)
+        with self.adapted(always):
+            with self.adapted(by_call):
+                context, negatives = self.context(prompts), self.context([negative] * len(prompts))
+            if person_guidance == 1:
+                denoise = diffusion.guided(person, context, negatives, guidance)
+            else:
+                nobody = self.context([negative] * len(prompts))
+                denoise = diffusion.guided_to_person(person, self.unet, context, negatives, nobody, guidance,
+                                                     person_guidance)
+            latent = sampler(denoise, noise.to(self.device), steps, generator=generators, callback=callback)
         return self.decode(latent).float().clamp(-1, 1)
 
 

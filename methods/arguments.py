@@ -20,6 +20,7 @@ PERSONAL = "person.safetensors", "person_tuned.safetensors"  # LiDB's part alone
 # Numbers of all methods: usual on nano, elsewhere, the least, the most, what it is
 COMMON = {"sample_steps": (15, 30, 1, 999, "of the sampler, DPM-Solver++(2M)"),
           "guidance": (2., 7.5, -100, 100, "classifier-free guidance scale"),
+          "person_guidance": (1., 1., -100, 100, "of guidance, weight of the person; any but 1 takes longer"),
           "strength": (1., 1., 0, 1.5, "of the person"),
           "side_by_side": (8, 2, 1, 1024, "people in a batch, where there are several")}
 

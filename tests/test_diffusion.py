@@ -214,6 +214,28 @@ def test_guidance_puts_the_negatives_before_the_prompts():
         diffusion.guided(spy, prompts)
 
 
+def test_guidance_to_a_person_is_three_evaluations():
+    calls = []
+
+    def model(strength):
+        def spy(x, t, context):
+            assert t == 5 and x.dtype == context.dtype
+            calls.append((len(x), context[:, 0, 0].tolist()))
+            return strength * x * context.mean((1, 2))[:, None, None, None]
+        return spy
+    x, one = draw((2, 4, 3, 3), "person"), torch.ones(1, 7, 24)
+    prompts = torch.cat([one, 2 * one])
+
+    def guided(text, person):
+        features = prompts, 10 * one, 20 * one
+        return diffusion.guided_to_person(model(3.), model(1.), *features, text, person)(x, 5)
+    # base(∅) is 20x, person(∅) 30x, person(c) 3x and 6x
+    expected = torch.stack([(20 + 1.5 * (30 - 20) + 2 * (c - 30)) * picture for c, picture in zip((3, 6), x)])
+    assert torch.allclose(guided(2., 1.5), expected, atol=1e-4)
+    assert calls == [(4, [10, 10, 1, 2]), (2, [20, 20])]
+    assert torch.allclose(guided(4., 1.), diffusion.guided(model(3.), prompts, 10 * one, 4.)(x, 5), atol=1e-4)
+
+
 def test_guidance_calls_the_unet_in_the_dtype_of_the_context():
     def spy(x, t, context):
         assert x.dtype == context.dtype == torch.bfloat16

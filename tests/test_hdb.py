@@ -370,6 +370,48 @@ def test_guidance_and_negative_change_the_sample_as_the_formula_says(method, sca
     assert (plain - got).norm() > .02 * got.norm()
 
 
+@pytest.mark.parametrize("text, person", [(3., 1.5), (1., 0.), (0., 2.), (2., 2.)])
+@torch.no_grad()
+def test_text_and_person_have_a_weight_each(method, text, person):
+    model, prompts = method.model, ["a [V] face", "a [V] face as a rock star"]
+    adapters = method.lidb.adapters(some_theta(method, 2))
+    nobody = model.context(["blurry"])
+
+    def written_out(own, prompt, seed):
+        to, away = (own.context([words]) for words in (prompt.replace("[V]", "sks"), "blurry"))
+
+        def denoise(x, t):
+            t = torch.tensor([t])
+            base, empty = model.unet(x, t, nobody), own.unet(x, t, away)
+            return base + person * (empty - base) + text * (own.unet(x, t, to) - empty)
+        noise = torch.randn(1, 4, 8, 8, generator=generator(seed))
+        return model.decode(diffusion.dpmpp_2m(denoise, noise, 2)).clamp(-1, 1)
+    pictures = method.sample(prompts, adapters, [3, 4], steps=2, guidance=text, negative="blurry",
+                             person_guidance=person)
+    for i, prompt in enumerate(prompts):
+        expected = written_out(Changed(model, deltas(adapters, i)), prompt, [3, 4][i])
+        assert (pictures[i] - expected).norm() < .005 * expected.norm()
+    assert untouched(model)
+
+
+def test_the_persons_usual_weight_costs_nothing(method):
+    model, asked = method.model, []
+    adapters = method.lidb.adapters(some_theta(method))
+    with model.adapted(adapters):
+        before = model.sample(["a [V] face"], [5], steps=2)
+    counts = model.unet.register_forward_pre_hook(lambda unet, inputs: asked.append(len(inputs[0])))
+    try:
+        assert torch.equal(method.sample(["a [V] face"], adapters, [5], steps=2, person_guidance=1.), before)
+        assert asked == [2, 2]
+        asked.clear()
+        method.sample(["a [V] face"], adapters, [5], steps=2, person_guidance=1.5)
+        assert asked == [2, 1, 2, 1]
+    finally:
+        counts.remove()
+    with pytest.raises(ValueError, match="adapters of a person"):
+        model.sample(["a [V] face"], steps=1, person_guidance=2.)
+
+
 def test_the_formula_sees_its_arguments(method):
     def sample(guidance, negative):
         return method.sample(["a [V] face"], {}, [3], steps=3, guidance=guidance, negative=negative)

@@ -16,6 +16,7 @@ from tiny import generator, tiny_model
 import hdb
 import personalize
 from files import images
+from files.person import Person
 from nano import faces, seeds
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,19 @@ def test_one_photo_to_a_person(tmp_path):
     again = run(*common, "--out", tmp_path / "b")
     assert again.returncode == 0
     assert (tmp_path / "a/0.png").read_bytes() == (tmp_path / "b/0.png").read_bytes()
+
+
+def test_the_sampler_gets_what_is_asked_for():
+    asked = []
+
+    def sample(prompts, adapters, seeds, **options):
+        asked.append((prompts, seeds, options))
+        return torch.zeros(len(prompts), 3, 8, 8)
+    args = SimpleNamespace(prompts=["[V] face"], people=["a"], seed=7, side_by_side=8, sample_steps=3,
+                           guidance=4., person_guidance=1.5, negative="blurry")
+    personalize.draw(SimpleNamespace(sample=sample), [Person()], [{}], args)
+    options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry"}
+    assert asked == [([" sks  face"], [7], options)]
 
 
 def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
