@@ -21,6 +21,7 @@ from program.console import UserError, printable
 LIMITS = {"layers_per_block": 64, "num_hidden_layers": 64, "depth": 64, "iterations": 64, "sample_size": 1000}
 LARGEST_TEXT = 10  # megabytes, of headers too; CLIP's tokenizer.json has two
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+CHECKSUM = re.compile("([0-9a-f]{8})(?:-([0-9a-f]{8}))?")
 # these are 1×1 convolutions (c, c, 1, 1) in single files
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
 
@@ -162,12 +163,13 @@ def build(kind, config, files, rename, device, dtype, *more):
         name, shape = next(iter(missing.items()))
         rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{rest}")
-    weights = {}
+    weights, stored = {}, {}
     for name, (tensors, key) in places.items():
         tensor = tensors.get_tensor(key)
         if not tensor.is_floating_point():
             stored = str(tensor.dtype).removeprefix("torch.")
             raise LoadError(f"{files[0]}: tensor {key} is {stored}, quantised; give a file of floats")
+        stored[name] = some_of(tensor)
         tensor = tensor.view(shapes[name]).to(device, dtype)
         if not finite(tensor):  # asked before the layout changes, which would make it three times as slow
             raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
@@ -176,6 +178,8 @@ def build(kind, config, files, rename, device, dtype, *more):
         layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
         weights[name] = tensor.to(memory_format=layout)
     module.load_state_dict(weights, assign=True)
+    stored = [stored[name] for name in shapes]
+    module.checksum_of_file = digits(shapes, [t.to(dtype) for t in stored], stored)
     return module.eval().requires_grad_(False)
 
 
@@ -185,12 +189,37 @@ def finite(tensor):
 
 
 def checksum(module):
-    """8 hex digits that tell a module's weights from others: names, shapes and up to 4096 numbers a tensor.
-    These count in bfloat16: a file has the same digits in float32 and bfloat16, one in float16 in all."""
+    """Digits that tell a module's weights from others, of names, shapes and up to 4096 numbers a tensor; see
+    alike(). Eight count the numbers in bfloat16, eight in float16, as they were in the file that build() has
+    read, if they are still those."""
     state = module.state_dict()
-    shapes = repr([(name, *t.shape) for name, t in state.items()])
-    sample = torch.cat([t.flatten()[::t.numel() // 4096 + 1].bfloat16() for t in state.values()])
-    return f"{zlib.crc32(sample.cpu().view(torch.uint8).numpy(), zlib.crc32(shapes.encode())):08x}"
+    shapes, numbers = {name: tuple(t.shape) for name, t in state.items()}, map(some_of, state.values())
+    ours = digits(shapes, [*numbers])
+    read = getattr(module, "checksum_of_file", "")
+    return read if read[:8] == ours[:8] else ours
+
+
+def alike(one, other):
+    """Whether two values of checksum() are of the same weights: a file has the same digits in float32 and
+    bfloat16, and in float32 and float16; files were once written with the first eight alone."""
+    found = [CHECKSUM.fullmatch(str(text)) for text in (one, other)]
+    return one == other or all(found) and any(a in found[1].groups() for a in found[0].groups() if a)
+
+
+def some_of(tensor):
+    """Up to 4096 of a tensor's numbers, copied, so that they don't hold the rest."""
+    return tensor.flatten()[::tensor.numel() // 4096 + 1].clone()
+
+
+def digits(shapes, loaded, stored=None):
+    """The digits of checksum() for `shapes`, name -> shape, and some numbers of each tensor: as a module has
+    them and, if those are others, as its file has them."""
+    start = zlib.crc32(repr([(name, *shape) for name, shape in shapes.items()]).encode())
+
+    def sum_of(numbers, dtype):
+        together = torch.cat([t.to(dtype).cpu() for t in numbers])
+        return zlib.crc32(together.view(torch.uint8).numpy(), start)
+    return f"{sum_of(loaded, torch.bfloat16):08x}-{sum_of(stored or loaded, torch.float16):08x}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from files.checkpoints import LoadError, build, configure, open_tensors, refusing, write
+from files.checkpoints import LoadError, alike, build, configure, open_tensors, refusing, write
 from files.encoders import load_vit
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB, personal_layers
@@ -51,6 +51,6 @@ def load_hypernet(path, model):
 def warn_of_other_weights(path, note, model):
     """A warning where the file with this metadata was trained for a model of the same layers, not weights."""
     ours = model.checksums
-    if differ := [part for part in ("unet", "text") if note.get(part, ours[part]) != ours[part]]:
+    if differ := [part for part in ("unet", "text") if not alike(note.get(part, ours[part]), ours[part])]:
         warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
                       f"other than {model.name}'s here; the likeness may be lost", stacklevel=3)

@@ -11,7 +11,7 @@ from datetime import date
 import torch
 
 from adapters import IDENTIFIER, LowRank, join, scale
-from files.checkpoints import finite, open_tensors, outline, read_tensors, refusing, write
+from files.checkpoints import alike, finite, open_tensors, outline, read_tensors, refusing, write
 from program.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
@@ -77,7 +77,8 @@ def load_person(path, method):
     outlined, note = outline(path)
     made_by = note.get("made_by", OURS)
     model, ours = method.model, belongs_to(method, made_by)
-    differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours if note.get(key) != ours[key]}
+    differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours
+              if not alike(note.get(key), ours[key])}
     weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
     made, other = f"made for {note.get('base') or 'a model without name'}, ", ", ".join(differ.values())
     for wrong, what in (

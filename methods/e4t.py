@@ -23,7 +23,8 @@ from methods.textual_inversion import CLASS, only_token
 from training.fit import fit
 from diffusion import denoising_loss
 from adapters import IDENTIFIER, Change, merge, shared
-from files.checkpoints import LoadError, build, checksum, configure, open_tensors, refusing, write
+from files.checkpoints import (
+    LoadError, alike, build, checksum, configure, open_tensors, refusing, write)
 from program.console import UserError
 from files.encoders import load_vit
 from files.hypernetwork import load_hypernet, warn_of_other_weights
@@ -230,7 +231,7 @@ def load_domain(path, model):
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
     warn_of_other_weights(path, note, model)
     domain.vit = load_looker(source, model)
-    if checksum(domain.vit) != looked:
+    if not alike(checksum(domain.vit), looked):
         raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}")
     return domain
 

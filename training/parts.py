@@ -7,14 +7,14 @@ import torch
 from tqdm import tqdm
 
 from program import distributed
-from files.checkpoints import LoadError, open_tensors, write
+from files.checkpoints import LoadError, alike, open_tensors, write
 from program.console import Stopped, deferred_stop
 
 
 def differences(there, here):
     """In words, what of two dicts, name -> text, differs or stands in one alone."""
     return [f"{name} {there.get(name, 'not known')} there, {here.get(name, 'none')} here"
-            for name in here | there if there.get(name) != here.get(name)]
+            for name in here | there if not alike(there.get(name), here.get(name))]
 
 
 def split(things, size):
