@@ -44,8 +44,7 @@ class Measures:
         """The pictures (7, B, 3, 128, 128) of every prompt."""
         prompts = [prompt for prompt in PROMPTS for _ in who]
         noises = [1000 * i + person for i in range(len(PROMPTS)) for person in who.tolist()]
-        with self.model.adapted(adapters):
-            pictures = self.model.sample(prompts, noises, **self.options | options)
+        pictures = self.model.sample(prompts, noises, adapters=adapters, **self.options | options)
         return pictures.unflatten(0, (len(PROMPTS), len(who)))
 
     @torch.no_grad()

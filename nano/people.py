@@ -91,8 +91,7 @@ class HeldOut:
         """Pictures of everybody, or of `who`, in one style by the model under `adapters`, their likeness (B,)
         to the photos, and 1 where the style is right (B,). `noises` are seeds, `options` the sampler's."""
         real, index = self.photos[who], STYLES.index(style)
-        with model.adapted(adapters):
-            pictures = model.sample([PROMPTS[index]] * len(real), seeds=noises, **options)
+        pictures = model.sample([PROMPTS[index]] * len(real), noises, adapters=adapters, **options)
         right = self.judge(pictures)[1].argmax(1) == index
         return pictures, self.judge.likeness(pictures, real), right.float()
 
