@@ -77,6 +77,7 @@ class Tokenizer:
         # pairs that make no token are the surplus lines some copies of the file end with
         self.rank = {tuple(pair): i for i, pair in enumerate(merges) if "".join(pair) in vocab}
         self.start, self.end = vocab[START], vocab[END]
+        self.known = {}  # words that have been merged, as trainings ask for the same ones again and again
 
     def tokens(self, text):
         """The tokens of a text of any length, as strings, without start and end."""
@@ -84,13 +85,19 @@ class Tokenizer:
         for part in re.split(f"({re.escape(START)}|{re.escape(END)})", text):
             words = [(part,)] if part in (START, END) else split_words(part)  # typed by the user
             for word in words:
-                while len(word) > 1:
-                    best = min(zip(word, word[1:]), key=lambda pair: self.rank.get(pair, float("inf")))
-                    if best not in self.rank:
-                        break
-                    word = merge_pair(word, best)
-                out += word
+                if word not in self.known:
+                    self.known[word] = self.merged(word)
+                out += self.known[word]
         return out
+
+    def merged(self, word):
+        """The tokens of a word, given as its symbols."""
+        while len(word) > 1:
+            best = min(zip(word, word[1:]), key=lambda pair: self.rank.get(pair, float("inf")))
+            if best not in self.rank:
+                break
+            word = merge_pair(word, best)
+        return word
 
     def __call__(self, texts):
         """B strings → ids (B, max_length): start, tokens, end, and end again for padding and unknown symbols.
