@@ -3,6 +3,10 @@ weights θ out.
 
 A ViT encodes the photo once; a small transformer decoder with one token per personalised layer then runs s
 times, each pass looking at the face and at its own last estimate and predicting a correction (Eq. 3).
+
+The paper does not say what the passes before the last should give. Here every estimate is trained to be worth
+using: train.py leaves each sample after a number of passes of its own. With the loss on the last pass alone,
+the others are free to make anything that helps it (on nano the second then undid the first).
 """
 from dataclasses import dataclass
 
@@ -52,15 +56,22 @@ class HyperNetwork(nn.Module):
         return self.refine(self.vit(image), iterations)
 
     def refine(self, features, iterations=None):
-        """Eq. 3, θ̂_k = T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> θ̂_s (B, layers, size).
+        """ViT features f (B, n, d) -> θ̂_s (B, layers, size), what the last pass arrives at.
 
         iterations: s, config's if None; 0 gives θ̂_0.
         """
+        return self.passes(features, iterations)[-1]
+
+    def passes(self, features, iterations=None):
+        """Eq. 3, θ̂_k = T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> all of θ̂_0, …, θ̂_s as one
+        tensor (s + 1, B, layers, size). Every pass runs the same decoder on the same f: nothing but θ̂_{k−1}
+        tells it how far it has come.
+        """
         steps = self.config.iterations if iterations is None else iterations
         face = self.face(features)
-        theta = features.new_zeros(len(features), self.config.layers, self.config.size)
+        estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]
         for _ in range(steps):
-            tokens = self.estimate(theta / self.config.output_scale) + self.position
+            tokens = self.estimate(estimates[-1] / self.config.output_scale) + self.position
             delta = torch.einsum("bld,lds->bls", self.decoder(tokens, face), self.heads) + self.bias
-            theta = theta + self.config.output_scale * delta
-        return theta
+            estimates.append(estimates[-1] + self.config.output_scale * delta)
+        return torch.stack(estimates)

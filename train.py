@@ -5,9 +5,16 @@
 
 Three stages, each of which goes on where it was stopped, by the same command; --minutes is for all together:
   1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/training/pretrain.py
-  encoder); 2. --beta above 0: the target θ of Eq. 2, fitted person by person; 3. the hypernetwork. The loss
-  and, for the miniature, the likeness and style of people kept for watching go
-     to runs/<name>/log.jsonl, with pictures beside it.
+     encoder);
+  2. --beta above 0: the target θ of Eq. 2, fitted person by person;
+  3. the hypernetwork. The loss and, for the miniature, what is measured of people kept for watching go to
+     runs/<name>/log.jsonl, with pictures beside it.
+
+Two things go beyond the paper, which is silent on both. Each sample is left after a number of passes of its
+own (left_after), so that every estimate of Eq. 3 is trained and not the last alone. And in a share of the
+samples the person is applied while the picture is another's, under a prompt without [V], so that a person
+shows in what is said of [V] and in nothing else. For the miniature a further share has prompts about looks.
+
 Photos are encoded first, once. On N GPUs:
 torchrun --nproc-per-node=N -- train.py …, each with --batch people.
 """
@@ -34,6 +41,7 @@ from hypernet import HyperConfig, HyperNetwork
 from nano import people, seeds
 from nano.training import pretrain
 from training.trainer import Trainer, seeded
+from vit import encode_face
 
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
 
@@ -49,7 +57,7 @@ def main(args):
         data = people.People(model, hypernet.vit, args.seed)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline)
+        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline, people.OTHERS)
         watched = None
 
     # what θ means, and what the run depends on beside it
@@ -67,23 +75,31 @@ def main(args):
     mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
-        who, view = (numbers[mine] for numbers in data.draw(step, size * args.batch, generator))
-        # s of Eq. 3 grows from 1 to all by half-time; what has learnt to iterate goes on with all
-        full = hypernet.config.iterations
-        s = full if args.start else min(full, 1 + 2 * full * step // args.steps)
-        theta = hypernet.refine(data.features(who), s)
-        target = None if targets is None else targets[who].to(model.device)
-        with method.hyper_loss(theta, *data.pictures(who, view), generator, target, args.alpha, args.beta,
+        who = torch.randint(data.count, (size * args.batch,), generator=generator)
+        features, latents, prompts = data.samples(who, generator, mine)
+        # each sample is left after a number of passes of its own, so that every estimate is worth something
+        after = left_after(len(who), hypernet.config.iterations, step / trainer.steps, generator)[mine]
+        theta = hypernet.passes(features)[after, torch.arange(len(after))]
+        target = None if targets is None else targets[who[mine]].to(model.device)
+        with method.hyper_loss(theta, latents, prompts, generator, target, args.alpha, args.beta,
                                distributed.rank_and_size()) as (loss, denoising, distance):
             trainer.update(loss, denoising=denoising, distance=distance)
         if watched and distributed.is_main() and (trainer.step % args.every == 0 or trainer.done):
-            adapters = method.lidb.adapters(method.predict(watched.photos))
-            watched.watch(model, adapters, trainer)
+            with trainer.averaged():
+                estimates = hypernet.passes(encode_face(hypernet.vit, watched.photos)).detach()
+            watched.watch(model, [method.lidb.adapters(theta) for theta in estimates[1:]], trainer)
     trainer.average()
     file = trainer.result(args.save, "hypernet.safetensors")
     if distributed.is_main():
         save_hypernet(hypernet, model, file)
         print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
+
+
+def left_after(count, iterations, progress, generator):
+    """The number of passes, 1 to `iterations`, after which each of `count` samples is left: all equally often
+    in the first half of a training (progress below .5), then k passes k times as often as one."""
+    weights = torch.ones(iterations) if progress < .5 else torch.arange(1., iterations + 1)
+    return 1 + torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def hypernetwork(args, model, deadline):
@@ -128,7 +144,7 @@ def fit_targets(method, data, args, folder, of, deadline):
 
         def pictures():
             """One picture of each of these people."""
-            return data.pictures(who, torch.randint(data.views, (len(who),), generator=generator))
+            return data.pictures(who, generator)
         return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}

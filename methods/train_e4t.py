@@ -60,7 +60,7 @@ def main(args):
     source = e4t.NANO_LOOKER if args.model == "nano" else args.encoder
     vit, folder = e4t.load_looker(source, model), Path(args.out) / args.name
     if args.model == "nano":
-        data = people.People(model, vit, args.seed, fresh=2)
+        data = people.People(model, vit, args.seed, others=0, looks=0)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
         data, watched = Photos(args.faces, model, vit, hdb.PROMPT, folder / "photos", deadline), None
@@ -74,17 +74,17 @@ def main(args):
     for step in trainer:
         # train.py's people
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
-        who, view = data.draw(step, args.batch, generator)
-        seen = data.features(who).mean(1)
-        adapters = in_training(domain, deltas, model, seen)
+        who = torch.randint(data.count, (args.batch,), generator=generator)
+        features, latents, prompts = data.samples(who, generator)
+        adapters = in_training(domain, deltas, model, features.mean(1))
         with model.adapted(adapters):
-            denoising = denoising_loss(model, *data.pictures(who, view), generator)
+            denoising = denoising_loss(model, latents, prompts, generator)
             loss, size = e4t.total(denoising, adapters["unet."])
             trainer.update(loss, denoising=denoising.mean(), size=size)
         if watched and (trainer.step % args.every == 0 or trainer.done):
             with torch.no_grad():
                 adapters = in_training(domain, deltas, model, domain.look(watched.photos))
-            watched.watch(model, adapters, trainer)
+            watched.watch(model, [adapters], trainer)
     trainer.average()
     with torch.no_grad():
         for i, delta in enumerate(deltas):

@@ -85,7 +85,7 @@ def attributes(identity):
 def words_of(identity):
     """The words for each person: a list of dicts name -> word, of WORDS."""
     return [{name: WORDS[name][kind - ATTRIBUTES[name]] for name, kind in zip(WORDS, kinds)}
-            for kinds in zip(*attributes(identity).values())]
+            for kinds in zip(*(kinds.tolist() for kinds in attributes(identity).values()))]
 
 
 def phrases(words):
@@ -135,18 +135,46 @@ def understood(text):
     return said
 
 
-def captions(identity, style, generator, words=.6, rare=.5, drop=.1):
-    """Training captions: style words always, attribute words in a share `words`, a rare word before "face" in
-    a share `rare` (so that an unseen identifier does no harm), nothing in a share `drop` (for guidance)."""
-    templates, result = list(STYLES.values()), []
+def captions(identity, style, generator, words=.6, rare=.5, drop=.1, names=RARE[1:]):
+    """Training captions: style words always, attribute words in a share `words`, a rare word, one of `names`,
+    before "face" in a share `rare` (so that an unseen identifier does no harm), nothing in a share `drop`
+    (for guidance)."""
+    result = []
     coins = torch.rand(len(identity), 3, generator=generator).tolist()
-    pick = torch.randint(1, len(RARE), (len(identity),), generator=generator).tolist()
+    pick = torch.randint(len(names), (len(identity),), generator=generator).tolist()
     for phrases, s, p, (worded, named, dropped) in zip(describe(identity), style.tolist(), pick, coins):
-        text = templates[s].replace("{}", RARE[p] if named < rare else "").replace("  ", " ")
-        if worded < words:
-            text += (" and " if " with " in text else " with ") + " ".join(phrases)
+        text = caption(s, names[p] if named < rare else "", phrases if worded < words else [])
         result.append("" if dropped < drop else text)
     return result
+
+
+def caption(style, name="", phrases=()):
+    """The caption of a picture in this style, an index, with a word before "face" and phrases about looks."""
+    text = list(STYLES.values())[style].replace("{}", name).replace("  ", " ")
+    if not phrases:
+        return text
+    return text + (" and " if " with " in text else " with ") + " ".join(phrases)
+
+
+def phrase(name, kind):
+    """What says this category of an attribute, alone: "blond hair"."""
+    nothing = dict.fromkeys(WORDS, "")
+    return phrases(nothing | {name: WORDS[name][kind - ATTRIBUTES[name]]})[0]
+
+
+def changed(identity, generator):
+    """The same people (B, 27) with other looks: one attribute of each set to one that can be said, and B
+    phrases that say it."""
+    looks, said = identity.clone(), []
+    names = torch.randint(len(WORDS), (len(looks),), generator=generator).tolist()
+    coins = torch.rand(len(looks), generator=generator).tolist()
+    for person, which, coin in zip(looks, names, coins):
+        name, words = list(WORDS.items())[which]
+        first = int("" in words)  # no glasses and no beard cannot be said
+        kind = first + int(coin * (ATTRIBUTES[name] - first))
+        person[IDENTITY.index(name)] = number(name, kind)
+        said.append(phrase(name, kind))
+    return looks, said
 
 
 def lerp(low, high, u):

@@ -9,12 +9,20 @@ from files.checkpoints import build
 from program.console import UserError
 from nano import faces, seeds
 from nano.judge import load_judge
-from training.trainer import Pool
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
-PROMPTS = [caption.format("[V]") for caption in faces.STYLES.values()]
+PROMPTS = [faces.caption(style, "[V]") for style in range(len(STYLES))]
 PLAIN = .4  # the share of a training's pictures that are in no style
+UNSEEN = "beach"  # the style that no hypernetwork or E4T encoder is trained in, to see what is made of it
+# The share of samples that show another person, whom a prompt without [V] asks for: a person must not be in
+# what is not about them
+OTHERS = .3
+NOBODY = .3  # of these prompts the empty ones
+RARE = faces.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
+LOOKS = .25  # the share of samples with one attribute changed, in words and in the picture
+# What is asked for where obedience is measured: attributes and their categories
+ASKED = ("glasses", 1), ("beard", 3), ("hair_colour", 2), ("hair_style", 7)
 
 
 def load_encoder(file, device):
@@ -25,50 +33,61 @@ def load_encoder(file, device):
 
 
 class People:
-    """Pairs for Eq. 2: features of a photo of a person, and the latent of another picture of them in some
-    style, with its prompt. `fresh` people join at every step, and the `size` that came last are drawn from.
-    `seed`: the training's."""
-    views = 2  # pictures of a person
+    """Samples for Eq. 2, drawn afresh at every step. A sample is a photo of a person, and the picture to
+    denoise with its prompt: the same person in some style; with other looks that the prompt says, in a share
+    `looks`; or another person and a prompt without [V], in a share `others`. `seed`: the training's."""
 
-    def __init__(self, model, vit, seed=0, size=30_000, fresh=4):
-        self.model, self.vit, self.seed = model, vit, seed
-        self.pool = Pool(self.person, 512, fresh, size)
-
-    @torch.no_grad()
-    def person(self, n):
-        """Features (n, d), fp16, latents (views, 4, h, w) and styles (views,) of the person number n."""
-        generator = torch.Generator().manual_seed(seeds.row(self.seed, n))
-        identity = torch.rand(1, len(faces.IDENTITY), generator=generator)
-        styles = torch.randint(len(STYLES), (self.views,), generator=generator)
-        styles[torch.rand(self.views, generator=generator) < PLAIN] = 0
-        features = self.vit(faces.photos(identity, generator, self.model.device)).half()
-        again = identity.expand(self.views, -1)
-        latents = self.model.encode(faces.photos(again, generator, self.model.device, styles))
-        return features[0], latents, styles
+    def __init__(self, model, vit, seed=0, others=OTHERS, looks=LOOKS):
+        self.model, self.vit, self.seed, self.others, self.looks = model, vit, seed, others, looks
+        self.count = seeds.ROWS
 
     def fix(self, count):
         """`count` people and no others from now on: those that targets are fitted for."""
-        self.pool.first, self.pool.fresh = count, 0
+        self.count = count
 
-    @property
-    def count(self):
-        """How many people there are at the start, and in all once they are fixed."""
-        return self.pool.first
+    def identity(self, who):
+        """The people with these numbers (B,): (B, 27)."""
+        return faces.identities(seeds.row(self.seed, n) for n in who.tolist())
 
-    def draw(self, step, count, generator):
-        """The numbers (count,) of people that there are at this step, and of their views."""
-        who = self.pool.draw(step, count, generator)
-        return who, torch.randint(self.views, (count,), generator=generator)
+    def drawn(self, *of):
+        """Pictures (B, 3, 128, 128) of such identities, circumstances and styles, on the model's device."""
+        return faces.render(*(t.to(self.model.device) for t in of))
 
-    def features(self, who):
-        """Of photos of these people: (B, n, d), float32."""
-        return self.pool[who][0].float()
+    def styles(self, count, generator):
+        """The styles (count,) of so many pictures."""
+        seen = torch.tensor([i for i, style in enumerate(STYLES) if style != UNSEEN])
+        style = seen[torch.randint(len(seen), (count,), generator=generator)]
+        style[torch.rand(count, generator=generator) < PLAIN] = 0
+        return style
 
-    def pictures(self, who, view):
-        """Latents (B, 4, h, w) of the pictures `view` (B,) of people `who` (B,), and their prompts."""
-        _, latents, styles = self.pool[who]
-        each = torch.arange(len(who))
-        return latents[each, view], [PROMPTS[style] for style in styles[each, view]]
+    @torch.no_grad()
+    def pictures(self, who, generator):
+        """Latents (B, 4, h, w) of a picture of each of these people in some style, and its prompts."""
+        style = self.styles(len(who), generator)
+        circumstances = faces.nuisances(len(who), generator)
+        latents = self.model.encode(self.drawn(self.identity(who), circumstances, style))
+        return latents, [PROMPTS[s] for s in style]
+
+    @torch.no_grad()
+    def samples(self, who, generator, mine=slice(None)):
+        """Features (B, n, d) of a photo of each of these people, latents (B, 4, h, w) to denoise and their
+        prompts; of so many that are drawn, those that are `mine`."""
+        count, identity = len(who), self.identity(who)
+        style, kind = self.styles(count, generator), torch.rand(count, generator=generator)
+        circumstances = faces.nuisances(2 * count, generator).unflatten(0, (2, count))
+        other, altered = kind < self.others, kind >= 1 - self.looks
+        looks, phrases = faces.changed(identity, generator)
+        strangers = torch.rand(identity.shape, generator=generator)
+        captions = faces.captions(strangers, style, generator, drop=NOBODY, names=RARE)
+        target = torch.where(altered[:, None], looks, identity)
+        target[other] = strangers[other]
+        ours = [faces.caption(s, "[V]", [phrase] if a else [])
+                for s, a, phrase in zip(style, altered, phrases)]
+        prompts = [theirs if o else our for o, theirs, our in zip(other, captions, ours)]
+        # the photo, which is plain, and the picture
+        both = torch.stack([identity, target]), circumstances, torch.stack([torch.zeros_like(style), style])
+        photo, picture = self.drawn(*(t[:, mine].flatten(0, 1) for t in both)).chunk(2)
+        return self.vit(photo), self.model.encode(picture), prompts[mine]
 
 
 class HeldOut:
@@ -95,14 +114,44 @@ class HeldOut:
         right = self.judge(pictures)[1].argmax(1) == index
         return pictures, self.judge.likeness(pictures, real), right.float()
 
-    def watch(self, model, adapters, trainer):
-        """Log the likeness and style accuracy of everybody's pictures under `adapters`, and draw them."""
+    @torch.no_grad()
+    def leaked(self, model, adapters, prompt, noises, **options):
+        """How much likeness (P,) to everybody `adapters` bring into pictures of a prompt without [V]."""
+        found = []
+        for some in adapters, {}:
+            with model.adapted(some):
+                pictures = model.sample([prompt] * len(self.photos), seeds=noises, **options)
+            found.append(self.judge.likeness(pictures, self.photos))
+        return found[0] - found[1]
+
+    @torch.no_grad()
+    def obeyed(self, model, adapters, name, kind, noises, **options):
+        """Of the people who lack this attribute, one of faces.WORDS, whether a prompt that asks for it gives
+        it (P,), by the judge; NaN of the others."""
+        prompt = faces.caption(0, "[V]", [faces.phrase(name, kind)])
+        with model.adapted(adapters):
+            pictures = model.sample([prompt] * len(self.photos), seeds=noises, **options)
+        there = self.judge(pictures)[2][name].argmax(1) == kind
+        lack = faces.attributes(self.identity)[name].to(there.device) != kind
+        return torch.where(lack, there.float(), torch.nan)
+
+    def watch(self, model, passes, trainer):
+        """Log what is measured of everybody's pictures and draw some. passes: the adapters of one estimate
+        after the other; all but the likeness after each is measured of the last."""
         noises, columns, numbers = range(len(self.photos)), [self.photos], {}
-        for style in "photo", "rock star", "pixar":
-            pictures, likeness, right = self.measure(model, adapters, style, noises, steps=12)
+        for k, adapters in enumerate(passes[:-1], 1):
+            numbers[f"likeness {k}"] = self.measure(model, adapters, "photo", noises, steps=12)[1]
+        for style in "photo", "rock star", "pixar", UNSEEN:
+            pictures, likeness, right = self.measure(model, passes[-1], style, noises, steps=12)
             columns.append(pictures)
-            numbers |= {f"likeness {style}": likeness.mean().item(), f"style {style}": right.mean().item()}
+            numbers |= {f"likeness {style}": likeness, f"both {style}": likeness * right}
+        for name in "", faces.RARE[-1]:
+            prompt = faces.caption(0, name)
+            numbers[f"leaked {prompt}"] = self.leaked(model, passes[-1], prompt, noises, steps=12)
+        obeyed = [self.obeyed(model, passes[-1], *look, noises, steps=12) for look in ASKED]
+        numbers["obeyed"] = torch.cat(obeyed)
+        numbers = {name: values.nanmean().item() for name, values in numbers.items()}
         trainer.log(**numbers)
         tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
         rows = torch.stack(columns, 1).flatten(0, 1)
-        images.save(images.sheet(rows, 16), trainer.out / f"step_{trainer.step:06d}.png", **numbers)
+        images.save(images.sheet(rows, 20), trainer.out / f"step_{trainer.step:06d}.png", **numbers)

@@ -630,11 +630,10 @@ def test_training_moves_the_encoder_and_the_offsets_alone(train, tmp_path):
     # the photos' tokens, latents and one prompt, at the first step
     model, g = shared_model(), generator(seeds.seed(0, 0, seeds.HYPERNET))
     data = Photos(tmp_path / "faces", model, domain.vit, hdb.PROMPT, tmp_path / "cache")
-    who, view = data.draw(0, 2, g)
+    features, latent, prompts = data.samples(torch.randint(data.count, (2,), generator=g), g)
     weights = dict(start.encoder.named_parameters())
-    seen = data.features(who).mean(1)
-    latent, prompts = data.pictures(who, view)
-    expected = written_out_loss(model, model.unet, weights, seen, latent, prompts, g)
+    expected = written_out_loss(model, model.unet, weights, features.mean(1), latent, prompts, g)
+    assert prompts == [hdb.PROMPT] * 2
     assert steps[0][0] == pytest.approx(expected.item(), rel=1e-3)
 
 
@@ -669,6 +668,12 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
                 pictures = model.sample(PEOPLE, noises, steps=1)
             return pictures, torch.tensor([.25, .5]), torch.tensor([1., 0.])
 
+        def leaked(self, model, adapters, prompt, noises, steps):
+            return torch.tensor([.1, .3])
+
+        def obeyed(self, model, adapters, name, kind, noises, steps):
+            return torch.tensor([1., torch.nan])
+
     def drawn(*given, **more):
         made.append((given[1:], more))
         return Photos(tmp_path / "faces", model, vit, hdb.PROMPT, tmp_path / "cache")
@@ -677,15 +682,17 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     monkeypatch.setattr(people, "People", drawn)
     monkeypatch.setattr(people, "HeldOut", lambda *given: made.append(given) or Watched())
     train("--steps", 3, "--every", 2, model="nano")
-    file, (given, _), watched, *measures = made
+    file, (given, more), watched, *measures = made
     assert file == HERE / "nano/hypernet.safetensors" and looker == []
-    assert given == (vit, 0)
+    assert given == (vit, 0) and more == {"others": 0, "looks": 0}
     assert watched == (8, model.device, seeds.MONITOR)
-    assert measures == [(style, [0, 1], 12) for style in ("photo", "rock star", "pixar")] * 2  # steps 2, 3
+    styles = "photo", "rock star", "pixar", "beach"
+    assert measures == [(style, [0, 1], 12) for style in styles] * 2  # at steps 2 and 3
     lines = [json.loads(x) for x in (tmp_path / "e4t/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
-    assert Image.open(tmp_path / "e4t/step_000003.png").size == (16 * 64, 64)
-    assert lines[0]["likeness rock star"] == .375 and lines[0]["style photo"] == .5
+    assert Image.open(tmp_path / "e4t/step_000003.png").size == (20 * 64, 64)
+    assert lines[0]["likeness rock star"] == .375 and lines[0]["both photo"] == .125
+    assert lines[0]["leaked a face"] == pytest.approx(.2) and lines[0]["obeyed"] == 1
     assert safe_open(tmp_path / "e4t/e4t.safetensors", "pt").metadata()["vit"] == "nano/hypernet.safetensors"
 
 

@@ -57,6 +57,29 @@ def test_eq_3_written_out(steps, scale):
         assert not torch.allclose(net.refine(features), expected, atol=1e-2)
 
 
+def test_all_passes_and_the_last():
+    net = tiny_hypernet(3, 20, iterations=4)
+    features = net.vit(photos(2))
+    passes = net.passes(features)
+    assert passes.shape == (5, 2, 3, 20) and torch.equal(passes[4], net.refine(features))
+    for k in range(5):
+        expected = torch.stack([written_out(net, f, k, .1) for f in features])
+        assert torch.allclose(passes[k], expected, atol=1e-5)
+    assert torch.equal(net.passes(features, 2), passes[:3])
+
+
+def test_a_sample_that_is_left_early_trains_the_passes_before():
+    """One index into the passes: the gradient of a sample that is left after one pass is that of s = 1."""
+    net = tiny_hypernet(3, 20, iterations=3).requires_grad_()
+    features = net.vit(photos(2)).detach()
+    net.passes(features)[torch.tensor([1, 3]), torch.arange(2)].square().sum().backward()
+    ours = net.heads.grad.clone()
+    net.zero_grad()
+    for f, k in zip(features, (1, 3)):
+        written_out(net, f, k, .1).square().sum().backward()
+    assert torch.allclose(ours, net.heads.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_the_loop_starts_at_nothing_and_an_untrained_prediction_is_nobody():
     assert (tiny_hypernet(3, 20).refine(torch.randn(2, 5, 16), 0) == torch.zeros(2, 3, 20)).all()
     theta = untrained()(photos(2))

@@ -1,4 +1,5 @@
 """The miniature's training people, and their encoder."""
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from test_faces import generator
 from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
 
+from files import images
 from program.console import UserError
 from hdb import load_hypernet
 from nano import faces, people, seeds
@@ -40,39 +42,109 @@ def test_traits_are_the_numbers_and_the_kinds():
     assert (read == -1.75).sum(1).tolist() == [21, 21] and (read == 2).sum(1).tolist() == [6, 6]
 
 
-def test_training_pairs(model, vit):  # noqa: F811
-    data = people.People(model, vit, seed=1, fresh=2)
-    who, view = data.draw(0, 5, generator())
-    latents, prompts = data.pictures(who, view)
-    assert latents.shape == (5, 4, 16, 16) and data.features(who).shape == (5, 65, 128)
-    # everybody follows from their number and the training's, whenever they are asked for
-    again, other = (people.People(model, vit, seed=seed, fresh=2) for seed in (1, 2))
-    assert torch.equal(again.pictures(who.flip(0), view.flip(0))[0].flip(0), latents)
-    assert not torch.equal(other.features(who), data.features(who))
-    both, said = data.pictures(torch.cat([who, who]), torch.tensor([0] * 5 + [1] * 5))
-    assert torch.equal(both[view * 5 + torch.arange(5)], latents)
-    assert [said[5 * v + i] for i, v in enumerate(view)] == prompts and all("[V]" in p for p in said)
-    # the picture is of the photo's person, in the style that its prompt says
+class Numbers(people.People):
+    """Draws no pictures: what they would be of, (B, 27 + 17 + 1) numbers, takes the place of each."""
+
+    def __init__(self, **options):
+        super().__init__(SimpleNamespace(device="cpu", encode=lambda x: x), lambda x: x, **options)
+
+    def drawn(self, identity, circumstances, style):
+        return torch.cat([identity, circumstances, style[:, None].float()], 1)
+
+
+def samples(count, **options):
+    """Of so many samples: people (B, 27), photos and pictures (B, 45), prompts, the pictures' styles."""
+    data = Numbers(seed=1, **options)
+    who = torch.arange(count) * 7
+    photos, pictures, prompts = data.samples(who, generator())
+    styles = [list(faces.STYLES)[int(style)] for style in pictures[:, 44]]
+    return data.identity(who), photos, pictures, prompts, styles
+
+
+def test_whose_photo_and_whose_picture_a_sample_has():
+    """A third kind of samples shows a stranger without [V], another the person with looks that are said."""
+    known, photos, pictures, prompts, styles = samples(1500)
+    assert torch.equal(known, faces.identities(seeds.row(1, 7 * i) for i in range(1500)))
+    assert torch.equal(photos[:, :27], known) and (photos[:, 44] == 0).all()
+    assert not (photos[:, 27:44] == pictures[:, 27:44]).all(1).any()  # another pose, light, …
+    kinds = {"own": 0, "looks": 0, "stranger": 0, "empty": 0}
+    for i, (text, style) in enumerate(zip(prompts, styles)):
+        shown, own = pictures[i, :27], faces.STYLES[style].format("[V]")
+        changed = (shown != known[i]).nonzero().flatten().tolist()
+        if "[V]" not in text:
+            assert len(changed) == 27
+            kinds["empty" if text == "" else "stranger"] += 1
+        elif text == own:
+            kinds["own"] += 1
+            assert not changed
+        else:
+            kinds["looks"] += 1
+            (name,) = {faces.IDENTITY[number] for number in changed}
+            kind = faces.attributes(shown[None])[name].item()
+            assert text == own + (" and " if style == "bark" else " with ") + faces.phrase(name, kind)
+    share = {name: count / 1500 for name, count in kinds.items()}
+    assert share == pytest.approx({"own": .45, "looks": .25, "stranger": .21, "empty": .09}, abs=.04)
+
+
+def test_a_stranger_is_asked_for_by_the_caption_of_the_picture():
+    _, _, pictures, prompts, styles = samples(1500, others=1, looks=0)
+    texts = [text for text in prompts if text]
+    assert not any("[V]" in text or "sks" in text for text in texts) and "a face" in texts
+    names = {word for text in texts for word in text.split() if word in faces.RARE}
+    assert names == set(faces.RARE[1:16])  # all but four, so that what another word does can be seen
+    described = 0
+    for text, style, said in zip(prompts, styles, faces.describe(pictures[:, :27])):
+        bare = " ".join(word for word in text.split() if word not in names)
+        plain = faces.STYLES[style].replace("{} ", "")
+        more = (" and " if style == "bark" else " with ") + " ".join(said)
+        assert bare in ("", plain, plain + more)
+        described += bare == plain + more
+    assert described / len(texts) == pytest.approx(.6, abs=.04)
+    assert prompts.count("") / 1500 == pytest.approx(people.NOBODY, abs=.04)
+
+
+def test_styles_of_a_training():
+    """Two fifths are plain on purpose, and one style is kept from it."""
+    for styles in samples(2000)[4], [list(faces.STYLES)[s] for s in Numbers().styles(2000, generator())]:
+        assert set(styles) == set(faces.STYLES) - {"beach"}
+        assert styles.count("photo") / 2000 == pytest.approx(.4 + .6 / 10, abs=.04)
+
+
+def test_samples_without_strangers_and_looks_are_of_the_person():
+    known, _, pictures, prompts, styles = samples(200, others=0, looks=0)
+    assert torch.equal(pictures[:, :27], known)
+    assert prompts == [faces.STYLES[style].format("[V]") for style in styles]
+
+
+def test_a_part_of_the_samples_is_what_it_is_in_the_whole():
+    who = torch.arange(12)
+    whole, part = (Numbers().samples(who, generator(), mine) for mine in (slice(None), slice(4, 8)))
+    for all_, mine in zip(whole, part):
+        assert list(map(str, all_[4:8])) == list(map(str, mine))
+
+
+def test_training_pictures(model, vit):  # noqa: F811
+    """Features and latents of photos as they are drawn; a picture in its style, of the photo's person."""
+    data, who = people.People(model, vit, others=0, looks=0), torch.tensor([8, 3])
+    features, latents, _ = data.samples(who, generator())
+    drawn, encode = [], model.encode
+    data.drawn = lambda *of: drawn.append(people.People.drawn(data, *of)) or drawn[-1]
+    again = data.samples(who, generator())
+    assert torch.equal(again[0], features) and torch.equal(again[1], latents)
+    photo, picture = drawn[0].chunk(2)
     with torch.no_grad():
-        pictures, judge = model.decode(both).clamp(-1, 1), people.load_judge()
-        styles = judge(pictures)[1].argmax(1)
-    assert sum(people.PROMPTS[style] == text for style, text in zip(styles, said)) >= 8
-    assert judge.likeness(pictures[:5], pictures[5:]).mean() > .6
+        assert torch.allclose(features, vit(photo), atol=1e-4)
+        assert torch.allclose(latents, encode(picture), atol=1e-4)
+    more, prompts = data.pictures(who, generator(1))
+    assert torch.allclose(more, encode(drawn[1]), atol=1e-4) and all("[V]" in text for text in prompts)
+    assert people.load_judge().likeness(drawn[1], photo).mean() > .6
 
 
-def test_a_part_of_the_pictures_is_in_no_style(monkeypatch):
-    monkeypatch.setattr(faces, "photos", lambda identity, *_: torch.zeros(len(identity), 3, 8, 8))
-    data = people.People(SimpleNamespace(device="cpu", encode=lambda x: x), lambda x: x)
-    plain = torch.stack([data.person(n)[2] for n in range(500)]) == 0
-    assert abs(plain.float().mean() - (.4 + .6 / 11)) < .05  # and some by chance
-
-
-def test_new_people_join_until_they_are_fixed(model, vit):  # noqa: F811
-    data = people.People(model, vit, fresh=2, size=7)
-    assert set(data.draw(1, 99, generator())[0].tolist()) == set(range(507, 514))
+def test_people_are_fixed_where_targets_are_fitted():
+    data = Numbers()
+    assert data.count == seeds.ROWS
     data.fix(3)
-    who, view = data.draw(1, 99, generator())
-    assert data.count == 3 and set(who.tolist()) == {0, 1, 2} and set(view.tolist()) == {0, 1}
+    assert data.count == 3
 
 
 def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
@@ -81,3 +153,64 @@ def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
     assert torch.equal(pictures, model.sample(["a [V] face as a king"] * 2, [5, 6], steps=6))
     assert torch.equal(likeness, held_out.judge.likeness(pictures, held_out.photos[[0, 2]]))
     assert right.tolist() == (held_out.judge(pictures)[1].argmax(1) == 8).float().tolist()
+
+
+class Fixed:
+    """A model that draws the pictures it is given, those of the first adapters and those of the model."""
+
+    def __init__(self, mine, base):
+        self.now, self.pictures, self.asked = "base", {"mine": mine, "base": base}, []
+
+    @contextmanager
+    def adapted(self, adapters):
+        self.now = "mine" if adapters else "base"
+        yield
+        self.now = "base"
+
+    def sample(self, prompts, seeds, **options):
+        self.asked.append((self.now, prompts, list(seeds), options))
+        return self.pictures[self.now]
+
+
+def test_what_leaks_is_the_likeness_beyond_the_models_own():
+    held = people.HeldOut(2, "cpu", seeds.VALIDATION)
+    again, others = held.more_photos(1)[:, 0], people.HeldOut(2, "cpu", seeds.MONITOR).photos
+    fixed = Fixed(again, others)
+    found = held.leaked(fixed, {"a": 1}, "a zwx face", [4, 5], steps=3)
+    likeness = [held.judge.likeness(pictures, held.photos) for pictures in (again, others)]
+    assert torch.equal(found, likeness[0] - likeness[1]) and found.min() > .5
+    assert fixed.asked == [(now, ["a zwx face"] * 2, [4, 5], {"steps": 3}) for now in ("mine", "base")]
+
+
+def test_obedience_counts_for_those_who_lack_what_is_asked_for():
+    held = people.HeldOut(6, "cpu", seeds.VALIDATION)
+    lack = faces.attributes(held.identity)["glasses"] != 1
+    assert 0 < lack.sum() < 6
+    worn = held.identity.clone()
+    worn[:3, faces.IDENTITY.index("glasses")] = faces.number("glasses", 1)
+    fixed = Fixed(faces.photos(worn, generator(), "cpu"), None)
+    found = held.obeyed(fixed, {"a": 1}, "glasses", 1, range(6), steps=3)
+    assert found.isnan().tolist() == (~lack).tolist()
+    seen = (held.judge(fixed.pictures["mine"])[2]["glasses"].argmax(1) == 1).float()
+    assert torch.equal(found[lack], seen[lack]) and 0 < found[lack].sum() < lack.sum()
+    assert fixed.asked == [("mine", ["a [V] face with round glasses"] * 6, [*range(6)], {"steps": 3})]
+
+
+def test_what_is_watched_is_logged_and_drawn(tmp_path, monkeypatch):
+    held, log = people.HeldOut(2, "cpu", seeds.VALIDATION), {}
+
+    def measure(net, adapters, style, noises, steps):
+        values = torch.tensor([.1, .3]) * adapters + .01 * people.STYLES.index(style)
+        return held.photos, values, torch.tensor([1., 0.])
+    monkeypatch.setattr(held, "measure", measure)
+    monkeypatch.setattr(held, "leaked", lambda net, adapters, prompt, *_, **more: torch.tensor(
+        [.01 * len(prompt), adapters]))
+    monkeypatch.setattr(held, "obeyed", lambda net, adapters, name, kind, *_, **more: torch.tensor(
+        [torch.nan, 1. * (kind > adapters)]))
+    trainer = SimpleNamespace(log=lambda **numbers: log.update(numbers), out=tmp_path, step=7)
+    held.watch(None, [1, 2, 3], trainer)
+    assert log == pytest.approx({
+        "likeness 1": .2, "likeness 2": .4, "likeness photo": .6, "likeness rock star": .64,
+        "likeness pixar": .62, "likeness beach": .7, "both photo": .15, "both rock star": .17,
+        "both pixar": .16, "both beach": .2, "leaked a face": 1.53, "leaked a nqz face": 1.55, "obeyed": .25})
+    assert images.read(tmp_path / "step_000007.png", 128).shape == (1, 3, 128, 128)

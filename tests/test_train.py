@@ -38,40 +38,74 @@ def runs(tmp_path):
 OPTIONS = ["--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 8, "--target-steps", 1, "--every", 1000]
 
 
-def train_here(monkeypatch, *arguments):
-    """train.py in this process: what it records of its steps, (s, loss, denoising, distance) each."""
-    steps, passes = [], []
-    refine, update = train.HyperNetwork.refine, Trainer.update
+def watch(held_out, model, passes, trainer):
+    """In place of many pictures: how many passes there are to measure, and of how many people."""
+    trainer.log(passes=len(passes), people=len(next(iter(passes[-1].values())).a))
 
-    def spy(net, features, iterations=None):
-        passes.append(iterations)
-        return refine(net, features, iterations)
+
+def train_here(monkeypatch, *arguments):
+    """train.py in this process: what it records of its steps, (passes, loss, denoising, distance) each."""
+    steps, passes = [], []
+    left_after, update = train.left_after, Trainer.update
+
+    def spy(*given):
+        passes.append(left_after(*given))
+        return passes[-1]
 
     def record(trainer, loss, **numbers):
         update(trainer, loss, **numbers)
-        steps.append((passes[-1], loss.item(), *(n.item() for n in numbers.values())))
-    monkeypatch.setattr(train.HyperNetwork, "refine", spy)
+        steps.append((passes[-1].tolist(), loss.item(), *(n.item() for n in numbers.values())))
+    monkeypatch.setattr(train, "left_after", spy)
     monkeypatch.setattr(Trainer, "update", record)
     monkeypatch.setattr(train, "WATCHED", 2)
+    monkeypatch.setattr(train.people.HeldOut, "watch", watch)
     monkeypatch.setattr("sys.argv", ["train.py", "--device", "cpu", *map(str, arguments)])
     train.main(train.arguments())
     return steps
 
 
 def test_ten_losses_of_a_training(runs, monkeypatch):
-    """Stored ones: whatever changes them changes the method. s grows from 1 to all by half-time."""
+    """Stored ones: whatever changes them changes the method."""
     steps = train_here(monkeypatch, "--out", runs, *OPTIONS[:2], "--iterations", 3, *OPTIONS[4:],
                        "--steps", 10, "--alpha", 2, "--beta", .5)
-    assert [s for s, *_ in steps[:10]] == [1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
     assert [loss for _, loss, *_ in steps] == pytest.approx(LOSSES, rel=2e-3)
-    for _, loss, denoising, distance in steps:
+    for passes, loss, denoising, distance in steps:
+        assert len(passes) == 3 and set(passes) <= {1, 2, 3}
         assert loss == pytest.approx(2 * denoising + .5 * distance, rel=1e-4) and distance > 0
     watched = range(train.seeds.MONITOR, train.seeds.MONITOR + 16)
     assert not any(first <= seed < first + 10_000 for seed in watched
                    for first in (seeds.TEST, seeds.VALIDATION, seeds.EXAMPLE))
 
 
-LOSSES = [.14755, .08808, .07724, .14626, .18250, .15220, .08168, .10383, .14284, .08925]
+def test_how_many_passes_a_sample_is_left_after():
+    """All of them equally often at first, and later, where they are good already, the last the most."""
+    for progress, shares in (0, [.25] * 4), (.49, [.25] * 4), (.5, [.1, .2, .3, .4]), (.9, [.1, .2, .3, .4]):
+        passes = train.left_after(4000, 4, progress, torch.Generator().manual_seed(0))
+        assert (passes.bincount() / 4000).tolist() == pytest.approx([0, *shares], abs=.03)
+
+
+def test_everybody_is_applied_after_their_own_passes_to_strangers_too(runs, monkeypatch):
+    """What the loss gets in one step is what is drawn for it, whatever the prompt says."""
+    given, hyper_loss = {}, hdb.HyperDreamBooth.hyper_loss
+
+    def spy(method, theta, latents, prompts, generator, target, alpha, beta, share):
+        net, g = method.hypernet, torch.Generator().manual_seed(seeds.seed(5, 0, seeds.HYPERNET))
+        data = train.people.People(method.model, net.vit, 5)
+        who = torch.randint(data.count, (8,), generator=g)
+        features, expected, said = data.samples(who, g)
+        passes = 1 + torch.multinomial(torch.ones(4), 8, replacement=True, generator=g)
+        each = torch.stack([net.refine(f[None], int(k))[0] for f, k in zip(features, passes)])
+        given.update(passes=set(passes.tolist()), said=said, state=generator.get_state().equal(g.get_state()))
+        assert prompts == said and torch.equal(latents, expected) and torch.allclose(theta, each, atol=1e-4)
+        return hyper_loss(method, theta, latents, prompts, generator, target, alpha, beta, share)
+    monkeypatch.setattr(hdb.HyperDreamBooth, "hyper_loss", spy)
+    train_here(monkeypatch, "--out", runs, "--start", ROOT / "nano/hypernet.safetensors", "--batch", 8,
+               "--steps", 1, "--seed", 5)
+    assert given["state"] and len(given["passes"]) > 2
+    assert 0 < sum("[V]" not in text for text in given["said"]) < 8
+
+
+LOSSES = [.0987, .11488, .12396, .06187, .06937, .23632, .10284, .1349, .15314, .1208]
 
 
 def test_train_and_resume_with_targets(runs, monkeypatch):
@@ -82,8 +116,7 @@ def test_train_and_resume_with_targets(runs, monkeypatch):
     assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 3)) == 1
     assert [file.read_bytes() for file in files] == targets
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if "likeness photo" in x] == [2, 3]
-    assert {p.name for p in (runs / "hypernet").glob("*.png")} == {"step_000002.png", "step_000003.png"}
+    assert [(x["step"], x["passes"], x["people"]) for x in lines] == [(2, 2, 2), (3, 2, 2)]
     model = hdb.load("nano", "cpu")
     hypernet = hdb.load_hypernet(runs / "hypernet/hypernet.safetensors", model)
     assert hypernet.config.iterations == 2 and hypernet(torch.zeros(1, 3, 128, 128)).abs().max() > 0
@@ -94,7 +127,7 @@ def test_training_goes_on_from_a_hypernetwork(runs, monkeypatch):
     steps = train_here(monkeypatch, "--out", runs, "--start", shipped, *OPTIONS[:2], *OPTIONS[4:],
                        "--steps", 1, "--lr", 0, "--dtype", "bfloat16", "--save", same)
     before, after = load_file(shipped), load_file(same)
-    assert steps[0][0] == 4  # s is the start's, all of it at once
+    assert set(steps[0][0]) <= {1, 2, 3, 4}
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
@@ -157,10 +190,11 @@ def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, w
 
 class Two:
     """Two people with two pictures each."""
-    count, views = 2, 2
+    count = 2
     latents = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
-    def pictures(self, who, view):
+    def pictures(self, who, generator):
+        view = torch.randint(2, (len(who),), generator=generator)
         return self.latents[who, view], [hdb.PROMPT] * len(who)
 
 
@@ -274,13 +308,22 @@ def test_a_folder_of_photos(runs, tmp_path):
     message = str(told[0].message)
     assert message.startswith(f"{folder}: 2 of 4 files are not used; below/small.png: 60 pixels a side is")
     assert "; notes.txt: cannot be read as a picture" in message
-    who, view = data.draw(0, 5, torch.Generator().manual_seed(0))
-    latents, prompts = data.pictures(who, view)
-    assert data.count == 4 and latents.shape == (5, 4, 16, 16)  # two photos and their mirror images
-    photo = images.read(folder / "a.png", 128)
-    assert torch.equal(data.pictures(torch.tensor([1]), view[:1])[0], model.encode(photo.flip(3)))
-    expected = encode_face(vit, photo).half().float()
-    assert torch.equal(data.features(torch.tensor([0])), expected) and prompts == [hdb.PROMPT] * 5
+    assert data.count == 4  # two photos and their mirror images
+    photo, everybody = images.read(folder / "a.png", 128), torch.arange(4)
+    latents, prompts = data.pictures(everybody, None)
+    assert torch.equal(latents[1:2], model.encode(photo.flip(3))) and prompts == [hdb.PROMPT] * 4
+    features, shown, said = data.samples(everybody, torch.Generator())
+    assert torch.equal(features[:1], encode_face(vit, photo).half().float())
+    assert torch.equal(shown, latents) and said == prompts
+    # strangers' pictures under prompts that speak of nobody
+    data.others, many = .5, torch.arange(4).repeat(100)
+    features, shown, said = data.samples(many, torch.Generator().manual_seed(0), slice(40, 440))
+    assert len(features) == len(shown) == len(said) == 360
+    same = [torch.equal(a, latents[w]) for a, w in zip(shown, many[40:])]
+    assert all(s for s, text in zip(same, said) if text == hdb.PROMPT)
+    other = [s for s, text in zip(same, said) if text != hdb.PROMPT]
+    assert len(other) / 360 == pytest.approx(.5, abs=.08) and sum(other) / len(other) < .4
+    assert {*said} == {hdb.PROMPT, "a face", ""} and said.count("") / len(other) == pytest.approx(.3, abs=.08)
     # what was encoded is not encoded again, and of other photos or by others not used
     (file,) = cache.iterdir()
     before = file.stat().st_mtime_ns

@@ -262,6 +262,17 @@ def test_frozen_parameters_stay_out(tmp_path):
     assert list(Trainer({"m": model}, tmp_path, 1, lr=.1).parameters) == ["m.1.weight", "m.1.bias"]
 
 
+def test_the_average_is_lent_to_the_modules(tmp_path):
+    model = nn.Linear(2, 2)
+    trainer = Trainer({"m": model}, tmp_path, 10, lr=.1)
+    for _ in range(3):
+        trainer.update(model(torch.ones(1, 2)).square().sum())
+    now = model.weight.detach().clone()
+    with trainer.averaged():
+        assert torch.equal(model.weight, trainer.ema["m.weight"]) and not torch.equal(model.weight, now)
+    assert torch.equal(model.weight, now)
+
+
 def test_log_lines_and_schedule(tmp_path):
     train(tmp_path, 100, total=100)
     first, last = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -13,6 +13,7 @@ from training.parts import cached, split
 from vit import encode_face
 
 PART = 64  # photos in a file of the cache
+EMPTY = .3  # of the prompts that speak of nobody, the empty ones
 
 
 def photo_files(folder):
@@ -60,10 +61,9 @@ class Photos:
     """The photos' features (P, n, d), latents (P, 4, h, w) and `prompt`, in files in `cache`, where they are
     encoded once. A mirrored photo counts as another person's. ImageError for a folder that isn't there or
     holds no photos; others are skipped."""
-    views = 1  # pictures of a person
 
-    def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf")):
-        self.model, self.prompt = model, prompt
+    def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf"), others=0.):
+        self.model, self.prompt, self.others = model, prompt, others
         files, side = photo_files(folder), 8 * model.unet.config.sample_size
         sizes = (f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
         listed = zlib.crc32(os.fsencode("\n".join(sizes)))
@@ -87,18 +87,22 @@ class Photos:
     def fix(self, count):
         """The people that targets are fitted for: all of them."""
 
-    def draw(self, step, count, generator):
-        """Indices (count,) of people and of their pictures."""
-        who = torch.randint(self.count, (count,), generator=generator)
-        return who, torch.zeros(count, dtype=torch.long)
-
-    def features(self, who):
-        """Of these people's photos: (B, n, d), float32."""
-        return self.read("features", who).float()
-
-    def pictures(self, who, view):
+    def pictures(self, who, generator):
         """Latents (B, 4, h, w) of these people, and their prompts."""
         return self.read("latents", who).to(self.model.dtype), [self.prompt] * len(who)
+
+    def samples(self, who, generator, mine=slice(None)):
+        """Features (B, n, d), float32, of these people's photos, latents (B, 4, h, w) to denoise and their
+        prompts; of so many that are drawn, those that are `mine`. In a share `others` the latent is another
+        person's, and the prompt speaks of nobody, or is empty."""
+        strangers = torch.randint(self.count, (len(who),), generator=generator)
+        other = torch.rand(len(who), generator=generator) < self.others
+        empty = torch.rand(len(who), generator=generator) < EMPTY
+        shown = torch.where(other, strangers, who)
+        nobody = self.prompt.replace("[V] ", "")
+        prompts = [self.prompt if not o else "" if e else nobody for o, e in zip(other, empty)]
+        features = self.read("features", who[mine]).float()
+        return features, self.read("latents", shown[mine]).to(self.model.dtype), prompts[mine]
 
     def read(self, name, who):
         """From the files, as all features of 15,000 people would fill most memories."""

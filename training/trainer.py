@@ -191,6 +191,16 @@ class Trainer:
             for key, p in self.parameters.items():
                 p.copy_(self.ema[key])
 
+    @contextmanager
+    def averaged(self):
+        """The modules hold the moving average inside, and the current weights again afterwards."""
+        now = {key: p.detach().clone() for key, p in self.parameters.items()}
+        self.average()
+        yield
+        with torch.no_grad():
+            for key, p in self.parameters.items():
+                p.copy_(now[key])
+
 
 class Pool:
     """Rows of several tensors to draw training samples from. Each follows from its number alone, so a

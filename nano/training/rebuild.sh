@@ -21,7 +21,7 @@ rebuild() {
             python -m nano.judge --people 5000 --steps 1000 ;;
         encoder)  # 60 minutes
             python -m nano.training.pretrain encoder --steps 6700 --batch 64 --lr 1.5e-3 ;;
-        hypernet)  # 170 minutes
+        hypernet)  # 230 minutes
             python train.py --steps 8300 --batch 24 --lr 6e-4 --save nano/hypernet.safetensors ;;
         e4t)  # 12 minutes
             python -m methods.train_e4t --steps 600 --batch 16 --lr 3e-3 --save nano/e4t.safetensors ;;
