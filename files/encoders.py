@@ -1,9 +1,13 @@
 """Encoders of pictures, from the hub or a folder: the ViT that sees faces, and CLIP, which measures likeness.
 They come in float32, frozen and in eval mode. What cannot be loaded raises LoadError, as in sd.load()."""
+import os
+from pathlib import Path
+
 import torch
 
 import clip
-from files.checkpoints import LoadError, build, configure, read_json, require_settings
+from files.checkpoints import (
+    LoadError, alike, build, checksum, configure, read_json, require_settings)
 from files.compvis import KNOWN_EXTRAS
 from files.layouts import download, device_and_dtype
 from files.tokenizers import read_tokenizer, vocabulary_in
@@ -31,6 +35,20 @@ def load_vit(source, device=None):
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
     return build_encoder(ViT, config, folder, rename, device)
+
+
+def vit_of(path, source, noted, device, instead=None):
+    """The ViT that the file at `path` was trained with, of this checksum or None (in old files), from
+    `source` or, where that is a folder that has moved, from one of its name beside the file; `instead`: from
+    elsewhere. LoadError for another."""
+    beside = Path(path).parent / Path(source).name
+    moved = os.path.isabs(source) and not os.path.isdir(source) and beside.is_dir()
+    source = instead or (str(beside) if moved else source)
+    vit = load_vit(source, device)
+    if noted is not None and not alike(checksum(vit), noted):
+        raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}; "
+                        "give that with --encoder")
+    return vit
 
 
 def load_clip(source="openai/clip-vit-large-patch14", device=None):

@@ -5,44 +5,48 @@ from dataclasses import asdict, replace
 
 import torch
 
-from files.checkpoints import LoadError, alike, build, configure, open_tensors, refusing, write
-from files.encoders import load_vit
+from files.checkpoints import LoadError, alike, build, checksum, configure, open_tensors, refusing, write
+from files.encoders import vit_of
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB, personal_layers
 from vit import ViTConfig
 
 
 def save_hypernet(hypernet, model, path):
-    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is only named."""
+    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is only named, with
+    its checksum."""
     config = asdict(hypernet.config)
     seed, encoder = config.pop("basis_seed"), config.pop("encoder")
-    checksum = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum
-    note = {"config": json.dumps(config), "basis_seed": str(seed), "basis_checksum": str(checksum),
-            "model": model.name} | model.checksums | ({"encoder": encoder} if encoder else {})
+    basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum
+    note = {"config": json.dumps(config), "basis_seed": str(seed), "basis_checksum": str(basis),
+            "model": model.name} | model.checksums
+    if encoder:
+        note |= {"encoder": encoder, "encoder_checksum": checksum(hypernet.vit)}
     kept = {key: t for key, t in hypernet.state_dict().items() if not encoder or not key.startswith("vit.")}
     write({key: t.half() for key, t in kept.items()}, path, note)
 
 
-def load_hypernet(path, model):
-    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. LoadError if it is none,
-    was made for other layers than this model's, or holds numbers that are none; a warning where the layers
-    fit but it was trained for another model's weights."""
+def load_hypernet(path, model, encoder=None):
+    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
+    official encoder that it names is, if neither where it was nor beside the file. LoadError if it is none,
+    was made for other layers than this model's or with another encoder, or holds numbers that are none; a
+    warning where the layers fit but it was trained for another model's weights."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = open_tensors(path).metadata() or {}
         found = json.loads(note["config"])
-        seed, checksum = int(note["basis_seed"]), int(note["basis_checksum"])
+        seed, basis = int(note["basis_seed"]), int(note["basis_checksum"])
         HyperConfig(**found)  # a field that isn't known here would mean something else
         vit = configure(ViTConfig(), found.pop("vit"), path)
         config = configure(HyperConfig(1, 1, vit=vit), found, path)
         config = replace(config, basis_seed=seed, encoder=note.get("encoder", ""))
         lidb = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
-        if (config.layers, config.size) != lidb.shape or checksum != lidb.checksum:
+        if (config.layers, config.size) != lidb.shape or basis != lidb.checksum:
             raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
     warn_of_other_weights(path, note, model)
     vit = torch.nn.Identity() if config.encoder else None
     built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:
-        built.vit = load_vit(config.encoder, model.device)
+        built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), model.device, encoder)
         if built.vit.config != config.vit:
             raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
     return built

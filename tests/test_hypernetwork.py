@@ -1,5 +1,6 @@
 """files/hypernetwork.py on a small model: what was trained comes back, all else is refused."""
 import json
+import shutil
 import warnings
 from dataclasses import asdict
 
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import VIT, generator, shared_model, tiny_hypernet, tiny_model
 
-from files import hypernetwork
+from files import encoders
 from files.checkpoints import LoadError, write
 from files.hypernetwork import load_hypernet, save_hypernet
 from hdb import HyperDreamBooth
@@ -108,6 +109,20 @@ def test_an_official_encoder_is_named_and_found_again(tmp_path):
     assert all(torch.equal(t, back.vit.state_dict()[key]) for key, t in vit.state_dict().items())
     assert not any(p.requires_grad for p in back.parameters())
 
+    # moved together, or apart; other weights in its place are refused
+    moved = (tmp_path / "moved").mkdir() or path.rename(tmp_path / "moved/hypernet.safetensors")
+    folder.rename(tmp_path / "moved/encoder")
+    assert torch.equal(load_hypernet(moved, shared_model())(faces()), back(faces()))
+    (tmp_path / "moved/encoder").rename(tmp_path / "other")
+    with pytest.raises(LoadError, match="encoder: neither a folder here nor"):
+        load_hypernet(moved, shared_model())
+    assert torch.equal(load_hypernet(moved, shared_model(), tmp_path / "other")(faces()), back(faces()))
+    write({k: t + .01 for k, t in vit.state_dict().items()}, folder / "model.safetensors")
+    shutil.copy(tmp_path / "other/config.json", folder)
+    with pytest.raises(LoadError, match="another encoder of photos than the one that is now .*--encoder"):
+        load_hypernet(moved, shared_model())
+    path = moved.rename(path)
+
     encoder(folder, num_attention_heads=4)
     with pytest.raises(LoadError, match="trained with another encoder"):
         load_hypernet(path, shared_model())
@@ -122,7 +137,7 @@ def test_an_encoder_is_asked_for_on_the_models_device(tmp_path, monkeypatch):
     def load_vit(source, device):
         asked.append((source, device))
         return net.vit
-    monkeypatch.setattr(hypernetwork, "load_vit", load_vit)
+    monkeypatch.setattr(encoders, "load_vit", load_vit)
     save_hypernet(net, shared_model(), tmp_path / "hypernet.safetensors")
     back = load_hypernet(tmp_path / "hypernet.safetensors", shared_model())
     assert asked == [("google/vit", torch.device("cpu"))] and back.vit is net.vit
