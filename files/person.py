@@ -61,13 +61,13 @@ def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
     `dtype`; lidb_only: without LoRA, a few KB. UserError for nobody, another basis, numbers dtype can't
     hold."""
     tensors = {key: t.detach().to(dtype) for key, t in person.stored(lidb_only).items()}
-    if person.made_by == OURS and (here := method.lidb.seed) != person.basis_seed:
+    if person.theta is not None and (here := method.lidb.seed) != person.basis_seed:
         raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
     check_person(tensors, method, path, person.made_by, "nothing to write, the person has no such weights")
     check_numbers(tensors, path)
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
     about["scale"] = repr(float(person.scale))
-    write(tensors, path, about | belongs_to(method, person.made_by))
+    write(tensors, path, about | belongs_to(method, person.made_by, "theta" in tensors))
 
 
 def load_person(path, method):
@@ -76,7 +76,7 @@ def load_person(path, method):
     file without their checksums the model's name, are others."""
     outlined, note = outline(path)
     made_by = note.get("made_by", OURS)
-    model, ours = method.model, belongs_to(method, made_by)
+    model, ours = method.model, belongs_to(method, made_by, "theta" in outlined)
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours
               if not alike(note.get(key), ours[key])}
     weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
@@ -124,19 +124,19 @@ def is_person(path):
     return False
 
 
-def belongs_to(method, made_by):
-    """Metadata that says what the numbers mean: layers, by names and shapes, the basis if there is one, and
-    the weights."""
+def belongs_to(method, made_by, in_basis):
+    """Metadata that says what the numbers mean: layers, by names and shapes, LiDB's basis if some are in it
+    (else it isn't made, which takes seconds at full size), and the weights."""
     checksums = method.model.checksums
     widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
     found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
              "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items())}
-    if made_by == OURS:
+    if made_by == OURS and in_basis:
         lidb = method.lidb
         found |= {"a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
                   "basis_checksum": lidb.checksum}
-    else:
+    if made_by != OURS:
         found["made_by"] = made_by
     found |= {part: checksums[part] for part in ("unet", "text")}
     return {key: str(value) for key, value in found.items()}

@@ -95,11 +95,12 @@ def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
     assert all(first[k].dtype == dtype and torch.equal(first[k], second[k]) for k in first)
 
 
-def test_parts_of_a_person(tmp_path):
+def test_parts_of_a_person(tmp_path, monkeypatch):
     person = someone()
     save_person(person, method(), tmp_path / "lidb.safetensors", lidb_only=True, dtype=torch.float32)
     back = load_person(tmp_path / "lidb.safetensors", method())
     assert back.lora == {} and torch.equal(back.theta, person.theta)
+    monkeypatch.delattr(lidb, "make_basis")  # which isn't asked for where nothing is in it
     save_person(Person(None, person.lora), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
     back = load_person(tmp_path / "lora.safetensors", method())
     assert back.theta is None and equal(back.adapters(method()), person.lora)
