@@ -45,46 +45,46 @@ def generators(seeds):
     return [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in seeds]
 
 
-def denoising_loss(model, latent, prompts, generator, share=(0, 1)):
-    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), under the adapters in force.
+def denoising_loss(model, latent, prompts, generator):
+    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), of the model as it is adapted now.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
     CPU generator for time steps and noise, or one for each of those people.
     """
-    return denoising_error(model.unet, model.context(prompts), *noised(latent, generator, share))
+    return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
 
 
-def noised(latent, generator, share=(0, 1)):
-    """What is to be denoised: the latent (B, 4, h, w) with noise, the time steps (B,), spread evenly over the
-    batch, which makes the average less noisy, the noise, and the weights (B,) of its errors; on latent's
-    device, drawn by a CPU generator, or by a list of one for each of the people that take turns in the batch,
-    so that nobody's noise depends on who is beside them. share: which of how many equal parts of a larger
-    batch this is."""
+def noised(latent, generator, part=(0, 1)):
+    """The latent x₀ (B, 4, h, w) with noise, the time steps t (B,), the noise ε, and the weight (B,) of each
+    sample's error; on latent's device, drawn by a CPU generator, or by a list of one for each of the people
+    that take turns in the batch, so that nobody's noise depends on who is beside them.
+
+    t is stratified: one in each of B equal parts of the schedule, in random order, which makes a batch's mean
+    less noisy. part (i, n): these B are the i-th part of a batch of n·B, drawn as that batch draws them.
+    """
     if isinstance(generator, list):
         people = latent.unflatten(0, (-1, len(generator))).transpose(0, 1)
         each = [noised(own, one) for own, one in zip(people, generator)]
         return tuple(torch.stack(parts, 1).flatten(0, 1) for parts in zip(*each))
-    part, parts = share
-    count, mine = len(latent) * parts, slice(part * len(latent), (part + 1) * len(latent))
+    index, parts = part
+    count, own = len(latent) * parts, slice(index * len(latent), (index + 1) * len(latent))
     with torch.device("cpu"):
-        # one time step in each of `count` equal parts of [0, 1], in random order
         spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-        t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)][mine]
-        noise = torch.randn(count, *latent.shape[1:], generator=generator)[mine].to(latent)
+        t = (spread * STEPS).long().clamp(max=STEPS - 1)[torch.randperm(count, generator=generator)][own]
+        noise = torch.randn(count, *latent.shape[1:], generator=generator)[own].to(latent)
     snr = ALPHAS_CUMPROD[t] / (1 - ALPHAS_CUMPROD[t])
     weight = (1 / snr).clamp(max=5).to(latent.device)
     return add_noise(latent, noise, t), t.to(latent.device), noise, weight
 
 
 def denoising_error(unet, context, noisy, t, noise, weight):
-    """Per sample (B,) the error of the clean latent that the UNet sees in what noised() gives, under the text
-    features `context` (n, m, d) of the n people that take turns in the batch. The UNet computes in the dtype
-    of `context`, the error is float32.
+    """Squared error (B,) of the clean latent implied by the UNet's prediction ε̂ in what noised() gives, under
+    the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in the
+    dtype of `context`, the error is float32.
 
-    It is the noise's error times 1/SNR; that is cut at 5, where almost pure noise would otherwise drown
-    everything else.
+    x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure noise
+    does not dominate.
     """
-    # what is the same for many samples was encoded once
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (predicted.float() - noise.float()).pow(2).mean((1, 2, 3))
 

@@ -6,23 +6,18 @@
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
     python personalize.py photos/ "[V] face as a rock star" --each     # every photo is another person
+    python personalize.py nano/example.png "[V] face as a king" --method dreambooth
 
-Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the LiDB
-weights) and person_tuned.safetensors (the same with the LoRA of the fine-tuning). sheet.png shows the photo,
-the prediction alone, then the prompts. With --each every person's files are in a folder of the photo's name,
-and sheet.png has a column for each. nano knows drawn people alone: of a photograph it says what it saw, draws
-that person, and goes on with the drawing, which the sheet shows too.
-
-The systems that the paper compares with have the same command line: python -m methods.dreambooth,
-.textual_inversion, .perfusion, .e4t.
+Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the
+predicted weights, or another method's) and person_tuned.safetensors (the same with the LoRA of the
+fine-tuning). sheet.png shows the photo, the prediction alone, then the prompts. With --each every person's
+files are in a folder of the photo's name, and sheet.png has a column for each. nano knows drawn people alone:
+of a photograph it says what it saw, draws that person, and goes on with the drawing, which the sheet shows
+too.
 """
-import argparse
 import itertools
-import os
-import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 
 from program import START, console
@@ -31,180 +26,74 @@ import torch
 from tqdm import tqdm
 
 import hdb
-from methods.arguments import PERSONAL, check_kinds, parsed
-from methods import registry, textual_inversion  # noqa: F401
-from adapters import LowRank, canonical, join, with_identifier, scale, stack
+from adapters import LowRank, canonical, join, scale, stack, with_identifier
 from files import images
-from files.checkpoints import finite, open_tensors, whole_files
-from program.console import UserError
+from files.checkpoints import finite, whole_files
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
-from training.parts import split
-from files.person import MAKERS, OURS, Person, load_person, save_person
-from training.photos import read_photos
-from nano import faces
+from files.person import load_person, save_person
+from methods import command_line, hyperdreambooth, textual_inversion
+from methods.command_line import PERSONAL, check_kinds
+from methods.sitting import sit
+from methods.table import METHODS
 from nano.judge import load_judge
-from nano.photo import avatar, reader
-
-# On nano, elsewhere, the least, the most, what it is
-NUMBERS = {"steps": (40, 40, 0, 100_000, "of fine-tuning; 0: prediction alone; 200 without a hypernetwork"),
-           "rank": (4, 4, 1, 320, "of the LoRA that is fine-tuned; 16 without a hypernetwork"),
-           "lr": (3e-3, 5e-4, 0, 1, "learning rate of fine-tuning"),
-           "batch": (4, 4, 1, 1024, "of fine-tuning: noises of the photo a step")}
-# Fine-tuning alone has the whole way to go: what is published for LoRAs of one photo, 80 to 200 steps
-ALONE = {"steps": 200, "rank": 16, "lr": 2e-4}
-
-
-def options(parser):
-    """This method's options that are no numbers."""
-    parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
-
-
-def maker_of(method):
-    """The module that makes persons by this method, with options and ranges of its own: this one or
-    another."""
-    return MAKERS.get(method, sys.modules[__name__])
-
-
-def arguments(method=OURS):
-    """What the command line of this method says."""
-    return parsed(maker_of(method), method)
+from program.console import UserError
+from training.parts import split
 
 
 def main(args):
-    maker = maker_of(args.method)
-    # what is no photo or person, or can't be had, is reported before gigabytes are loaded
-    for path in args.people:
-        open_tensors(path)
-    if not args.people:
-        check_kinds(args, maker.kinds(args))
-        if not args.each and len(photos_of(args, images.SMALLEST, "center")) > 1 and args.method != OURS:
-            raise UserError(f"{args.method} takes one photo")
     stage = console.Stages(START)
-    model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    file = args.hypernet or (HERE / "nano/hypernet.safetensors" if args.model == "nano" else None)
-    method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
-    stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
-    styles = join(*(load_lora(path, model, strength) for path, strength in args.lora))
-    warn(args, model.tokenizer)
+    engine = load(args, stage)
+    styles = join(*(load_lora(path, engine.model, strength) for path, strength in args.lora))
+    warn_of_prompts(args, engine.model.tokenizer)
 
-    # the person, or people
-    seen, photo, written = None, None, []
-    if args.each:
-        seen = fit_each(args, method, stage)
-    if args.people:
-        people = [read_person(path, method) for path in args.people]
-        stage(f"read {', '.join(args.people)}")
+    # The people: read from their files, or made from photos
+    sittings = [] if args.people else sit(args, engine.model)
+    if sittings:
+        people, written = make_people(sittings, args, engine, stage)
     else:
-        seen, photo = sitter(args, 8 * model.unet.config.sample_size)
-        photo = photo.to(model.device)
-        person = maker.make_person(method, photo if len(photo) == 1 else photo[None], args, stage)
-        if not all(map(finite, person.stored().values())):
-            raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
-        # as the file keeps it, so that the pictures are the same again from there
-        people = [person.map(lambda t: t.half().float())]
-        written = save(people[0], method, args.out)
-    adapters = [person.adapters(method) for person in people]
-    check_kinds(args, {type(adapter) for mine in adapters for adapter in mine.values()})
-    if args.strength != 1:
-        adapters = [scale(mine, args.strength) for mine in adapters]
-    if hasattr(maker, "turn"):
-        adapters = [maker.turn(mine, args, method) for mine in adapters]
+        people, written = [read_person(path, engine) for path in args.people], []
+        stage(f"read {', '.join(args.people)}")
 
-    # the pictures
-    with model.adapted(styles):
-        predicted, pictures = draw(method, people, adapters, args)
+    # Their pictures, side by side where that is possible
+    adapters = [turned(person, args, engine) for person in people]
+    with engine.model.adapted(styles):
+        predicted = draw_prediction(people, args, engine) if sittings and not args.each else []
+        pictures = draw(people, adapters, args, engine)
     stage(f"sampled {len(pictures) + len(predicted)} pictures in {args.sample_steps} steps")
-    shown = torch.cat([x.cpu() for x in (seen, photo, predicted, pictures) if x is not None and len(x)])
-    columns = len(people) if photo is None else len(shown)
-    written += write_pictures(pictures, shown, columns, model, args)
 
+    # The files
+    written += write_pictures(predicted, pictures, people, sittings, args, engine.model)
     if args.export or args.merge:
         whole = join(adapters[0], styles) if styles else adapters[0]
-        written += for_other_programs(model, people[0], whole, args)
+        written += write_for_other_programs(people[0], whole, args, engine.model)
     for path in written:
         print(f"  {path}  {path.stat().st_size / 1000:.1f} KB")
-    if args.model == "nano" and photo is not None:  # the miniature has a judge
-        drawn, judge = torch.stack([*predicted, *pictures]).cpu(), load_judge()
-        scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in photo.cpu()]).mean(0)
-        for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
-            print(f"  likeness {score:+.2f}  {name}")
-    seconds = time.time() - START
-    stage(f"done, {seconds:.1f} s in all, seed {args.seed}{console.peak_memory(model.device)}")
+    if args.model == "nano" and sittings and not args.each:
+        print_likeness(predicted, pictures, sittings[0].seen, args)
+    stage(f"done, {time.time() - START:.1f} s in all, seed {args.seed}"
+          f"{console.peak_memory(engine.model.device)}")
 
 
-def fit_each(args, method, stage):
-    """Make everybody's personal file, some people side by side, and name them in args.people; what the method
-    saw of them (P, 3, H, W). A photo that can't be used is reported. UserError where none can."""
-    used, folders, sitters, side = [], [], [], 8 * method.model.unet.config.sample_size
-    pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
-    # names that stay free: of no folder of one's own, of what is written, of files that are there
-    taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
-
-    def of(paths):
-        return argparse.Namespace(**vars(args) | {"photos": paths})
-    for path in args.photos:
-        try:
-            _, photo = sitter(of([path]), side)
-        except images.ImageError as error:
-            print(console.one_line(f"  not used: {error}"))
-        else:
-            taken.append(free_name(Path(path).stem, taken))
-            folders.append(args.out / taken[-1])
-            used.append(path)
-            sitters.append(photo)
-    if not sitters:
-        raise UserError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
-    sitters, few = torch.cat(sitters).to(method.model.device), args.side_by_side
-    for paths, outs, photo in zip(split(used, few), split(folders, few), sitters.split(few)):
-        made = maker_of(args.method).make_person(method, photo, of(paths), stage)
-        for i, out in enumerate(outs):
-            person = made.map(lambda t, i=i: t[i:i + 1])
-            args.people.append(str(save(person, method, out)[-1]))
-    return sitters
+def arguments():
+    """What the command line says."""
+    return command_line.arguments(__doc__)
 
 
-def free_name(stem, taken):
-    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
-    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
-    return next(name for name in names if name.casefold() not in map(str.casefold, taken))
+def load(args, stage):
+    """The hdb.HyperDreamBooth around the model, with a hypernetwork if there is one."""
+    model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
+    file = getattr(args, "hypernet", None)
+    if args.model == "nano" and not file:
+        file = HERE / "nano/hypernet.safetensors"
+    engine = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
+    stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
+    return engine
 
 
-def photos_of(args, side, crop):
-    """All photos of the person (N, 3, side, side), cut as images.read does; a crop in pixels goes before."""
-    crop = args.crop if isinstance(args.crop, tuple) else crop
-    every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
-             for path in args.photos)
-    return torch.cat([photo for some in every for photo in some])
-
-
-def sitter(args, side):
-    """Pictures (N, 3, side, side) of the person: photos that the method doesn't see, or None, and what it
-    sees. nano knows drawn people alone: it reads a photo, says what it saw, and draws that person."""
-    if args.model != "nano":
-        return None, photos_of(args, side, args.crop)
-    network, pictures = reader.load_reader(), photos_of(args, side, "center")
-    if args.look is None and reader.drawn(network, pictures).all():
-        args.crop = args.crop if isinstance(args.crop, tuple) else "center"
-        return None, pictures
-    photos = photos_of(args, 2 * side, args.crop)
-    _, portrait, args.saw = avatar.avatar(network, photos, args.look)
-    print(f"saw: {args.saw}\n     wrong? say it with --look, in words of {faces.vocabulary_text()}")
-    return reader.shrunk(photos, side), portrait
-
-
-def read_person(path, method):
-    """The Person in a personal file, or in an embedding that textual inversion has learnt anywhere."""
-    embedding = textual_inversion.is_embedding(path)
-    return textual_inversion.load_embedding(path, method.model) if embedding else load_person(path, method)
-
-
-def warn(args, tokenizer):
-    """Warn of prompts that don't say [V] or are too long, once and not again at every picture; and of a rate
-    that suits nano alone."""
-    if args.model != "nano" and args.photos and args.method == OURS and args.lr > NUMBERS["lr"][1]:
-        warnings.warn(f"--lr {args.lr:g} is large for this model; 2e-4 to 5e-4 are usual", stacklevel=1)
+def warn_of_prompts(args, tokenizer):
+    """Warn of prompts that don't say [V] or are too long, once and not again at every picture."""
     tokenizer([*map(with_identifier, args.prompts), args.negative])
     warnings.filterwarnings("ignore", "prompt is longer")
     for prompt in args.prompts:
@@ -215,95 +104,150 @@ def warn(args, tokenizer):
             warnings.warn(f'the prompt "{prompt}" {what}, so it will not show the person', stacklevel=1)
 
 
-def kinds(args):
-    """What the adapters of a person made here are."""
-    return [LowRank]
+# ------------------------------------------------------------------------------------------------------------
+# People
+
+def make_people(sittings, args, engine, stage):
+    """Everybody's Person, by --method, and the paths of the files they are written to. Each is as the file
+    keeps it, in half precision, so that the pictures are the same again from there. UserError for numbers
+    that are none."""
+    method, people, written = METHODS[args.method], [], []
+    folders = folders_of(sittings, args) if args.each else [args.out]
+    together = args.side_by_side if method.several else 1
+    for some, outs in zip(split(sittings, together), split(folders, together)):
+        photos = torch.stack([sitting.seen for sitting in some]).to(engine.model.device)
+        generators = [hdb.seeded(args.seed) for _ in some]
+        made = method.make(engine, photos, generators, args, stage)
+        if not all(map(finite, made.tensors.values())):
+            raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
+        for i, out in enumerate(outs):
+            person = made.map(lambda t, i=i: t[i:i + 1].half().float())
+            written += save(person, engine, out)
+            people.append(person)
+    return people, written
 
 
-def make_person(method, photo, args, stage):
-    """Photo to Person: predict, then fine-tune."""
-    theta, lora = None, {}
-    if method.hypernet:
-        theta = method.predict(photo)
-        stage(f"predicted {theta.numel():,} personal weights from {', '.join(args.photos)}")
-    elif not args.steps:
-        raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
-                        "--hypernet or --steps")
-    else:
-        print(f"         no hypernetwork for {args.model}, so fine-tuning alone, for which 40 steps are few: "
-              f"{args.steps} steps at rank {args.rank}")
-    if args.steps:
-        generator = torch.Generator().manual_seed(args.seed)
-        settings = args.steps, args.rank, args.lr, args.batch
-        with stage.progress(args.steps) as show:
-            lora = method.fine_tune(photo, theta, *settings, generator, show)
-        stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
-    return Person(theta, lora, method.basis_seed, args.model)
+def folders_of(sittings, args):
+    """A folder in --out for everybody, of their photo's name, that leads nowhere else and takes no place of
+    what is written there."""
+    pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
+    taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
+    for sitting in sittings:
+        taken.append(free_name(Path(sitting.paths[0]).stem, taken))
+    return [args.out / name for name in taken[-len(sittings):]]
 
 
-def save(person, method, out):
-    """Write what there is of a new person and return the paths. What is left of another run goes: it may be
-    somebody else."""
-    alone, tuned = (out / name for name in PERSONAL)
-    known = {alone: person.theta is not None or person.tensors, tuned: person.lora}
-    written = [path for path, there in known.items() if there]
-    with whole_files(*written) as temporary:
-        for path, new in zip(written, temporary):
-            save_person(person, method, new, lidb_only=path == alone)
-    for path in known.keys() - set(written):
-        path.unlink(missing_ok=True)
-    return written
+def free_name(stem, taken):
+    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+    return next(name for name in names if name.casefold() not in map(str.casefold, taken))
 
 
-def draw(method, people, adapters, args):
-    """The prediction's picture, of a photo that has one, or [], and every prompt's, of all people each."""
-    def sample(prompt, who, mine, first):
-        prompts = [with_identifier(prompt, people[i].identifier) for i in who]
-        return method.sample(prompts, mine, [first + i for i in who], steps=args.sample_steps,
-                             guidance=args.guidance, negative=args.negative,
-                             person_guidance=args.person_guidance)
-    # low-rank people share a batch
-    everybody = list(range(len(people)))
-    groups = [([i], adapters[i]) for i in everybody]
-    if all(isinstance(adapter, LowRank) for mine in adapters for adapter in mine.values()):
-        groups = [(few, stack([adapters[i] for i in few])) for few in split(everybody, args.side_by_side)]
-    predicted = []
-    if not args.people and people[0].theta is not None:
-        predicted = sample(hdb.PROMPT, [0], method.lidb.adapters(people[0].theta), args.seed)
-    pictures = torch.cat([sample(prompt, who, mine, args.seed + i * len(people))
-                          for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False))
-                          for who, mine in groups])
+def save(person, engine, out):
+    """Write a new person, in the parts that the method keeps, and return the paths. What is left of another
+    run goes: it may be another person."""
+    parts = {f"{name}.safetensors": part for name, part in person.method.parts(person).items()}
+    with whole_files(*(out / name for name in parts)) as temporary:
+        for part, new in zip(parts.values(), temporary):
+            save_person(part, engine, new)
+    for name in set(PERSONAL) - parts.keys():
+        (out / name).unlink(missing_ok=True)
+    return [out / name for name in parts]
+
+
+def read_person(path, engine):
+    """The Person in a personal file, or in an embedding that textual inversion has learnt anywhere."""
+    if textual_inversion.is_embedding(path):
+        return textual_inversion.load_embedding(path, engine.model)
+    return load_person(path, engine, METHODS)
+
+
+def turned(person, args, engine):
+    """The person's adapters, at --strength and turned by the method's own knobs. UserError for what they
+    can't do."""
+    adapters = person.adapters(engine)
+    check_kinds(args, {type(adapter) for adapter in adapters.values()})
+    if args.strength != 1:
+        adapters = scale(adapters, args.strength)
+    return METHODS[args.method].at_sampling(adapters, args, engine)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def sample(prompt, people, adapters, seeds, args, engine):
+    """One picture (P, 3, H, W) of each of these people."""
+    prompts = [with_identifier(prompt, person.identifier) for person in people]
+    return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
+                         negative=args.negative, person_guidance=args.person_guidance)
+
+
+def draw_prediction(people, args, engine):
+    """The picture (1, 3, H, W) of the prediction alone, where there is one."""
+    alone = hyperdreambooth.prediction(people[0])
+    if not alone.tensors:
+        return []
+    return sample(hdb.PROMPT, [alone], alone.adapters(engine), [args.seed], args, engine)
+
+
+def draw(people, adapters, args, engine):
+    """Every prompt's picture of everybody: (prompts · P, 3, H, W). UserError for NaN."""
+    numbers = list(range(len(people)))
+    groups = [([i], adapters[i]) for i in numbers]
+    if all(isinstance(adapter, LowRank) for own in adapters for adapter in own.values()):
+        groups = [(few, stack([adapters[i] for i in few])) for few in split(numbers, args.side_by_side)]
+    pictures = []
+    for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False)):
+        for few, own in groups:
+            seeds = [args.seed + i * len(people) + k for k in few]
+            pictures.append(sample(prompt, [people[k] for k in few], own, seeds, args, engine))
+    pictures = torch.cat(pictures)
     if not pictures.isfinite().all():
         raise UserError("a picture came out as NaN: the personal weights, --strength or --guidance are too "
                         "large for this model or dtype")
-    return predicted, pictures
+    return pictures
 
 
-def write_pictures(pictures, shown, columns, model, args):
-    """Write every picture, and the sheet of all `shown`, with the settings of the run; return the paths."""
+def settings_of(sittings, args, model):
+    """name -> value of everything that makes a picture of this run what it is."""
     settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps,
                 "guidance": args.guidance, "person guidance": args.person_guidance,
                 "negative": args.negative, "strength": args.strength,
                 "dtype": str(model.dtype).removeprefix("torch.")}
     if args.lora:
         settings["lora"] = ", ".join(f"{path}:{strength:g}" for path, strength in args.lora)
-    if args.saw:
-        settings["saw"] = args.saw
-    if args.photos:
-        tuning = ", ".join(f"{name} {getattr(args, name)}" for name in maker_of(args.method).NUMBERS)
-        settings |= {"crop": args.crop, "method": args.method, "fine-tuning": tuning,
-                     "hypernet": args.hypernet or "the model's own, if any"}
-    whose, paths = args.people or [", ".join(args.photos)], [args.out / "sheet.png"]
+    if sittings and sittings[0].saw:
+        settings["saw"] = sittings[0].saw
+    if sittings:
+        rows = METHODS[args.method].options(args.model, getattr(args, "hypernet", None))
+        tuning = {row.name: getattr(args, row.more.get("dest", row.name)) for row in rows}
+        settings |= {"crop": sittings[0].crop, "method": args.method,
+                     "hypernet": tuning.pop("hypernet", None) or "the model's own, if any",
+                     "fine-tuning": ", ".join(f"{name} {value}" for name, value in tuning.items())}
+    return settings
+
+
+def write_pictures(predicted, pictures, people, sittings, args, model):
+    """Write every picture, and the sheet of them all, with the settings of the run; return the paths."""
+    settings, paths = settings_of(sittings, args, model), [args.out / "sheet.png"]
+    whose = args.photos if args.each else args.people or [", ".join(args.photos)]
+    if args.each:
+        whose = [sitting.paths[0] for sitting in sittings]
     for i, picture in enumerate(pictures):
         paths.append(args.out / f"{i}.png")
-        images.save(images.to_pil(picture), paths[-1], prompt=args.prompts[i // len(whose)],
-                    person=whose[i % len(whose)], seed=args.seed + i, **settings)
-    images.save(images.sheet(shown, columns), paths[0], prompt=" | ".join(args.prompts),
+        images.save(images.to_pil(picture), paths[-1], prompt=args.prompts[i // len(people)],
+                    person=whose[i % len(people)], seed=args.seed + i, **settings)
+    shown = [x for sitting in sittings for x in (sitting.shown, sitting.seen) if x is not None]
+    if args.each:
+        shown = [torch.cat([sitting.seen for sitting in sittings])]
+    every = torch.cat([x.cpu() for x in (*shown, predicted, pictures) if len(x)])
+    columns = len(every) if sittings and not args.each else len(people)
+    images.save(images.sheet(every, columns), paths[0], prompt=" | ".join(args.prompts),
                 person=" | ".join(whose), seed=args.seed, **settings)
     return paths
 
 
-def for_other_programs(model, person, adapters, args):
+def write_for_other_programs(person, adapters, args, model):
     """Write what --export and --merge ask for of this person, whose adapters are these, and say how it is
     used; return the paths of the files."""
     word, paths = person.identifier, []
@@ -322,10 +266,13 @@ def for_other_programs(model, person, adapters, args):
     return paths
 
 
-def command(name=OURS):
-    """The command line of the method `name`."""
-    console.run(main, partial(arguments, name))
+def print_likeness(predicted, pictures, seen, args):
+    """What nano's judge says of every picture: the mean likeness to the photos."""
+    drawn, judge = torch.stack([*predicted, *pictures]).cpu(), load_judge()
+    scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in seen.cpu()]).mean(0)
+    for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):
+        print(f"  likeness {score:+.2f}  {name}")
 
 
 if __name__ == "__main__":
-    command()
+    console.run(main, arguments)

@@ -18,7 +18,6 @@ shows in what is said of [V] and in nothing else. For the miniature a further sh
 Photos are encoded first, once. On N GPUs:
 torchrun --nproc-per-node=N -- train.py …, each with --batch people.
 """
-import math
 import os
 import time
 from dataclasses import replace
@@ -30,6 +29,7 @@ from program import console
 import torch
 
 import hdb
+from diffusion import noised
 from program import distributed
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER, load_vit
@@ -37,6 +37,8 @@ from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
 from training.parts import cached, load_all
 from training.photos import Photos
+from program.options import (Option, early, folder_of_faces, model_rows, number, old_file, parser_of, refused,
+                             run_rows, same, training_rows)
 from hypernet import HyperConfig, HyperNetwork
 from nano import people, seeds
 from nano.training import pretrain
@@ -81,9 +83,10 @@ def main(args):
         after = left_after(len(who), hypernet.config.iterations, step / trainer.steps, generator)[mine]
         theta = hypernet.passes(features)[after, torch.arange(len(after))]
         target = None if targets is None else targets[who[mine]].to(model.device)
-        with method.hyper_loss(theta, latents, prompts, generator, target, args.alpha, args.beta,
-                               distributed.rank_and_size()) as (loss, denoising, distance):
-            trainer.update(loss, denoising=denoising, distance=distance)
+        noisy = noised(latents, generator, part=(rank, size))
+        with model.adapted(method.lidb.adapters(theta)):
+            loss, *terms = hdb.hyper_loss(model, prompts, noisy, theta, target, args.alpha, args.beta)
+            trainer.update(loss, **dict(zip(("denoising", "distance"), terms)))
         if watched and distributed.is_main() and (trainer.step % args.every == 0 or trainer.done):
             with trainer.averaged():
                 estimates = hypernet.passes(encode_face(hypernet.vit, watched.photos)).detach()
@@ -127,9 +130,9 @@ def nano_encoder(args, device, deadline):
     """The miniature's ViT in --out, trained now if it isn't there."""
     file = Path(args.out) / "encoder/vit.safetensors"
     if not file.exists():
-        _, options = pretrain.PARTS["encoder"]
-        where = {"runs": args.out, "device": device, "deadline": deadline, "seed": 0}
-        pretrain.train_encoder(SimpleNamespace(**options, **where))
+        _, rows = pretrain.PARTS["encoder"]
+        where = {"runs": args.out, "device": device, "deadline": deadline}
+        pretrain.train_encoder(SimpleNamespace(**{row.name: row.nano for row in rows} | where))
     if not file.exists():
         raise console.Stopped(0, "stopped with the encoder half trained; the same command goes on")
     print(f"encoder: {file}")
@@ -152,39 +155,26 @@ def fit_targets(method, data, args, folder, of, deadline):
 
 
 def arguments():
-    parser = console.model_parser(__doc__, model_name)
-    parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
-    parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano's and --start's are "
-                        "their own")
-    parser.add_argument("--start", metavar="FILE", help="hypernetwork to go on from, with its encoder")
-    parser.add_argument("--steps", type=int, default=3000, help="of training")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, in any stage")
-    parser.add_argument("--batch", type=int, default=24, help="people a step, of each process")
-    parser.add_argument("--lr", type=float, default=6e-4, help="learning rate")
-    parser.add_argument("--iterations", type=int, help="s of Eq. 3; if not given, that of --start, or else 4")
-    parser.add_argument("--alpha", type=float, default=1., help="weight of Eq. 2's denoising term")
-    parser.add_argument("--beta", type=float, default=0., help="weight of Eq. 2's distance to fitted targets")
-    parser.add_argument("--targets", type=int, default=1024, help="nano: people that targets are fitted for")
-    parser.add_argument("--target-steps", type=int, default=150, help="of fitting targets")
-    parser.add_argument("--target-lr", type=float, default=.02, help="learning rate of that")
-    parser.add_argument("--every", type=int, default=250, help="steps between pictures of watched people")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--name", default="hypernet", help="of this run's folder in --out")
-    parser.add_argument("--out", default="runs", help="folder of all runs")
-    parser.add_argument("--save", help="where the result goes, if not into the run's folder")
+    model = model_name(early("model").model or "nano")
+    nano = model == "nano"
+    own = "--encoder cannot be chosen for nano or with --start, which bring their own"
+    parser = parser_of(__doc__, [
+        *model_rows(model_name), folder_of_faces(model),
+        Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
+        same("start", old_file, None, "hypernetwork to go on from, with its encoder", metavar="FILE"),
+        *training_rows(3000, 24, 6e-4, *((seeds.STEPS, seeds.SEEDS) if nano else ())),
+        same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, that of --start, or else 4"),
+        same("alpha", number(float, 0, 10 ** 6), 1., "weight of Eq. 2's denoising term"),
+        same("beta", number(float, 0, 10 ** 6), 0., "weight of Eq. 2's distance to fitted targets"),
+        same("targets", number(int, 1, 10 ** 6), 1024, "nano: people that targets are fitted for"),
+        same("target-steps", number(int, 1, 10 ** 6), 150, "of fitting targets"),
+        same("target-lr", number(float, 0, 1), .02, "learning rate of that"),
+        *run_rows("hypernet", 250)], model)
     args = parser.parse_args()
-    console.check_faces(parser, args)
-    # nano's people come from ranges that must not meet
-    steps, seed = (seeds.STEPS, seeds.SEEDS) if args.model == "nano" else (10 ** 9, 2 ** 40)
-    console.check_ranges(parser, args, steps=(1, steps), minutes=(0, math.inf), batch=(1, 4096), lr=(0, 1),
-                         iterations=(1, 64), alpha=(0, 10 ** 6), beta=(0, 10 ** 6), targets=(1, 10 ** 6),
-                         target_steps=(1, 10 ** 6), target_lr=(0, 1), every=(1, 10 ** 9), seed=(0, seed))
-    if args.encoder != FACE_ENCODER and (args.start or args.model == "nano"):
-        parser.error("--encoder cannot be chosen for nano or with --start, which bring their own")
+    if args.start and args.encoder not in (None, FACE_ENCODER):
+        parser.error(own)
     if not args.alpha and not args.beta:
         parser.error("--alpha and --beta cannot both be 0")
-    console.check_folder(parser, "--out", args.out)
-    console.check_file(parser, "--save", args.save)
     return args
 
 

@@ -25,14 +25,14 @@ import clip
 import hdb
 import unet
 import vae
-from methods import dreambooth, textual_inversion
-from diffusion import STEPS
+from methods import dreambooth, hyperdreambooth, textual_inversion
+from diffusion import STEPS, noised
 from adapters import IDENTIFIER, join
 from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
 from files.checkpoints import write_text
 from files.layouts import HERE, device_and_dtype
 from files.merged import config_files
-from files.person import Person, save_person
+from files.person import save_person
 from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
 from sd import StableDiffusion
@@ -109,7 +109,7 @@ def rows(method, their, args):
         predicted = method.predict(photo)
         lora = method.fine_tune(photo, predicted, batch=batch)
         with TemporaryDirectory() as folder:
-            save_person(Person(predicted, lora), method, Path(folder, "person"))
+            save_person(hyperdreambooth.person(predicted, lora), method, Path(folder, "person"))
     yield Row("c", "photo to saved person, 40 steps", lambda: [clock(person)])
 
     def picture(adapters):
@@ -139,8 +139,9 @@ def rows(method, their, args):
     def learn(who):
         method.hypernet.requires_grad_(True)
         found = method.hypernet.refine(features[who])
-        with method.hyper_loss(found, latents[who], [PROMPT] * len(found), generator) as (loss, *_):
-            loss.backward()
+        with model.adapted(method.lidb.adapters(found)):
+            noisy = noised(latents[who], generator)
+            hdb.hyper_loss(model, [PROMPT] * len(found), noisy, found)[0].backward()
         method.hypernet.zero_grad()
         method.hypernet.requires_grad_(False)
 

@@ -69,7 +69,7 @@ def fit(job, group, method, photos, costs=None):
     person = job.fit(method, given, generators)
     seconds, size = time.perf_counter() - start, 0
     if costs is not None and len(group) == 1 and not job.knob:
-        if person.stored():
+        if person.tensors:
             with TemporaryDirectory() as folder:
                 save_person(person, method, Path(folder, "person"))
                 size = Path(folder, "person").stat().st_size

@@ -3,11 +3,10 @@ from functools import cache, partial
 from typing import NamedTuple
 from collections.abc import Callable
 
-from methods import dreambooth, e4t, perfusion, textual_inversion
-from methods import registry  # noqa: F401  (all of MAKERS)
+from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversion
 from adapters import scale
 from files.layouts import HERE
-from files.person import MAKERS, Person
+from files.person import Person
 
 PEOPLE = 8  # side by side on nano, where a method takes several
 
@@ -31,15 +30,15 @@ def ours(method, photo, generators, steps=40, predict=True, iterations=None, **s
     """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
     theta = method.predict(photo, iterations) if predict else None
     lora = method.fine_tune(photo, theta, steps, generator=generators, **settings) if steps else {}
-    return Person(theta, lora, method.basis_seed)
+    return hyperdreambooth.person(theta, lora)
 
 
-def theirs(name, shared=None, **settings):
+def theirs(module, shared=None, **settings):
     """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
     def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
-        tensors = MAKERS[name].learn(method.model, photo, generator=generators, **given)
-        return Person(tensors=tensors, made_by=name)
+        tensors = module.learn(method.model, photo, generator=generators, **given)
+        return Person(module.METHOD, tensors)
     return fit
 
 
@@ -56,7 +55,8 @@ def prior(model):
 
 def usual(module, nano, *names):
     """A module's usual settings of these names, on nano or elsewhere."""
-    return {name: module.NUMBERS[name][0 if nano else 1] for name in names}
+    rows = module.options("nano" if nano else "", None)
+    return {row.name: row.nano if nano else row.elsewhere for row in rows if row.name in names}
 
 
 def rows(nano, quick=False):
@@ -65,7 +65,7 @@ def rows(nano, quick=False):
     part = 20 if quick and not nano else 1
 
     def dreamt(steps, lr, **others):
-        return theirs("dreambooth", prior, steps=max(1, steps // part), lr=lr[0 if nano else 1], **others)
+        return theirs(dreambooth, prior, steps=max(1, steps // part), lr=lr[0 if nano else 1], **others)
 
     def known(module, *names):
         found = usual(module, nano, "steps", *names)
@@ -75,16 +75,16 @@ def rows(nano, quick=False):
     return [
         Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet"),
         Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1),
-        Job("Textual Inversion", theirs("textual_inversion", **known(textual_inversion, "lr", "batch"))),
+        Job("Textual Inversion", theirs(textual_inversion, **known(textual_inversion, "lr", "batch"))),
         Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4)),
-        Job("Perfusion", theirs("perfusion", **known(perfusion, "lr", "embedding_lr", "batch"))),
-        Job("E4T", theirs("e4t", domain), 1, needs="encoder"),
+        Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch"))),
+        Job("E4T", theirs(e4t, domain), 1, needs="encoder"),
         Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1),
         Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1),
         Job("No Hyper", partial(ours, predict=False, **fast)),
         Job("Only Hyper", partial(ours, steps=0), needs="hypernet"),
         *passes,
-        Job("the model itself", lambda method, photo, generators: Person())]
+        Job("the model itself", lambda method, photo, generators: hyperdreambooth.person())]
 
 
 def curves():
@@ -100,4 +100,4 @@ def curves():
              for s in (1, 2, 3, 4, 6)]
     return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *several, *alone,
             Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),
-            Job("Perfusion", theirs("perfusion"), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]
+            Job("Perfusion", theirs(perfusion), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]

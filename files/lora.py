@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from adapters import LowRank, adaptable_layers, require_low_rank
+from torch import nn
+
+from adapters import LowRank, require_low_rank
 from files.checkpoints import outline, read_tensors, read_text, refusing, write
 from files.compvis import unet_to_compvis
 from program.console import UserError
@@ -126,6 +128,16 @@ def load_lora(path, model, strength=1.0):
 def matrix(shape):
     """The shape without the sides of a 1×1 kernel, which some write of linear layers and some leave out."""
     return tuple(shape[:2] if set(shape[2:]) == {1} else shape)
+
+
+def adaptable_layers(unet, text):
+    """Every layer that can take a low-rank adapter: name -> nn.Linear or nn.Conv2d."""
+    found = {}
+    for part, network in ("unet", unet), ("text", text):
+        for name, layer in network.named_modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                found[f"{part}.{name}"] = layer
+    return found
 
 
 def report_problems(path, problems):

@@ -1,5 +1,4 @@
-"""One person in a file: LiDB's numbers and, after rank-lora fine-tuning, a LoRA beside them; or whatever
-another method has made of a photo."""
+"""One person in a file: the tensors that a method has made of a photo, and whose model they belong to."""
 import re
 import warnings
 import zlib
@@ -7,83 +6,74 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
+from typing import Any
 
 import torch
 
-from adapters import IDENTIFIER, LowRank, join, scale
+from adapters import IDENTIFIER, scale
 from files.checkpoints import alike, finite, open_tensors, outline, read_tensors, refusing, write
 from program.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
 LONGEST_WORD = 500
-MAKERS = {}  # made_by -> another method's module, with adapters(tensors, model) and shapes(model, tensors)
 
 
 @dataclass
 class Person:
-    """One person: LiDB's `theta` (1, layers, r(a + b)), float32, or None, and the LoRA beside it or {}; or,
-    made by another method, its `tensors`."""
-    theta: torch.Tensor | None = None
-    lora: dict = field(default_factory=dict)  # layer -> LowRank
-    basis_seed: int = 0                          # of the LiDB that theta belongs to
+    """One person, or P of them side by side, as `method`, a methods.protocol.Method, has made them."""
+    method: Any
+    tensors: dict = field(default_factory=dict)  # name -> (P, …), float32
     base: str = ""                               # the model, as it was called when the person was made
     identifier: str = IDENTIFIER                 # what [V] stood for
     scale: float = 1.0                           # default strength
     date: str = field(default_factory=lambda: date.today().isoformat())
-    made_by: str = OURS
-    tensors: dict = field(default_factory=dict)  # name -> (1, …)
+    basis_seed: int | None = None                # of the LiDB basis that its θ belongs to, if it has one
 
-    def adapters(self, method):
-        """What makes the model of `method`, an hdb.HyperDreamBooth, this person's, at the default
+    def adapters(self, engine):
+        """What makes the model of `engine`, an hdb.HyperDreamBooth, draw this person, at the default
         strength."""
-        if self.made_by != OURS:
-            return MAKERS[self.made_by].adapters(self.tensors, method.model)
-        predicted = {} if self.theta is None else method.lidb.adapters(self.theta)
-        return scale(join(predicted, self.lora), self.scale)
+        made = self.method.adapters(self.tensors, engine)
+        return made if self.scale == 1 else scale(made, self.scale)
 
     def map(self, change):
         """The same person with change(tensor) for every tensor."""
-        theta = None if self.theta is None else change(self.theta)
-        lora = {name: LowRank(*map(change, adapter)) for name, adapter in self.lora.items()}
-        tensors = {name: change(t) for name, t in self.tensors.items()}
-        return replace(self, theta=theta, lora=lora, tensors=tensors)
-
-    def stored(self, lidb_only=False):
-        """name -> tensor, as in a file; lidb_only: without the LoRA."""
-        found = {} if self.theta is None else {"theta": self.theta}
-        if not lidb_only:
-            found |= {f"{name}.{ab}": t for name, pair in self.lora.items() for ab, t in zip("AB", pair)}
-        return found | self.tensors
+        return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
 
 
-def save_person(person, method, path, lidb_only=False, dtype=torch.float16):
-    """Write `person`, made for the model of `method`, an hdb.HyperDreamBooth, to a safetensors file in
-    `dtype`; lidb_only: without LoRA, a few KB. UserError for nobody, another basis, numbers dtype can't
-    hold."""
-    tensors = {key: t.detach().to(dtype) for key, t in person.stored(lidb_only).items()}
-    if person.theta is not None and (here := method.lidb.seed) != person.basis_seed:
-        raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's {here}")
-    check_person(tensors, method, path, person.made_by, "nothing to write, the person has no such weights")
+def save_person(person, engine, path, dtype=torch.float16):
+    """Write one `person`, made for the model of `engine`, an hdb.HyperDreamBooth, to a safetensors file in
+    `dtype`. UserError for a person without tensors, another basis, and numbers that dtype can't hold."""
+    tensors = {key: t.detach().to(dtype) for key, t in person.tensors.items()}
+    if person.basis_seed not in (None, engine.basis_seed):
+        raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's "
+                        f"{engine.basis_seed}")
+    check_person(tensors, engine, path, person.method, "nothing to write, the person has no such weights")
     check_numbers(tensors, path)
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
     about["scale"] = repr(float(person.scale))
-    write(tensors, path, about | belongs_to(method, person.made_by, "theta" in tensors))
+    write(tensors, path, about | belongs_to(engine, person.method, tensors))
 
 
-def load_person(path, method):
-    """The Person in a file of save_person, float32, on the device of `method`. UserError if it is none, is
-    damaged, or belongs to other layers or another basis than method's; a warning if only the weights, or in a
-    file without their checksums the model's name, are others."""
+def load_person(path, engine, methods):
+    """The Person in a file of save_person, float32, on the engine's device. methods: name -> Method, of those
+    whose persons may be read.
+
+    UserError if it is none, is damaged, or belongs to other layers or another basis than the engine's; a
+    warning if only the weights, or in a file without their checksums the model's name, are others.
+    """
     outlined, note = outline(path)
-    made_by = note.get("made_by", OURS)
-    model, ours = method.model, belongs_to(method, made_by, "theta" in outlined)
+    if note.get("format") != FORMAT:
+        raise UserError(f"{path}: not a personal file; a LoRA or a model is given in another place")
+    note = {"made_by": OURS} | note  # which older files do not say
+    if (made_by := note["made_by"]) not in methods:
+        raise UserError(f"{path}: made by {made_by}, which is not {' or '.join(methods)}")
+    method, model = methods[made_by], engine.model
+    ours = belongs_to(engine, method, outlined)
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours
               if not alike(note.get(key), ours[key])}
     weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
     made, other = f"made for {note.get('base') or 'a model without name'}, ", ", ".join(differ.values())
     for wrong, what in (
-            ("format" in differ, "not a personal file; a LoRA or a model is given in another place"),
-            (made_by not in (OURS, *MAKERS), f"made by {made_by}, a method that is not known here"),
             ("version" in differ, f"of version {note.get('version')}, this program reads version {VERSION}"),
             ("layers" in differ, f"{made}whose personal layers are other than {model.name}'s (there "
              f"{note.get('layer_set')}; here {ours['layer_set']}); give the model with --model"),
@@ -92,10 +82,10 @@ def load_person(path, method):
             (differ, f"{made}with another basis: {other}")):
         if wrong:
             raise UserError(f"{path}: {what}")
-    check_person(outlined, method, path, made_by, "empty")
+    check_person(outlined, engine, path, method, "empty")
     with refusing(f"{path}: damaged metadata"):
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
-        if not -10 <= about["scale"] <= 10 or made_by != OURS and about["scale"] != 1:
+        if not -10 <= about["scale"] <= 10 or not method.scalable and about["scale"] != 1:
             raise ValueError(f"scale {about['scale']}")
         word = about["identifier"]  # or several, which prompts have room for
         if not word.strip() or not word.isprintable() or len(word) > LONGEST_WORD:
@@ -109,12 +99,7 @@ def load_person(path, method):
     if weights:
         warnings.warn(f"{path}: {made}used with {model.name}, which is another model ({'; '.join(weights)}): "
                       "the likeness may be lost", stacklevel=2)
-    tensors = {key: t.float().to(model.device) for key, t in tensors.items()}
-    if made_by != OURS:
-        return Person(tensors=tensors, made_by=made_by, **about)
-    names = [name for name in method.layers if f"{name}.A" in tensors]
-    lora = {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
-    return Person(tensors.get("theta"), lora, method.lidb.seed, **about)
+    return Person(method, {key: t.float().to(model.device) for key, t in tensors.items()}, **about)
 
 
 def is_person(path):
@@ -124,21 +109,16 @@ def is_person(path):
     return False
 
 
-def belongs_to(method, made_by, in_basis):
-    """Metadata that says what the numbers mean: layers, by names and shapes, LiDB's basis if some are in it
-    (else it isn't made, which takes seconds at full size), and the weights."""
-    checksums = method.model.checksums
-    widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in method.layers.items())
-    kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in method.layers)
+def belongs_to(engine, method, tensors):
+    """Metadata that says what the numbers mean: layers, by names and shapes, what the method adds (a basis),
+    and the weights."""
+    widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in engine.layers.items())
+    kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in engine.layers)
     found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
-             "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items())}
-    if made_by == OURS and in_basis:
-        lidb = method.lidb
-        found |= {"a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
-                  "basis_checksum": lidb.checksum}
-    if made_by != OURS:
-        found["made_by"] = made_by
-    found |= {part: checksums[part] for part in ("unet", "text")}
+             "layer_set": ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+             "made_by": method.name}
+    checksums = engine.model.checksums
+    found |= method.note(tensors, engine) | {part: checksums[part] for part in ("unet", "text")}
     return {key: str(value) for key, value in found.items()}
 
 
@@ -152,16 +132,12 @@ def lora_shapes(layers, tensors):
     return expected
 
 
-def check_person(tensors, method, path, made_by, empty):
-    """UserError unless these have the shapes of one person's for method's model; `empty`: that there are
+def check_person(tensors, engine, path, method, empty):
+    """UserError unless these have the shapes of one person's for the engine's model; `empty`: that there are
     none."""
     if not tensors:
         raise UserError(f"{path}: {empty}")
-    if made_by == OURS:
-        expected = {"theta": (1, *method.lidb.shape)} if "theta" in tensors else {}
-        expected |= lora_shapes(method.layers, tensors)
-    else:
-        expected = MAKERS[made_by].shapes(method.model, tensors)
+    expected = method.shapes(tensors, engine)
     if absent := expected.keys() - tensors.keys():
         raise UserError(f"{path}: {min(absent)} is missing")
     for key, t in tensors.items():

@@ -1,1 +1,1 @@
-"""The systems that the paper compares with, each in a file of its own: only its difference from hdb.py."""
+"""HyperDreamBooth and its peers, each in a file of its own, as values of one protocol (protocol.py)."""

@@ -1,9 +1,9 @@
 """DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder learn one photo, while
 pictures that the model itself draws of the class keep it from forgetting what a face is.
 
-    python -m methods.dreambooth face.png "[V] face as a king"
-    python -m methods.dreambooth face.png "[V] face as a king" --steps 400 --lr 2e-5               # Agg-1
-    python -m methods.dreambooth face.png "[V] face as a king" --steps 400 --lr 5e-4 --rank 4      # LoRA
+    python personalize.py face.png "[V] face as a king" --method dreambooth
+    python personalize.py … --method dreambooth --steps 400 --lr 2e-5               # Agg-1
+    python personalize.py … --method dreambooth --steps 400 --lr 5e-4 --rank 4      # a LoRA
 
 Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
 HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
@@ -14,22 +14,17 @@ from functools import lru_cache
 import torch
 from tqdm import tqdm
 
-from training.fit import fit
+from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
+from methods.protocol import Method
+from program.options import Option, number
 from hdb import PROMPT
 from lidb import personal_layers
 from sd import StableDiffusion
 
 CLASS_PROMPT = "a face"
-# On nano, elsewhere, the least, the most, what it is
-NUMBERS = {"steps": (1200, 1200, 1, 100_000, "of training"),
-           "lr": (1e-5, 1e-6, 0, 1, "learning rate"),
-           "batch": (1, 1, 1, 1024, "noises of the photo a step"),
-           "rank": (0, 0, 0, 320, "train a LoRA of this rank; 0: all weights"),
-           "prior_weight": (1., 1., 0, 1000, "of the prior preservation; 0: none"),
-           "prior_pictures": (64, 200, 1, 10_000, "of the class, drawn first")}
 
 
 @torch.no_grad()
@@ -80,14 +75,14 @@ def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_
     if rank:
         lora = fresh_lora(personal_layers(model.unet, model.text), rank, generator, len(photo))
         factors = {f"{name}.{ab}": t for name, adapter in lora.items() for ab, t in zip("AB", adapter)}
-        fit(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.adapted(lora), callback,
-                generator)
+        fit_or_take_back(lambda: loss(model), [*factors.values()], steps, lr, lambda: model.adapted(lora),
+                         callback, replay=generator)
         return {name: t.detach() for name, t in factors.items()}
     if len(photo) > 1:
         raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")
     trained = trainable_copy(model)
-    fit(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
-            generator=generator, states=0)  # each would be as large as the model
+    fit_or_take_back(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
+                     replay=generator, states=0)  # each would be as large as the model
     return differences(model, trained)
 
 
@@ -113,7 +108,7 @@ def differences(model, trained):
     return {name: (p - before[name].float())[None] for name, p in parameters(trained).items()}
 
 
-def adapters(tensors, model):
+def adapters(tensors, engine=None):
     """The tensors of learn() as adapters: a Change of every layer, or LowRank ones."""
     found = {}
     for name, t in tensors.items():
@@ -124,30 +119,34 @@ def adapters(tensors, model):
     return {layer: Change({kind: t[0] for kind, t in part.items()}) for layer, part in found.items()}
 
 
-def shapes(model, tensors):
+def shapes(tensors, engine):
     """name -> shape of one person's tensors; of a LoRA if the first name is one's."""
     if next(iter(tensors), "").endswith((".A", ".B")):
-        return lora_shapes(personal_layers(model.unet, model.text), tensors)
-    return {name: (1, *p.shape) for name, p in parameters(model).items()}
+        return lora_shapes(engine.layers, tensors)
+    return {name: (1, *p.shape) for name, p in parameters(engine.model).items()}
 
 
-def kinds(args):
-    return [LowRank if args.rank else Change]
-
-
-def make_person(method, photo, args, stage):
+def make(engine, photos, generators, args, stage):
     """Photo to Person: the class's pictures, then the training."""
-    model, generator, prior = method.model, torch.Generator().manual_seed(args.seed), None
+    model, prior = engine.model, None
     if args.prior_weight:
         prior = shared_prior(model, args.prior_pictures, args.seed)
         stage(f'drew {len(prior)} pictures of "{CLASS_PROMPT}"')
     with stage.progress(args.steps) as show:
-        tensors = learn(model, photo, args.steps, args.lr, args.batch, args.rank, prior, args.prior_weight,
-                      generator, show)
+        tensors = learn(model, photos[:, 0], args.steps, args.lr, args.batch, args.rank, prior,
+                        args.prior_weight, generators[0], show)
     stage(f"trained {args.steps} steps, learning rate {args.lr:g}")
-    return Person(tensors=tensors, made_by="dreambooth", base=args.model)
+    return Person(METHOD, tensors, base=args.model)
 
 
-if __name__ == "__main__":
-    from personalize import command
-    command("dreambooth")
+def options(model, hypernet=None):
+    return [Option("steps", number(int, 1, 100_000), 1200, 1200, "of training"),
+            Option("lr", number(float, 0, 1), 1e-5, 1e-6, "learning rate"),
+            Option("batch", number(int, 1, 1024), 1, 1, "noises of the photo a step"),
+            Option("rank", number(int, 0, 320), 0, 0, "train a LoRA of this rank; 0: all weights"),
+            Option("prior_weight", number(float, 0, 1000), 1., 1., "of the prior preservation; 0: none"),
+            Option("prior_pictures", number(int, 1, 10_000), 64, 200, "of the class, drawn first")]
+
+
+METHOD = Method("dreambooth", "all weights, or a LoRA (--rank), with prior preservation", options, make,
+                adapters, shapes, lambda args: [LowRank if args.rank else Change])

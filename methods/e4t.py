@@ -1,7 +1,7 @@
 """E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228): an encoder E, trained on a domain, here
 faces, says at every step of sampling which word [V] is; then 15 steps of fine-tuning, of all of it.
 
-    python -m methods.e4t face.png "[V] face as a rock star"
+    python personalize.py face.png "[V] face as a rock star" --method e4t
 
 The word embedding is e = e_face + s·E(photo, z_t, t). Since it is another one for every z_t, the text encoder
 runs anew within each call of the UNet: the prompt's word embeddings, with a hole where [V] stands, take the
@@ -20,7 +20,7 @@ from torch import nn
 
 from methods import dreambooth
 from methods.textual_inversion import CLASS, only_token
-from training.fit import fit
+from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import IDENTIFIER, Change, merge, shared
 from files.checkpoints import (
@@ -30,6 +30,8 @@ from files.encoders import load_vit
 from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
 from files.person import Person
+from methods.protocol import Method
+from program.options import Option, number, old_file, same
 from hdb import PROMPT
 from vit import encode_face
 
@@ -37,9 +39,6 @@ from vit import encode_face
 # are, but one that shows a person is longer: Textual Inversion has a likeness of .6 at .9, of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
 NANO_LOOKER = "nano/hypernet.safetensors"  # has nano's encoder of photos
-NUMBERS = {"steps": (15, 15, 0, 100_000, "of fine-tuning; 0: the encoder alone"),
-           "lr": (2e-4, 1.6e-5, 0, 1, "learning rate"),
-           "batch": (4, 16, 1, 1024, "noises of the photo a step")}
 
 
 @dataclass(frozen=True)
@@ -180,20 +179,22 @@ def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, call
     def loss():
         denoising = denoising_loss(tuned, latent, [PROMPT], generator)
         return total(denoising, inside["unet."])[0]
-    fit(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
-            lambda: tuned.adapted(inside), callback, generator, states=0)  # each as large as the UNet
+    fit_or_take_back(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
+                     lambda: tuned.adapted(inside), callback, replay=generator,
+                     states=0)  # each would be as large as the UNet
     changed = {k: t for k, t in dreambooth.differences(model, tuned).items() if k.startswith("unet.")}
     learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
     return {"photo": seen} | learnt | changed
 
 
-def adapters(tensors, model):
+def adapters(tensors, engine):
     """The tensors of learn() as adapters: every layer's Change, the holes, and the words that fill them."""
+    model = engine.model
     changes = {name: t for name, t in tensors.items() if name.startswith("unet.")}
     encoder = empty_encoder(model, tensors)
     learnt = {name: tensors[f"encoder.{name}"][0] for name in encoder.state_dict()}
     encoder.load_state_dict(learnt, assign=True)
-    return dreambooth.adapters(changes, model) | words(model, tensors["photo"], encoder)
+    return dreambooth.adapters(changes) | words(model, tensors["photo"], encoder)
 
 
 def empty_encoder(model, tensors):
@@ -203,9 +204,9 @@ def empty_encoder(model, tensors):
         return Encoder(EncoderConfig(photo.shape[-1], second.shape[-1]), model)
 
 
-def shapes(model, tensors):
+def shapes(tensors, engine):
     """name -> shape of one person's tensors; the widths of a photo's tokens and of the encoder are free."""
-    encoder, unet = empty_encoder(model, tensors), model.unet
+    encoder, unet = empty_encoder(engine.model, tensors), engine.model.unet
     expected = {"photo": (1, encoder.both.in_features - encoder.second.out_features)}
     expected |= {f"encoder.{name}": (1, *p.shape) for name, p in encoder.named_parameters()}
     return expected | {f"unet.{name}": (1, *p.shape) for name, p in unet.named_parameters()}
@@ -244,29 +245,27 @@ def load_looker(source, model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line
+# As a method
 
-def options(parser):
-    parser.add_argument("--encoder", metavar="FILE", help="of train_e4t.py; nano brings its own")
-
-
-def kinds(args):
-    return [Change, Hole, Word]
-
-
-def make_person(method, photo, args, stage):
+def make(engine, photos, generators, args, stage):
     """Photo to Person: the encoder's word and offsets, then the fine-tuning. UserError without encoder."""
     file = args.encoder or (HERE / "nano/e4t.safetensors" if args.model == "nano" else None)
     if file is None:
         raise UserError(f"no encoder for {args.model}: give --encoder a file of train_e4t.py")
-    domain = load_domain(file, method.model)
-    generator = torch.Generator().manual_seed(args.seed)
+    domain = load_domain(file, engine.model)
     with stage.progress(args.steps) as show:
-        tensors = learn(method.model, photo, domain, args.steps, args.lr, args.batch, generator, show)
+        tensors = learn(engine.model, photos[:, 0], domain, args.steps, args.lr, args.batch, generators[0],
+                        show)
     stage(f"fine-tuned {args.steps} steps, learning rate {args.lr:g}")
-    return Person(tensors=tensors, made_by="e4t", base=args.model)
+    return Person(METHOD, tensors, args.model)
 
 
-if __name__ == "__main__":
-    from personalize import command
-    command("e4t")
+def options(model, hypernet=None):
+    return [Option("steps", number(int, 0, 100_000), 15, 15, "of fine-tuning; 0: the encoder alone"),
+            Option("lr", number(float, 0, 1), 2e-4, 1.6e-5, "learning rate"),
+            Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo a step"),
+            same("encoder", old_file, None, "file of train_e4t.py; nano brings its own", metavar="FILE")]
+
+
+METHOD = Method("e4t", "an encoder says which word [V] is at every step, then 15 steps of all",
+                options, make, adapters, shapes, lambda args: [Change, Hole, Word])

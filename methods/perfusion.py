@@ -1,9 +1,9 @@
 """Perfusion (Tewel et al., arXiv 2305.01644): a person is one gated rank-one change of every cross-attention.
 
-    python -m methods.perfusion face.png "[V] face as a rock star"
-    python -m methods.perfusion out/person.safetensors "[V] face as a king" --beta .6
-    python -m methods.perfusion you.png "[V] face" --identifier zwx          # a second person
-    python -m methods.perfusion out/person.safetensors "[V] face and zwx face" --with you.safetensors
+    python personalize.py face.png "[V] face as a rock star" --method perfusion
+    python personalize.py out/person.safetensors "[V] face as a king" --method perfusion --beta .6
+    python personalize.py you.png "[V] face" --method perfusion --identifier zwx          # a second person
+    python personalize.py out/person.safetensors "[V] and zwx" --method perfusion --with you.safetensors
 
 A layer W of keys or values gets encodings e of the prompt's tokens. Where e lies along i*, the encoding of
 the person's word, W·i* is replaced by o*, as far as a gate opens:
@@ -29,11 +29,13 @@ import torch.nn.functional as F
 
 import clip
 from methods.textual_inversion import CLASS, LAYER, Rows, only_token
-from training.fit import fit
+from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import IDENTIFIER, with_identifier, shared
 from program.console import UserError
 from files.person import Person, load_person
+from methods.protocol import Method
+from program.options import Option, number, old_file, same
 from hdb import PROMPT
 from nano import faces, seeds
 
@@ -52,14 +54,6 @@ FORMS = ("{}", "a photo of a {}", "the {} at the beach", "a painting of a {} in 
 THINGS = ("face person man woman child king astronaut dog cat horse bird bear house castle kitchen city "
           "street car bicycle train boat mountain forest flower garden river sky table chair lamp book "
           "guitar shirt dress hat shoe cake pizza apple coffee").split()
-
-# On nano, elsewhere, the least, the most, what it is
-NUMBERS = {"steps": (400, 400, 1, 100_000, "of training"),
-           "lr": (.1, .03, 0, 1, "learning rate of the values"),
-           "embedding_lr": (.02, .006, 0, 1, "learning rate of the word's embedding"),
-           "batch": (4, 16, 1, 1024, "noises of the photo a step"),
-           "beta": (.7, .7, -100, 100, "bias of the gate in sampling; higher for less of the person"),
-           "tau": (.15, .15, .001, 100, "temperature of the gate in sampling")}
 
 
 class Gated(NamedTuple):
@@ -181,7 +175,7 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
         digits = embedding.new_tensor([divmod(token, 256)]).repeat(people, 1)
         return {"token": digits, "embedding": embedding, "input": i, "dual": dual(i, c_inverse)} | values
 
-    def around():
+    def context():
         # in every step i* follows its word, no gradient goes back through it
         if torch.is_grad_enabled():
             with model.adapted({LAYER: Rows(embedding[:, None], token)}):
@@ -189,8 +183,8 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
         return model.adapted(gated(tensors(), model, face, *TRAINING))
 
     rates = [{"params": [*values.values()], "lr": lr}, {"params": [embedding], "lr": embedding_lr}]
-    fit(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps, lr,
-            around, callback, generator)
+    fit_or_take_back(lambda: denoising_loss(model, latent, [prompt] * people, generator).mean(), rates, steps,
+                     lr, context, callback, replay=generator)
     return {name: t.detach() for name, t in tensors().items()}
 
 
@@ -207,13 +201,14 @@ def gated(tensors, model, face, beta, tau):
     return found
 
 
-def adapters(tensors, model):
+def adapters(tensors, engine):
     """What model.adapted applies, at the β and τ of sampling."""
-    return gated(tensors, model, super_category(model), *SAMPLING)
+    return gated(tensors, engine.model, super_category(engine.model), *SAMPLING)
 
 
-def shapes(model, tensors):
+def shapes(tensors, engine):
     """name -> shape of one person's tensors for this model."""
+    model = engine.model
     width = model.layers[LAYER].embedding_dim
     values = {name: (1, layer.out_features) for name, layer in projections(model, "v").items()}
     return {"token": (1, 2), "embedding": (1, width), "input": (1, width), "dual": (1, width)} | values
@@ -248,14 +243,12 @@ def at(adapters, beta, tau=SAMPLING[1]):
             for name, adapter in adapters.items()}
 
 
-def turn(adapters, args, method):
+def at_sampling(adapters, args, engine):
     """The same adapters, beside those in the file `beside` of args, at its β and τ. UserError if the file is
     no person of Perfusion's, or has the same word."""
     if args.beside:
-        person = load_person(args.beside, method)
-        if person.made_by != "perfusion":
-            raise UserError(f"{args.beside}: made by {person.made_by}; --with takes a person of Perfusion's")
-        other = person.adapters(method)
+        person = load_person(args.beside, engine, {METHOD.name: METHOD})
+        other = person.adapters(engine)
         if other[LAYER].token == adapters[LAYER].token:
             raise UserError(f"{args.beside}: both people are called {person.identifier}; make one of them "
                             "with another --identifier")
@@ -266,30 +259,28 @@ def turn(adapters, args, method):
     return at(adapters, args.beta, args.tau)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
-
-def options(parser):
-    parser.add_argument("--identifier", default=IDENTIFIER, metavar="WORD", help="a rare token")
-    parser.add_argument("--with", dest="beside", metavar="FILE", help="a second person, in the prompt by the "
-                        "--identifier that they were made with")
-
-
-def kinds(args):
-    """What the adapters of a person made here are."""
-    return [Rows, Gated]
-
-
-def make_person(method, photo, args, stage):
+def make(engine, photos, generators, args, stage):
     """Photo to Person."""
-    generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:
-        tensors = learn(method.model, photo, args.steps, args.lr, args.embedding_lr, args.batch,
-                      args.identifier, generator, show)
+        tensors = learn(engine.model, photos[:, 0], args.steps, args.lr, args.embedding_lr, args.batch,
+                        args.identifier, generators[0], show)
     stage(f"trained {args.steps} steps, learning rates {args.lr:g} (values), {args.embedding_lr:g} (word)")
-    return Person(tensors=tensors, made_by="perfusion", base=args.model, identifier=args.identifier)
+    return Person(METHOD, tensors, args.model, args.identifier)
 
 
-if __name__ == "__main__":
-    from personalize import command
-    command("perfusion")
+def options(model, hypernet=None):
+    """Training's, then sampling's."""
+    return [Option("steps", number(int, 1, 100_000), 400, 400, "of training"),
+            Option("lr", number(float, 0, 1), .1, .03, "learning rate of the values"),
+            Option("embedding_lr", number(float, 0, 1), .02, .006, "learning rate of the word's embedding"),
+            Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo a step"),
+            Option("beta", number(float, -100, 100), .7, .7, "bias of the gate in sampling; higher for less "
+                   "of the person"),
+            Option("tau", number(float, .001, 100), .15, .15, "temperature of the gate in sampling"),
+            same("identifier", str, IDENTIFIER, "a rare token that the person is called by", metavar="WORD"),
+            same("with", old_file, None, "a second person, in the prompt by the --identifier that they were "
+                 "made with", metavar="FILE", dest="beside")]
+
+
+METHOD = Method("perfusion", "one gated rank-one change of every cross-attention", options, make, adapters,
+                shapes, lambda args: [Rows, Gated], at_sampling)

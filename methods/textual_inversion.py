@@ -1,6 +1,6 @@
 """Textual Inversion (Gal et al., arXiv 2208.01618): a person is a new word, and nothing else is trained.
 
-    python -m methods.textual_inversion nano/example.png "[V] face as a rock star"
+    python personalize.py nano/example.png "[V] face as a rock star" --method textual_inversion
 
 The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
 identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
@@ -11,26 +11,20 @@ from typing import NamedTuple
 
 import torch
 
-from training.fit import fit
+from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import IDENTIFIER, with_identifier, shared
 from files.checkpoints import open_tensors, outline, read_tensors, write
 from program.console import UserError
 from files.person import Person, check_numbers
+from methods.protocol import Method
+from program.options import Option, number
 from hdb import PROMPT
 
 LAYER = "text.text_model.embeddings.token_embedding"
 CLASS = "face"   # the word of PROMPT that the person is one of
 SPREAD = .1      # of the vectors after the first around it, in standard deviations of its numbers
 TOKEN = "<sks>"  # the identifier in other programs, which know "sks" already
-
-# On nano, elsewhere, the least, the most, what it is
-# (nano's: the mean likeness of four people as rock stars and Pixar characters is .46, .56, .60 and .59 after
-# 300 steps of 5e-3, 1e-2, 2e-2 and 5e-2; with 2e-2 it is .46 after 100 steps and .57 after 600)
-NUMBERS = {"steps": (300, 5000, 1, 100_000, "of training the vectors"),
-           "lr": (2e-2, 5e-3, 0, 1, "learning rate"),
-           "batch": (2, 2, 1, 1024, "noises of the photo a step"),
-           "tokens": (1, 1, 1, 75, "how many vectors the person is")}
 
 
 class Rows(NamedTuple):
@@ -91,43 +85,51 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
 
     # [V] is spelt out here, as the model would make it one word
     prompts = [with_identifier(PROMPT, identifier(tokens))] * len(photo)
-    fit(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
-            lambda: model.adapted({LAYER: Rows(vectors, token)}), callback, generator)
+    fit_or_take_back(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
+                     lambda: model.adapted({LAYER: Rows(vectors, token)}), callback, replay=generator)
     return {"vectors": vectors.detach()}
 
 
-def adapters(tensors, model):
+def adapters(tensors, engine):
     """What model.adapted applies of P people's {"vectors": (P, N, d)}. UserError where the identifier is not
     one token of the model."""
-    return {LAYER: Rows(tensors["vectors"], only_token(model, IDENTIFIER))}
+    return {LAYER: Rows(tensors["vectors"], only_token(engine.model, IDENTIFIER))}
 
 
-def shapes(model, tensors):
+def shapes(tensors, engine):
     """The shape of one person's tensors for this model, whose number of vectors is free as far as they fit
     into a prompt."""
     found = tensors["vectors"].shape if "vectors" in tensors else ()
     count = found[1] if len(found) == 3 else 1
-    return {"vectors": (1, min(max(count, 1), room(model)), model.layers[LAYER].embedding_dim)}
-
-
-def kinds(args):
-    """What the adapters of a person made here are."""
-    return [Rows]
+    width = engine.model.layers[LAYER].embedding_dim
+    return {"vectors": (1, min(max(count, 1), room(engine.model)), width)}
 
 
 def person(tensors, base):
     """The Person with one person's {"vectors": (1, N, d)}, for the model called `base`."""
-    words = identifier(tensors["vectors"].shape[1])
-    return Person(tensors=tensors, made_by="textual_inversion", base=base, identifier=words)
+    return Person(METHOD, tensors, base, identifier(tensors["vectors"].shape[1]))
 
 
-def make_person(method, photo, args, stage):
+def make(engine, photos, generators, args, stage):
     """Photo to Person."""
-    generator = torch.Generator().manual_seed(args.seed)
     with stage.progress(args.steps) as show:
-        tensors = learn(method.model, photo, args.steps, args.lr, args.batch, args.tokens, generator, show)
+        tensors = learn(engine.model, photos[:, 0], args.steps, args.lr, args.batch, args.tokens,
+                        generators[0], show)
     stage(f"learnt a word in {args.steps} steps, learning rate {args.lr:g}, {args.tokens} vectors")
     return person(tensors, args.model)
+
+
+def options(model, hypernet=None):
+    """nano's: the mean likeness of four people as rock stars and Pixar characters is .46, .56, .60 and .59
+    after 300 steps of 5e-3, 1e-2, 2e-2 and 5e-2; with 2e-2 it is .46 after 100 steps and .57 after 600."""
+    return [Option("steps", number(int, 1, 100_000), 300, 5000, "of training the vectors"),
+            Option("lr", number(float, 0, 1), 2e-2, 5e-3, "learning rate"),
+            Option("batch", number(int, 1, 1024), 2, 2, "noises of the photo a step"),
+            Option("tokens", number(int, 1, 75), 1, 1, "how many vectors the person is")]
+
+
+METHOD = Method("textual_inversion", "the embedding of one new word, and nothing else", options, make,
+                adapters, shapes, lambda args: [Rows])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -177,7 +179,3 @@ def is_embedding(path):
         return [len(part.get_shape()) in (1, 2) and "F" in part.get_dtype() for part in parts] == [True]
     return False
 
-
-if __name__ == "__main__":
-    from personalize import command
-    command("textual_inversion")

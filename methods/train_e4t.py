@@ -8,7 +8,6 @@ photo of a person, and another picture of them to denoise, under its prompt. It 
 by the same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as
 well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
 """
-import math
 import os
 import time
 from pathlib import Path
@@ -23,6 +22,8 @@ from program import console
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER
 from files.layouts import model_name
+from program.options import (Option, early, folder_of_faces, model_rows, parser_of, refused, run_rows,
+                             training_rows)
 from training.photos import Photos
 from nano import people, seeds
 from training.trainer import Trainer, seeded
@@ -102,27 +103,13 @@ def in_training(domain, deltas, model, seen):
 
 
 def arguments():
-    parser = console.model_parser(__doc__, model_name)
-    parser.add_argument("--faces", help="folder of photos, one person each (nano draws its own)")
-    parser.add_argument("--encoder", default=FACE_ENCODER, help="ViT for photos; nano brings its own")
-    parser.add_argument("--steps", type=int, default=600, help="of training")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
-    parser.add_argument("--batch", type=int, default=16, help="people a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
-    parser.add_argument("--every", type=int, default=100, help="steps between measures of watched people")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    parser.add_argument("--name", default="e4t", help="of this run's folder in --out")
-    parser.add_argument("--out", default="runs", help="folder of all runs")
-    parser.add_argument("--save", help="where the result goes, if not into the run's folder")
-    args = parser.parse_args()
-    console.check_faces(parser, args)
-    if args.encoder != FACE_ENCODER and args.model == "nano":
-        parser.error("--encoder cannot be chosen for nano, which brings its own")
-    console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
-                         lr=(0, 1), every=(1, 10 ** 9), seed=(0, seeds.SEEDS))
-    console.check_folder(parser, "--out", args.out)
-    console.check_file(parser, "--save", args.save)
-    return args
+    model = model_name(early("model").model or "nano")
+    nano = model == "nano"
+    own = refused("--encoder cannot be chosen for nano, which brings its own")
+    return parser_of(__doc__, [
+        *model_rows(model_name), folder_of_faces(model),
+        Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
+        *training_rows(600, 16, 3e-3, seeds.STEPS, seeds.SEEDS), *run_rows("e4t", 100)], model).parse_args()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ One small convolutional network reads a picture (B, 3, 128, 128) in [-1, 1]. Its
 InfoNCE (van den Oord et al., 1807.03748) between two pictures of a person that differ in style and
 circumstances; linear heads beside it read style and attributes. It is trained apart from all that it judges.
 """
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from program import console
 from files.checkpoints import build, write
 from files.layouts import device_and_dtype
 from nano import faces, seeds
+from program.options import DEVICE, RUNS, number, parser_of, same, training_rows
 from training.trainer import Trainer, seeded
 
 FILE = Path(__file__).with_name("judge.safetensors")
@@ -65,7 +67,8 @@ def train(args):
         model = Judge().to(args.device)
     temperature = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3, device=args.device))})
     modules, of = {"judge": model, "temperature": temperature}, {"people": args.people, "seed": args.seed}
-    trainer = Trainer(modules, Path(args.runs) / "judge", args.steps, args.lr, depends_on=of)
+    trainer = Trainer(modules, Path(args.runs) / "judge", args.steps, args.lr, depends_on=of,
+                      deadline=time.time() + 60 * args.minutes)
     for step in trainer:
         # Two of the three pictures of some people
         generator.manual_seed(seeds.seed(args.seed, step))
@@ -115,17 +118,12 @@ def report(device, people=256):
 
 
 def arguments():
-    parser = console.Parser(__doc__)
-    parser.add_argument("--batch", type=int, default=48, help="people a step, two pictures each")
-    for option, usual in {"steps": 1000, "people": 5000, "lr": 2e-3, "seed": 0, "runs": "runs"}.items():
-        parser.add_argument(f"--{option}", type=type(usual), default=usual, help="of the training")
-    parser.add_argument("--device", help="cuda, mps or cpu")
+    parser = parser_of(__doc__, [
+        *training_rows(1000, 48, 2e-3, seeds.STEPS, seeds.SEEDS), RUNS, DEVICE,
+        same("people", number(int, 2, 10 ** 6), 5000, "of the training, with three pictures each")])
     args = parser.parse_args()
-    console.check_ranges(parser, args, steps=(1, seeds.STEPS), people=(2, 10 ** 6), batch=(2, 4096),
-                         lr=(0, 1), seed=(0, seeds.SEEDS))
     if args.batch > args.people:
         parser.error(f"--batch {args.batch} is more than the --people {args.people}")
-    console.check_folder(parser, "--runs", args.runs)
     args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 

@@ -2,6 +2,7 @@
 user can read."""
 import argparse
 import inspect
+import math
 import os
 import signal
 import sys
@@ -19,7 +20,11 @@ from program import distributed
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines and adds every option's default."""
+    """Keeps the description's lines and adds every option's default, where there is one to tell."""
+
+    def _get_help_string(self, action):
+        told = action.default not in (None, "", False, [], math.inf)
+        return super()._get_help_string(action) if told else action.help
 
 
 class Parser(argparse.ArgumentParser):

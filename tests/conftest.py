@@ -17,11 +17,12 @@ def refusal(monkeypatch, capsys):
     from program import console
 
     def run(script, *arguments):
-        monkeypatch.setattr("sys.argv", [script.__name__ + ".py", *map(str, arguments)])
+        name = script.__name__.split(".")[-1] + ".py"
+        monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             console.run(script.main, script.arguments)
         *usage, line = capsys.readouterr().err.splitlines()
-        assert end.value.code == 2 and line.startswith(f"{script.__name__}.py: ")
+        assert end.value.code == 2 and line.startswith(name)
         assert not usage or usage[0].startswith("usage: ")
         return line
     return run

@@ -11,14 +11,14 @@ from torch import nn
 from torch.func import functional_call
 
 import adapters
+from files.lora import adaptable_layers
 from adapters import (
     Change,
     LowRank,
-    adaptable_layers,
     detach,
     adapted,
     fresh_lora,
-    in_weights,
+    as_changes,
     join,
     require_low_rank,
     merge,
@@ -126,13 +126,14 @@ def test_what_is_fixed_and_one_person_s_is_in_the_weights_inside():
 
 def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
     layer, fixed = nn.Linear(24, 40).requires_grad_(False), some(24, 40)
-    assert adapters.absorbs(layer, fixed)
+    assert adapters.fits_weights(layer, fixed)
     a, b = (t.clone().requires_grad_() for t in fixed)
     for adapter in (LowRank(a, fixed.b), LowRank(fixed.a, b), some(24, 40, people=2), lambda layer, x, y: y):
-        assert not adapters.absorbs(layer, adapter)
+        assert not adapters.fits_weights(layer, adapter)
     for adapter in fixed, Change({"weight": torch.ones(40, 24)}):
-        assert adapters.absorbs(layer.float(), adapter) and not adapters.absorbs(nn.Linear(24, 40), adapter)
-        assert not adapters.absorbs(layer.bfloat16(), adapter)
+        assert adapters.fits_weights(layer.float(), adapter)
+        assert not adapters.fits_weights(nn.Linear(24, 40), adapter)
+        assert not adapters.fits_weights(layer.bfloat16(), adapter)
 
 
 def test_changes_are_in_all_weights_inside_and_give_gradients():
@@ -162,14 +163,14 @@ def test_low_rank_edits_in_weights_do_and_learn_the_same():
     gradients, outputs = [], []
     for as_weights in False, True:
         trained = {name: LowRank(*(t.clone().requires_grad_() for t in one)) for name, one in adapter.items()}
-        with adapted(layers, in_weights(trained, layers) if as_weights else trained):
+        with adapted(layers, as_changes(trained, layers) if as_weights else trained):
             outputs.append(torch.cat([run(layers, x).flatten(), layers["alike"](x).flatten()]))
             outputs[-1].square().sum().backward()
         gradients.append([t.grad for one in trained.values() for t in one])
     assert torch.allclose(*outputs, atol=1e-4)
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(*gradients))
     with pytest.raises(ValueError, match="1 person's adapters are needed, not 2 people's"):
-        in_weights({"one": some(24, 40, people=2)}, layers)
+        as_changes({"one": some(24, 40, people=2)}, layers)
 
 
 def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():
@@ -189,6 +190,24 @@ def test_any_callable_is_an_edit_and_inner_ones_see_what_outer_ones_made():
         both = layers["one"](x)
     with adapted(layers, join({"one": some(3, 4)}, {"one": some(3, 4, seed=1)})):
         assert torch.allclose(layers["one"](x), both, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_hooks", [False, True])
+def test_two_may_be_left_in_any_order_and_no_copy_stays_adapted(by_hooks):
+    layer = nn.Linear(3, 4).requires_grad_(by_hooks)  # whose own gradient is wanted is not changed
+    layers, own, x = {"one": layer}, layer.weight.clone(), x_of(2, 3)
+    plain, pairs = layer(x), [{"one": some(3, 4, seed=seed)} for seed in (0, 1, 2)]
+    outer, middle, inner = (adapted(layers, pair) for pair in pairs)
+    outer.__enter__(), middle.__enter__(), inner.__enter__()
+    with pytest.raises(ValueError, match="this model is adapted: copy it outside"):
+        copy.deepcopy(layers)
+    middle.__exit__(None, None, None)
+    rest = join(pairs[0], pairs[2])["one"]
+    assert torch.allclose(layer(x), plain + x @ rest.a[0] @ rest.b[0], atol=1e-5)
+    outer.__exit__(None, None, None)
+    assert torch.allclose(layer(x), plain + x @ pairs[2]["one"].a[0] @ pairs[2]["one"].b[0], atol=1e-5)
+    inner.__exit__(None, None, None)
+    assert torch.equal(layer.weight, own) and torch.equal(copy.deepcopy(layers)["one"](x), plain)
 
 
 def test_a_layer_that_is_not_there():
@@ -244,12 +263,12 @@ def test_which_layers_can_take_factors():
 def test_a_fresh_lora_changes_nothing_and_can_be_trained():
     layers = {"one": nn.Linear(24, 40), "two": nn.Linear(40, 16)}
     state = torch.get_rng_state()
-    lora = fresh_lora(layers, 3, generator(4), people=2)
+    lora = fresh_lora(layers, 3, [generator(4), generator(5)], 2)
     assert torch.equal(torch.get_rng_state(), state) and list(lora) == ["one", "two"]
-    g = generator(4)
+    each = generator(4), generator(5)  # nobody's numbers depend on the company
     for name, (n_in, n_out) in {"one": (24, 40), "two": (40, 16)}.items():
         a, b = lora[name]
-        assert torch.equal(a, torch.randn(2, n_in, 3, generator=g) / n_in ** .5)
+        assert torch.equal(a, torch.cat([torch.randn(1, n_in, 3, generator=g) for g in each]) / n_in ** .5)
         assert b.shape == (2, 3, n_out) and (b == 0).all()
         assert a.requires_grad and b.requires_grad and a.is_leaf
     assert len(fresh_lora(layers, 1, generator())["one"].a) == 1

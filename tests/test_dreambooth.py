@@ -5,10 +5,11 @@ from tiny import generator, photo, shared_model, tiny_model
 from torch.func import functional_call
 
 import hdb
-from methods import dreambooth, registry  # noqa: F401
+from methods import dreambooth
 from diffusion import ALPHAS_CUMPROD, denoising_loss
 from adapters import Change, LowRank, fresh_lora
 from program.console import UserError
+from methods.table import METHODS
 from files.person import Person, load_person, save_person
 from lidb import personal_layers
 
@@ -82,7 +83,7 @@ def test_a_step_is_adams_of_every_weight():
 def test_edits_are_the_trained_model():
     model, face = tiny_model(), photo()
     tensors = dreambooth.learn(model, face, steps=3, lr=1e-3, prior=PRIOR, generator=generator(4))
-    person = dreambooth.adapters(tensors, model)
+    person = dreambooth.adapters(tensors, hdb.HyperDreamBooth(model))
     assert {type(adapter) for adapter in person.values()} == {Change}
     weights = {name: p + tensors[name][0] for name, p in dreambooth.parameters(model).items()}
     latent, prompts = torch.randn(2, 4, 8, 8, generator=generator(3)), ["a sks face"] * 2
@@ -113,10 +114,10 @@ def test_every_setting_is_heard():
 def test_a_lora_takes_people_side_by_side():
     model, faces = shared_model(), photo(2)
     tensors = dreambooth.learn(model, faces, steps=2, lr=1e-2, rank=3, prior=PRIOR, generator=generator(4))
-    person = dreambooth.adapters(tensors, model)
+    person = dreambooth.adapters(tensors, hdb.HyperDreamBooth(model))
     layers = personal_layers(model.unet, model.text)
     assert person.keys() == layers.keys() and all(isinstance(adapter, LowRank) for adapter in person.values())
-    start = fresh_lora(layers, 3, generator(4), people=2)
+    start = fresh_lora(layers, 3, generator(4), 2)
     for name, (a, b) in person.items():
         assert a.shape == start[name].a.shape and 0 < (a - start[name].a).abs().max() < .05
         assert b.shape == start[name].b.shape
@@ -140,15 +141,15 @@ def test_class_pictures_are_the_models_own():
 def test_a_person_in_a_file(tmp_path, rank):
     method = hdb.HyperDreamBooth(shared_model())
     tensors = dreambooth.learn(method.model, photo(), steps=1, lr=1e-3, rank=rank, prior=PRIOR)
-    person = Person(tensors=tensors, made_by="dreambooth")
+    person = Person(dreambooth.METHOD, tensors)
     save_person(person, method, tmp_path / "me.safetensors", dtype=torch.float32)
-    back = load_person(tmp_path / "me.safetensors", method)
-    assert back.made_by == "dreambooth" and back.tensors.keys() == tensors.keys()
+    back = load_person(tmp_path / "me.safetensors", method, METHODS)
+    assert back.method.name == "dreambooth" and back.tensors.keys() == tensors.keys()
     assert all(torch.equal(back.tensors[name], t) for name, t in tensors.items())
     name = next(iter(tensors))
     for broken in {name: tensors[name][..., :1]}, {"unet.nowhere": torch.zeros(1)}, {name: tensors[name] / 0}:
         with pytest.raises(UserError):
-            save_person(Person(tensors=tensors | broken, made_by="dreambooth"), method, tmp_path / "x")
+            save_person(Person(dreambooth.METHOD, tensors | broken), method, tmp_path / "x")
     del tensors[name]
     with pytest.raises(UserError, match=f"{name} is missing"):
-        save_person(Person(tensors=tensors, made_by="dreambooth"), method, tmp_path / "x")
+        save_person(Person(dreambooth.METHOD, tensors), method, tmp_path / "x")

@@ -2,6 +2,7 @@
 import argparse
 import copy
 import inspect
+import shutil
 import json
 import warnings
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from methods import e4t, train_e4t
 from diffusion import denoising_loss
 from files import images
 from program import console
+from program.options import add
 from files.checkpoints import LoadError
 from files.layouts import HERE
 from training.photos import Photos
@@ -407,7 +409,7 @@ def by_hand(model, tensors, prompts, x, t):
 def test_a_person_is_sampled_as_they_were_fitted():
     model, x = shared_model(), some_latent(2)
     tensors = e4t.learn(model, photo(), tiny_domain(), steps=2, lr=1e-2, batch=2)
-    with model.adapted(e4t.adapters(tensors, model)):
+    with model.adapted(e4t.adapters(tensors, hdb.HyperDreamBooth(model))):
         got = model.unet(x, torch.tensor([300]), model.context(PEOPLE))
     expected = by_hand(model, tensors, PEOPLE, x, 300)
     assert (got - expected).norm() < 1e-3 * expected.norm()
@@ -424,11 +426,11 @@ def test_shapes_are_those_of_one_person():
     model = shared_model()
     tensors = e4t.learn(model, photo(), tiny_domain(), 0)
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    assert e4t.shapes(model, tensors) == found
+    assert e4t.shapes(tensors, hdb.HyperDreamBooth(model)) == found
     for name in "photo", "encoder.second.bias":
         damaged = {key: t for key, t in tensors.items() if key != name}
-        assert name in e4t.shapes(model, damaged)
-        assert e4t.shapes(model, tensors | {name: torch.zeros(1, 7)}) != found
+        assert name in e4t.shapes(damaged, hdb.HyperDreamBooth(model))
+        assert e4t.shapes(tensors | {name: torch.zeros(1, 7)}, hdb.HyperDreamBooth(model)) != found
 
 
 @torch.no_grad()
@@ -438,10 +440,10 @@ def test_a_model_in_half_precision(monkeypatch):
         part.bfloat16()
     tensors = e4t.learn(half, photo(), domain, 1, 1e-3, 2)
     assert all(t.dtype == torch.float32 for t in tensors.values())
-    with half.adapted(e4t.adapters(tensors, half)):
+    with half.adapted(e4t.adapters(tensors, hdb.HyperDreamBooth(half))):
         pictures = half.sample(PEOPLE[:1], [0], steps=2)
     whole = shared_model()
-    with whole.adapted(e4t.adapters(tensors, whole)):
+    with whole.adapted(e4t.adapters(tensors, hdb.HyperDreamBooth(whole))):
         expected = whole.sample(PEOPLE[:1], [0], steps=2)
     assert (pictures - expected).norm() < .1 * expected.norm()
 
@@ -550,37 +552,34 @@ class Stage(list):
 
 
 def options(*arguments, model="tiny"):
-    """What personalize.py knows of a command line when it calls make_person."""
+    """What personalize.py knows of a command line when it calls make."""
     parser = argparse.ArgumentParser()
-    parser.set_defaults(model=model, seed=6)
-    e4t.options(parser)
-    console.add_numbers(parser, e4t.NUMBERS)
-    args = parser.parse_args(map(str, arguments))
-    console.complete_numbers(parser, args, e4t.NUMBERS)
-    return args
+    parser.set_defaults(model=model)
+    add(parser, e4t.options(model), model)
+    return parser.parse_args(map(str, arguments))
 
 
 def test_a_person_of_the_command_line(file):
     method, stage = hdb.HyperDreamBooth(shared_model()), Stage()
     args = options("--encoder", file, "--steps", 2, "--batch", 3)
-    person = e4t.make_person(method, photo(), args, stage)
+    person = e4t.make(method, photo()[:, None], [generator(6)], args, stage)
     domain = e4t.load_domain(file, method.model)
     expected = e4t.learn(method.model, photo(), domain, 2, 1.6e-5, 3, generator(6))
     assert person.tensors.keys() == expected.keys() and stage.moved == 2
     assert all(torch.equal(t, expected[name]) for name, t in person.tensors.items())
-    assert (person.made_by, person.base) == ("e4t", "tiny") and len(stage) == 1
-    made = e4t.adapters(person.tensors, method.model)
-    assert {type(adapter) for adapter in made.values()} == set(e4t.kinds(args))
+    assert (person.method.name, person.base) == ("e4t", "tiny") and len(stage) == 1
+    made = e4t.adapters(person.tensors, method)
+    assert {type(adapter) for adapter in made.values()} == set(e4t.METHOD.kinds(args))
 
 
 def test_another_model_needs_an_encoder():
     with pytest.raises(console.UserError, match="no encoder for tiny: give --encoder a file of train_e4t.py"):
-        e4t.make_person(hdb.HyperDreamBooth(shared_model()), photo(), options(), Stage())
+        e4t.make(hdb.HyperDreamBooth(shared_model()), photo()[:, None], [], options(), Stage())
 
 
 def test_the_options_are_fits_defaults():
     names, nano = inspect.signature(e4t.learn).parameters, options(model="nano")
-    assert all(getattr(nano, name) == names[name].default for name in e4t.NUMBERS)
+    assert all(getattr(nano, name) == names[name].default for name in ("steps", "lr", "batch"))
     assert (nano.encoder, nano.steps) == (None, 15)
 
 
@@ -648,7 +647,7 @@ def test_training_goes_on_where_it_was_stopped(train, tmp_path):
     assert (tmp_path / "here.safetensors").read_bytes() == before
     first, second = load_file(tmp_path / "whole/e4t.safetensors"), load_file(tmp_path / "here.safetensors")
     assert all(torch.equal(t, second[name]) for name, t in first.items())
-    (tmp_path / "faces").rename(tmp_path / "others")
+    shutil.copytree(tmp_path / "faces", tmp_path / "others")
     with pytest.raises(console.UserError, match="of another run .*faces"):
         train("--steps", 4, "--name", "parts", "--faces", tmp_path / "others")
 
@@ -698,13 +697,13 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
 
 @pytest.mark.parametrize("arguments, why", [
     (["--encoder", "x/y"], "--encoder cannot be chosen"),
-    (["--steps", 0], "--steps must be"),
-    (["--batch", 0], "--batch must be"),
-    (["--lr", "nan"], "--lr must be"),
-    (["--every", 0], "--every must be"),
-    (["--seed", 10 ** 30], "--seed must be"),
+    (["--steps", 0], "--steps: must be"),
+    (["--batch", 0], "--batch: must be"),
+    (["--lr", "nan"], "--lr: must be"),
+    (["--every", 0], "--every: must be"),
+    (["--seed", 10 ** 30], "--seed: must be"),
     (["--faces", "nano"], "--faces is for a model other"),
-    (["--model", "somewhere"], "needed there"),
+    (["--model", "somewhere"], "required: --faces"),
     (["--out", "README.md/runs"], "is a file"),
     (["--save", "nano"], "is a folder"),
 ])

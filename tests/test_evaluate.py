@@ -18,6 +18,7 @@ from adapters import Change
 from evaluation import experiment, figures, leaderboard, report, scores, systems
 from files import images
 from program.console import UserError
+from methods import dreambooth, hyperdreambooth
 from files.person import Person, save_person
 from nano import faces
 from vit import ViT, encode_face
@@ -39,7 +40,7 @@ class Simple:
                 "plain": [1. if name == "photo" else None for name, _ in drawn]}
 
 
-def job(fit=lambda method, photo, generators: Person(), **more):
+def job(fit=lambda method, photo, generators: hyperdreambooth.person(), **more):
     return systems.Job("nobody", fit, **more)
 
 
@@ -102,7 +103,7 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
 
     def fit(method, photo, generators):
         fitted.append(len(photo))
-        return Person(tensors={f"{bias}.bias": torch.ones(1, 4)}, made_by="dreambooth")
+        return Person(dreambooth.METHOD, {f"{bias}.bias": torch.ones(1, 4)})
 
     def turn(adapters, value):
         return {name: adapter.scaled(value) for name, adapter in adapters.items()}
@@ -124,19 +125,19 @@ def test_what_one_person_costs(tmp_path):
 
     def slow(method, photo, generators):
         time.sleep(.05)
-        return Person(torch.zeros(len(photo), *method.lidb.shape))
+        return hyperdreambooth.person(torch.zeros(len(photo), *method.lidb.shape))
     experiment.fit(job(slow), torch.tensor([0, 1]), method, photo(2)[:, None], known)
     assert report.read(tmp_path / "costs.csv") == []  # people side by side
     experiment.fit(job(slow), torch.tensor([1]), method, photo(2)[:, None], known)
     (row,) = report.read(tmp_path / "costs.csv")
-    save_person(Person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
+    save_person(hyperdreambooth.person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
     assert row["system"] == "nobody" and .05 <= row["seconds"] < 5
     assert row["bytes"] == (tmp_path / "person").stat().st_size
 
 
 def test_several_photos_are_given():
     given, photos = [], photo(6).unflatten(0, (2, 3))
-    some = job(lambda method, photo, generators: given.append(photo) or Person(), photos=2)
+    some = job(lambda method, photo, generators: given.append(photo) or hyperdreambooth.person(), photos=2)
     experiment.fit(some, torch.tensor([1, 0]), hdb.HyperDreamBooth(shared_model()), photos)
     assert torch.equal(given[0], photos[[1, 0], :2])
 
@@ -451,7 +452,7 @@ def test_quick_takes_fewer_steps_elsewhere(nano, part):
 def test_a_row_that_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
     def full(method, photo, generators):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    good = systems.Job("good", lambda method, photo, generators: Person())
+    good = systems.Job("good", lambda method, photo, generators: hyperdreambooth.person())
     bad, group = systems.Job("bad", full), torch.tensor([0])
     table = experiment.Table(tmp_path / "scores.csv", 5, (*experiment.KEY, *Simple.names))
     work = [(one, group, ["photo"]) for one in (bad, good, bad)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import adam_by_hand, generator
 
-from training.fit import backward, fit
+from training.fit import backward, fit, fit_or_take_back
 
 
 def test_gradients_are_those_of_the_loss_whatever_the_scale_in_between():
@@ -28,12 +28,13 @@ def test_a_loss_that_rises_for_good_is_taken_back():
     def loss(x):
         return (2 - x + 100 * (x.detach() > 1.05)).sum()
     with pytest.warns(UserWarning, match="rose from 2 to 100, so the last steps are not kept: a rate of 0.1"):
-        fit(lambda: loss(x), [x], 18, .1, generator=generator(0))
+        fit_or_take_back(lambda: loss(x), [x], 18, .1, replay=[generator(0)])
     assert x.item() == pytest.approx(.9, abs=1e-4)  # of 0, .3, .6, .9, 1.2 and 1.5
     fit(lambda: loss(y), [y], 16, .1)  # not asked to look
     assert y.item() == pytest.approx(1.6, abs=1e-4)
     with pytest.warns(UserWarning, match="rose from 100 to 200: a rate"):  # nothing is kept
-        fit(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, generator=generator(0), states=0)
+        fit_or_take_back(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, replay=[generator(0)],
+                         states=0)
     assert y.item() == pytest.approx(1.9, abs=1e-4)
 
 
@@ -41,7 +42,8 @@ def test_a_loss_that_rises_for_good_is_taken_back():
 def test_what_is_destroyed_by_the_first_step_is_put_back_to_the_start(steps, worse):
     x = torch.zeros(1, requires_grad=True)
     with pytest.warns(UserWarning, match="the loss rose from 1 to"):
-        fit(lambda: (1 - x + (worse if x.item() else 0)).sum(), [x], steps, .5, generator=generator(0))
+        fit_or_take_back(lambda: (1 - x + (worse if x.item() else 0)).sum(), [x], steps, .5,
+                         replay=[generator(0)])
     assert x.item() == 0
 
 
@@ -51,9 +53,9 @@ def test_how_much_of_a_rise_is_one(times, risen, recwarn):
 
     def loss():
         return ((times if x.item() else 1) - 1e-9 * x).sum()
-    fit(loss, [x], 3, .1, generator=generator(0))
+    fit_or_take_back(loss, [x], 3, .1, replay=[generator(0)])
     assert bool(recwarn.list) == risen and bool(x.item()) == (not risen)
-    fit(lambda: x.sum(), [x], 0, .1, generator=generator(0))  # no step, nothing to look back at
+    fit_or_take_back(lambda: x.sum(), [x], 0, .1, replay=[generator(0)])  # no step, nothing to look back at
 
 
 @pytest.mark.parametrize("passed", [True, False], ids=["drawn before", "drawn in the loss"])
@@ -65,30 +67,30 @@ def test_the_loss_is_compared_on_the_noise_of_the_first_step(passed, recwarn):
     def draw():
         return [torch.rand(1, generator=g) ** 9]
     if passed:
-        fit(lambda noise: (noise + 1e-9 * x).sum(), [x], 20, .01, generator=g, draw=draw)
+        fit_or_take_back(lambda noise: (noise + 1e-9 * x).sum(), [x], 20, .01, replay=[g], inputs=draw)
     else:
-        fit(lambda: (draw()[0] + 1e-9 * x).sum(), [x], 20, .01, generator=g)
+        fit_or_take_back(lambda: (draw()[0] + 1e-9 * x).sum(), [x], 20, .01, replay=[g])
     assert not recwarn.list
     torch.rand(20, generator=other)
     assert torch.equal(torch.rand(3, generator=g), torch.rand(3, generator=other))
 
 
 def test_looking_back_is_no_step():
-    """around() is entered without gradients then, so that what it does in a step can be left out."""
+    """context() is entered without gradients then, so that what it does in a step can be left out."""
     entered, x = [], torch.zeros(1, requires_grad=True)
 
     @contextmanager
-    def around():
+    def context():
         entered.append(torch.is_grad_enabled())
         yield
-    fit(lambda: (x ** 2).sum(), [x], 3, .1, around, generator=generator(0))
+    fit_or_take_back(lambda: (x ** 2).sum(), [x], 3, .1, context, replay=[generator(0)])
     assert entered == [True] * 3 + [False]
 
 
-def test_descend_is_adam_on_the_loss_with_its_context_around():
+def test_fit_is_adam_on_the_loss_with_its_context_context():
     p, inside, log = torch.tensor([1., -2.], requires_grad=True), [], []
 
-    class Around:
+    class Context:
         def __enter__(self):
             inside.append(True)
 
@@ -102,7 +104,7 @@ def test_descend_is_adam_on_the_loss_with_its_context_around():
         return value
     start, points, gradients = p.detach().clone(), [], []
     with torch.no_grad():
-        fit(loss, [p], 3, .1, Around, lambda step, value: points.append((step, value, p.clone())))
+        fit(loss, [p], 3, .1, Context, lambda step, value: points.append((step, value, p.clone())))
     assert not inside and log == [1, 1, 1] and p.grad is None
     now = start
     for step, (index, value, after) in enumerate(points):
@@ -110,8 +112,16 @@ def test_descend_is_adam_on_the_loss_with_its_context_around():
         gradients.append(3 * now ** 2)
         now = adam_by_hand(start, gradients, [.1] * 3)
         assert torch.allclose(after, now, atol=1e-5)
-    fit(loss, [p], 0, .1, Around)
+    fit(loss, [p], 0, .1, Context)
     assert torch.allclose(p, now, atol=1e-5)
+
+
+def test_a_callback_may_end_it():
+    x, seen = torch.zeros(1, requires_grad=True), []
+    fit(lambda: -x.sum(), [x], 9, .1, callback=lambda i, value: seen.append(i) or i == 2)
+    assert seen == [0, 1, 2] and x.item() == pytest.approx(.3, abs=1e-5)
+    fit_or_take_back(lambda: 2 - x.sum(), [x], 9, .1, callback=lambda *_: True, replay=[generator(0)])
+    assert x.item() == pytest.approx(.4, abs=1e-5)
 
 
 def test_groups_have_rates_of_their_own():

@@ -29,6 +29,7 @@ from files import images
 from program.console import UserError, one_line, printable
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.lora import export_lora, load_lora
+from methods.table import METHODS
 from files.person import load_person, save_person
 from training.trainer import Trainer
 
@@ -100,7 +101,7 @@ def good(folder):
 
     def whole(path):
         return sd.load(path.parents[1], "cpu")
-    return {"person": ("person.safetensors", lambda path: load_person(path, method())),
+    return {"person": ("person.safetensors", lambda path: load_person(path, method(), METHODS)),
             "lora": ("lora.safetensors", lambda path: load_lora(path, model)),
             "peft": ("peft.safetensors", lambda path: load_lora(path, model)),
             "hypernet": ("hypernet.safetensors", lambda path: load_hypernet(path, ours)),

@@ -14,7 +14,7 @@ import diffusion
 import hdb
 from evaluation.bench import full_size
 from files import images
-from files.person import Person
+from methods import hyperdreambooth
 from hypernet import HyperConfig, HyperNetwork
 from vit import DINO_S, NANO_VIT, ViT
 
@@ -78,7 +78,7 @@ def test_the_whole_path_at_full_size_fits_in_8_gb():
     losses = []
     lora = method.fine_tune(photo, theta, steps=3, batch=4,
                                callback=lambda step, loss: losses.append(loss))
-    factors = Person(theta, lora).adapters(method)
+    factors = hyperdreambooth.person(theta, lora).adapters(method)
     pictures = method.sample(["[V] face as a rock star"], factors, [0], steps=3)
     assert pictures.shape == (1, 3, 512, 512) and pictures.isfinite().all() and all(x == x for x in losses)
     peak = torch.cuda.max_memory_allocated() / 1e9

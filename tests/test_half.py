@@ -5,7 +5,8 @@ import pytest
 import torch
 from tiny import generator, photo, tiny_hypernet, tiny_model
 
-from diffusion import denoising_loss
+import hdb
+from diffusion import denoising_loss, noised
 from adapters import join
 from hdb import HyperDreamBooth
 from methods import dreambooth, e4t, perfusion, textual_inversion, train_e4t
@@ -44,28 +45,28 @@ def target(model):
 def class_lora(model):
     prior = dreambooth.class_pictures(model, 2, generator(8))
     learnt = dreambooth.learn(model, photo(), rank=2, lr=.005, prior=prior, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, model)
+    return dreambooth.adapters(learnt, HyperDreamBooth(model))
 
 
 def lora_without_a_class(model):
     learnt = dreambooth.learn(model, photo(), rank=2, lr=.02, prior_weight=0, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, model)
+    return dreambooth.adapters(learnt, HyperDreamBooth(model))
 
 
 def all_weights(model):
     prior = torch.randn(3, 4, 8, 8, generator=generator(8))
     learnt = dreambooth.learn(model, photo(), lr=1e-3, prior=prior, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, model)
+    return dreambooth.adapters(learnt, HyperDreamBooth(model))
 
 
 def a_word(model):
     learnt = textual_inversion.learn(model, photo(), generator=generator(3), **STEPS)
-    return textual_inversion.adapters(learnt, model)
+    return textual_inversion.adapters(learnt, HyperDreamBooth(model))
 
 
 def gated_values(model):
     learnt = perfusion.learn(model, photo(), generator=generator(3), **STEPS)
-    return perfusion.adapters(learnt, model)
+    return perfusion.adapters(learnt, HyperDreamBooth(model))
 
 
 def encoded(model):
@@ -73,7 +74,7 @@ def encoded(model):
         domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
         torch.nn.init.normal_(domain.encoder.word.weight, std=.01)
     learnt = e4t.learn(model, photo(), domain, generator=generator(3), **STEPS)
-    return e4t.adapters(learnt, model)
+    return e4t.adapters(learnt, HyperDreamBooth(model))
 
 
 @cache
@@ -101,7 +102,8 @@ def hyper_loss(model):
     latent, prompts = model.encode(photo(2)), ["a [V] face"] * 2
     theta = net.refine(encode_face(net.vit, photo(2)))
     goal = torch.zeros_like(theta)
-    with method.hyper_loss(theta, latent, prompts, generator(3), goal, beta=1.) as (loss, _, _):
+    with model.adapted(method.lidb.adapters(theta)):
+        loss, _, _ = hdb.hyper_loss(model, prompts, noised(latent, generator(3)), theta, goal, beta=1.)
         loss.backward()
     return loss.item(), net.heads.grad
 

@@ -11,7 +11,9 @@ from files.checkpoints import read_json, write
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
-from files.person import Person, is_person, load_person, save_person
+from methods import hyperdreambooth
+from methods.table import METHODS
+from files.person import is_person, load_person, save_person
 from training.photos import Photos
 from files.tokenizers import vocabulary_in, write_tokenizer
 from nano.people import load_encoder
@@ -59,9 +61,10 @@ def test_paths_may_be_text(tmp_path):
     adapters = method.lidb.adapters(torch.zeros(1, *method.lidb.shape))
     export_lora(adapters, f"{folder}/lora.safetensors")
     assert load_lora(f"{folder}/lora.safetensors", method.model).keys() == adapters.keys()
-    save_person(Person(torch.zeros(1, *method.lidb.shape)), method, f"{folder}/me.safetensors")
+    person = hyperdreambooth.person(torch.zeros(1, *method.lidb.shape))
+    save_person(person, method, f"{folder}/me.safetensors")
     assert is_person(f"{folder}/me.safetensors")
-    assert load_person(f"{folder}/me.safetensors", method).lora == {}
+    assert load_person(f"{folder}/me.safetensors", method, METHODS).tensors.keys() == {"theta"}
     merge_to_folder(method.model, adapters, f"{HERE}/nano", f"{folder}/merged")
     assert hdb.load(f"{folder}/merged", "cpu").checksums == method.model.checksums
     assert read_json(f"{folder}/merged/unet/config.json")["sample_size"] == 16

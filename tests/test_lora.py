@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_person import LAYER, equal, lora_inputs, method, output, refused, small, someone
 
-from adapters import LowRank, adaptable_layers, join, merge, scale, stack
+from adapters import LowRank, join, merge, scale, stack
 from diffusion import guided, lcm
 from files import lora
 from program.console import UserError
-from files.lora import export_lora, load_lora
+from files.lora import adaptable_layers, export_lora, load_lora
 
 REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
 NAMINGS = ["diffusers peft", "diffusers lora.down", "diffusers processor", "kohya", "peft"]

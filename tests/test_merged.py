@@ -5,7 +5,7 @@ import pytest
 import torch
 from rule import difference
 from safetensors.torch import load_file
-from test_person import LAYER, method, refused, small, someone
+from test_person import LAYER, lora_of, method, refused, small, someone
 
 import sd
 from adapters import LowRank, merge, stack
@@ -54,7 +54,7 @@ def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
     for name, changes in theirs.items():
         path = tmp_path / "source" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    merge_to_folder(method().model, someone().lora, tmp_path / "source", tmp_path / "out")
+    merge_to_folder(method().model, lora_of(someone()), tmp_path / "source", tmp_path / "out")
     scheduler, index = (json.loads((tmp_path / "out" / name).read_text()) for name in theirs)
     assert scheduler["clip_sample"] is True
     assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
@@ -66,7 +66,7 @@ def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
     (tmp_path / "out/mine.txt").write_text("keep")
     refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out"), "exists already")
     refused(lambda: merge_to_folder(method().model, {}, None, tmp_path / "out/mine.txt"), "exists already")
-    two = stack([someone(1).lora, someone(2).lora])
+    two = stack([lora_of(someone(1)), lora_of(someone(2))])
     changed = {LAYER: lambda layer, x, y: 2 * y}
     for adapters, why in (two, "1 person"), (changed, f"{LAYER}: only changes of weights"):
         with pytest.raises(ValueError, match=why):

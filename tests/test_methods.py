@@ -1,17 +1,16 @@
 """The compared systems on the command line: the same options, errors and outputs as personalize.py, and
 persons that it samples again."""
+import importlib
 import inspect
 import shutil
-from functools import partial
 
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from methods import e4t, registry  # noqa: F401
+from methods.table import METHODS
 import personalize
 from program import console
-from files.person import MAKERS
 
 OPTIONS = {"dreambooth": ["--prior-pictures", 1], "textual_inversion": [], "perfusion": [], "e4t": []}
 
@@ -20,9 +19,10 @@ OPTIONS = {"dreambooth": ["--prior-pictures", 1], "textual_inversion": [], "perf
 def run(monkeypatch, capsys):
     """A command line here, by method: what it printed, on both streams."""
     def run(method, *arguments):
-        monkeypatch.setattr("sys.argv", [f"{method}.py", *map(str, arguments), "--device", "cpu"])
+        given = [*map(str, arguments), "--method", method, "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", ["personalize.py", *given])
         try:
-            console.run(personalize.main, partial(personalize.arguments, method))
+            console.run(personalize.main, personalize.arguments)
         except SystemExit:
             pass
         printed = capsys.readouterr()
@@ -32,19 +32,21 @@ def run(monkeypatch, capsys):
 
 def test_every_module_is_a_method():
     files = {file.stem for file in personalize.HERE.glob("methods/*.py")}
-    methods = files - {"__init__", "registry", "train_e4t", "arguments"}
-    assert methods == MAKERS.keys() == OPTIONS.keys() and e4t is MAKERS["e4t"]
+    files -= {"__init__", "command_line", "protocol", "sitting", "table", "train_e4t"}
+    assert files == METHODS.keys() == OPTIONS.keys() | {"hyperdreambooth"}
+    assert all(method.name == name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_what_is_usual_on_nano_is_what_fit_does(method):
-    defaults = {name: p.default for name, p in inspect.signature(MAKERS[method].learn).parameters.items()}
-    usual = {name: row[0] for name, row in MAKERS[method].NUMBERS.items()}
+def test_what_is_usual_on_nano_is_what_learning_does(method):
+    learn = importlib.import_module(f"methods.{method}").learn
+    defaults = {name: p.default for name, p in inspect.signature(learn).parameters.items()}
+    usual = {row.name: row.nano for row in METHODS[method].options("nano", None)}
     shared = usual.keys() & defaults
     assert {"steps", "lr", "batch"} <= shared
     assert {name: defaults[name] for name in shared} == {name: usual[name] for name in shared}
-    for nano, elsewhere, least, most, what in MAKERS[method].NUMBERS.values():
-        assert least <= nano <= most and least <= elsewhere <= most and type(nano) is type(elsewhere) and what
+    for row in METHODS[method].options("nano", None):
+        assert row.help and all(usual is None or row.check(str(usual)) == usual for usual in row[2:4])
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -111,8 +113,8 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
     ("dreambooth", ["--export", "embedding"], "--export embedding needs adapters that are Rows"),
     ("hyperdreambooth", ["--export", "embedding"], "--export embedding needs"),
     ("dreambooth", ["nano/example.png", "[V] face"], "stands where a prompt is expected"),
-    ("dreambooth", ["--rank", -1], "--rank must be"), ("perfusion", ["--tau", 0], "--tau must be"),
-    ("textual_inversion", ["--tokens", 76], "--tokens must be"), ("e4t", ["--lr", -1], "--lr must be")])
+    ("dreambooth", ["--rank", -1], "--rank: must be"), ("perfusion", ["--tau", 0], "--tau: must be"),
+    ("textual_inversion", ["--tokens", 76], "--tokens: must be"), ("e4t", ["--lr", -1], "--lr: must be")])
 def test_what_cannot_be_is_said_before_the_work(run, method, arguments, why):
     said = run(method, "nano/example.png", "[V] face", *arguments, "--out", "out/never")
     assert why in said.splitlines()[-1] and "loaded" not in said
@@ -133,4 +135,4 @@ def test_a_person_of_an_unknown_method(tmp_path, run):
     file = tmp_path / "person.safetensors"
     file.write_bytes(file.read_bytes().replace(b"textual_inversion", b"textual_inverzion"))
     said = run("hyperdreambooth", file, "[V] face")
-    assert "made by textual_inverzion, a method that is not known here" in said
+    assert "made by textual_inverzion, which is not hyperdreambooth or dreambooth" in said

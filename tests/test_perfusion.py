@@ -17,17 +17,19 @@ from methods.perfusion import (
     encoding,
     learn,
     inverse,
-    make_person,
+    make,
     projections,
     shapes,
     super_category,
     together,
-    turn,
+    at_sampling,
 )
 from methods.textual_inversion import LAYER, Rows
 from diffusion import denoising_loss
 from program.console import UserError
-from files.person import MAKERS, Person, load_person, save_person
+from methods import hyperdreambooth
+from methods.table import METHODS
+from files.person import Person, load_person, save_person
 from training.fit import fit
 
 VOCAB = shared_model().tokenizer.vocab
@@ -353,7 +355,7 @@ def test_half_precision_trains_in_float32():
         part.bfloat16()
     ours = learn(model, photo(), 1, .01, .01, 1)
     assert all(t.dtype == torch.float32 for t in ours.values())
-    with torch.no_grad(), model.adapted(adapters(ours, model)):
+    with torch.no_grad(), model.adapted(adapters(ours, hdb.HyperDreamBooth(model))):
         context = model.context(["a [V] face"])
         assert model.unet(some(1, 4, 8, 8).bfloat16(), 5, context).dtype == torch.bfloat16
 
@@ -363,7 +365,7 @@ def test_half_precision_trains_in_float32():
 
 def test_edits_are_of_every_cross_attention_at_sampling_settings():
     model, tensors = shared_model(), some_tensors(2)
-    made = adapters(tensors, model)
+    made = adapters(tensors, hdb.HyperDreamBooth(model))
     cross = {name for name in model.layers if "attn2.to_k" in name or "attn2.to_v" in name}
     assert made.keys() == {LAYER, *cross} and len(cross) > 4
     assert made[LAYER].token == SKS and torch.equal(made[LAYER].vectors, tensors["embedding"][:, None])
@@ -371,7 +373,7 @@ def test_edits_are_of_every_cross_attention_at_sampling_settings():
         assert (made[name].beta, made[name].tau) == (.7, .15)
         assert torch.equal(made[name].inputs[:, 0], tensors["input"])
         assert torch.equal(made[name].duals[:, 0], tensors["dual"])
-    assert {type(adapter) for adapter in made.values()} == set(perfusion.kinds(None))
+    assert {type(adapter) for adapter in made.values()} == set(perfusion.METHOD.kinds(None))
 
 
 def test_keys_are_locked_whatever_was_trained():
@@ -379,7 +381,7 @@ def test_keys_are_locked_whatever_was_trained():
     face = written_out_encoding(model, model.layers[LAYER].weight[FACE], "face", FACE)
     for seed in 0, 50:
         tensors = some_tensors(seed=seed)
-        made = adapters(tensors, model)
+        made = adapters(tensors, hdb.HyperDreamBooth(model))
         e = tensors["input"][None]
         for name, layer in projections(model, "k").items():
             locked = layer.weight @ face
@@ -394,9 +396,10 @@ def test_keys_are_locked_whatever_was_trained():
 
 def test_pictures_of_people_side_by_side_are_each_ones():
     model, tensors = shared_model(), some_tensors(2)
-    both = predicted(model, adapters(tensors, model), ["a [V] face"] * 4)
+    both = predicted(model, adapters(tensors, hdb.HyperDreamBooth(model)), ["a [V] face"] * 4)
     for person in range(2):
-        alone = adapters({name: t[person:person + 1] for name, t in tensors.items()}, model)
+        own = {name: t[person:person + 1] for name, t in tensors.items()}
+        alone = adapters(own, hdb.HyperDreamBooth(model))
         ours = predicted(model, alone, ["a [V] face"] * 4)[person::2]
         assert torch.allclose(both[person::2], ours, atol=1e-4)
     assert (predicted(model, {}, ["a [V] face"] * 4) - both).abs().max() > .01 and untouched(model)
@@ -406,17 +409,16 @@ def test_people_of_different_words_are_not_side_by_side():
     tensors = some_tensors(2)
     tensors["token"][1] += 1
     with pytest.raises(ValueError):
-        adapters(tensors, shared_model())
+        adapters(tensors, hdb.HyperDreamBooth(shared_model()))
 
 
-def test_a_file_holds_the_shapes_and_the_word(tmp_path, monkeypatch):
-    monkeypatch.setitem(MAKERS, "perfusion", perfusion)
+def test_a_file_holds_the_shapes_and_the_word(tmp_path):
     model = shared_model()
     method, tensors = hdb.HyperDreamBooth(model), some_tensors(word=ROCK)
-    assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes(model, {})
-    person = Person(tensors=tensors, made_by="perfusion", base="tiny", identifier="rock")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == shapes({}, hdb.HyperDreamBooth(model))
+    person = Person(perfusion.METHOD, tensors, base="tiny", identifier="rock")
     save_person(person, method, tmp_path / "me.safetensors")
-    again = load_person(tmp_path / "me.safetensors", method)
+    again = load_person(tmp_path / "me.safetensors", method, METHODS)
     assert again.identifier == "rock" and again.adapters(method)[LAYER].token == ROCK  # in float16
     assert ROCK > 256
     for name, t in tensors.items():
@@ -465,7 +467,8 @@ def test_two_people_are_gram_schmidt_of_their_directions():
 
 def test_two_people_in_a_model_have_a_word_each():
     model = shared_model()
-    me, you = adapters(some_tensors(2), model), adapters(some_tensors(seed=30, word=ROCK), model)
+    people = some_tensors(2), some_tensors(seed=30, word=ROCK)
+    me, you = (adapters(tensors, hdb.HyperDreamBooth(model)) for tensors in people)
     joined = together(me, you)
     assert joined.keys() == me.keys()
     ids = torch.tensor([[SKS, ROCK, FACE]] * 2)
@@ -488,42 +491,42 @@ def args(**given):
 
 def test_the_knobs_turn_every_gate():
     model, method = shared_model(), hdb.HyperDreamBooth(shared_model())
-    made = adapters(some_tensors(), model)
-    assert turn(made, args(), method) == made
+    made = adapters(some_tensors(), hdb.HyperDreamBooth(model))
+    assert at_sampling(made, args(), method) == made
     for given, expected in ((args(beta=.4), (.4, .15)), (args(tau=.3), (.7, .3)),
                             (args(beta=0., tau=1.), (0., 1.))):
-        turned = turn(made, given, method)
+        turned = at_sampling(made, given, method)
         assert turned.keys() == made.keys() and turned[LAYER] is made[LAYER]
         for name in made.keys() - {LAYER}:
             assert turned[name][3:] == expected and turned[name][:3] == made[name][:3]
-    outputs = [predicted(model, turn(made, args(beta=beta), method), ["a [V] face"]) for beta in (.5, .9)]
+    outputs = [predicted(model, at_sampling(made, args(beta=beta), method), ["a [V] face"])
+               for beta in (.5, .9)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
-def test_the_second_person_comes_from_a_file(tmp_path, monkeypatch):
-    monkeypatch.setitem(MAKERS, "perfusion", perfusion)
+def test_the_second_person_comes_from_a_file(tmp_path):
     model, file = shared_model(), tmp_path / "you.safetensors"
     method = hdb.HyperDreamBooth(model)
-    me, you = adapters(some_tensors(), model), some_tensors(seed=30, word=ROCK)
+    me, you = adapters(some_tensors(), hdb.HyperDreamBooth(model)), some_tensors(seed=30, word=ROCK)
     you = {name: t.half().float() for name, t in you.items()}
-    save_person(Person(tensors=you, made_by="perfusion", identifier="rock"), method, file)
-    ours = turn(me, args(beside=str(file), beta=.5), method)
-    expected = together(me, adapters(you, model))
+    save_person(Person(perfusion.METHOD, you, identifier="rock"), method, file)
+    ours = at_sampling(me, args(beside=str(file), beta=.5), method)
+    expected = together(me, adapters(you, hdb.HyperDreamBooth(model)))
     for name in projections(model, "k") | projections(model, "v"):
         assert all(torch.equal(a, b) for a, b in zip(ours[name][:3], expected[name][:3]))
         assert ours[name][3:] == (.5, .15)
     assert [ours[LAYER].first.token, ours[LAYER].second.token] == [SKS, ROCK]
-    save_person(Person(tensors=some_tensors(), made_by="perfusion"), method, file)
+    save_person(Person(perfusion.METHOD, some_tensors()), method, file)
     with pytest.raises(UserError, match="both people are called sks"):
-        turn(me, args(beside=str(file)), method)
+        at_sampling(me, args(beside=str(file)), method)
     twin = some_tensors() | {"token": you["token"]}
-    save_person(Person(tensors=twin, made_by="perfusion", identifier="rock"), method, file)
-    me = adapters({name: t.half().float() for name, t in some_tensors().items()}, model)
+    save_person(Person(perfusion.METHOD, twin, identifier="rock"), method, file)
+    me = adapters({name: t.half().float() for name, t in some_tensors().items()}, hdb.HyperDreamBooth(model))
     with pytest.raises(UserError, match="its word cannot be told from sks"):
-        turn(me, args(beside=str(file)), method)
-    save_person(Person(torch.zeros(1, *method.lidb.shape)), method, file)
+        at_sampling(me, args(beside=str(file)), method)
+    save_person(hyperdreambooth.person(torch.zeros(1, *method.lidb.shape)), method, file)
     with pytest.raises(UserError, match="made by hyperdreambooth"):
-        turn(me, args(beside=str(file)), method)
+        at_sampling(me, args(beside=str(file)), method)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -533,8 +536,8 @@ def test_a_person_is_made_as_the_options_say():
     model, stage = shared_model(), Stage()
     said = SimpleNamespace(steps=2, lr=.02, embedding_lr=.01, batch=3, identifier="rock", seed=7,
                            model="tiny")
-    person = make_person(SimpleNamespace(model=model), photo(), said, stage)
-    assert (person.made_by, person.base, person.identifier) == ("perfusion", "tiny", "rock")
+    person = make(hdb.HyperDreamBooth(model), photo()[:, None], [generator(said.seed)], said, stage)
+    assert (person.method.name, person.base, person.identifier) == ("perfusion", "tiny", "rock")
     expected = learn(model, photo(), 2, .02, .01, 3, "rock", generator(7))
     assert all(torch.equal(person.tensors[name], t) for name, t in expected.items())
     assert stage.steps == len(stage.losses) == 2 and len(stage.said) == 1

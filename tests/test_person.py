@@ -20,7 +20,9 @@ from adapters import LowRank, fresh_lora, join
 from files import person
 from program.console import UserError
 from files.lora import export_lora, load_lora
-from files.person import Person, is_person, load_person, save_person
+from methods import hyperdreambooth
+from methods.table import METHODS
+from files.person import is_person, load_person, save_person
 
 VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
 UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -61,7 +63,7 @@ def someone(seed=0, rank=4, **more):
     theta = .3 * draw((1, *method().lidb.shape), f"theta {seed}")
     lora = fresh_lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
     lora = {k: LowRank(a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in lora.items()}
-    return Person(theta, lora, base="small", **more)
+    return hyperdreambooth.person(theta, lora, base="small", **more)
 
 
 def refused(call, *words):
@@ -72,23 +74,30 @@ def refused(call, *words):
     return message
 
 
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
 def equal(ours, theirs):
     pairs = [(x, y) for name in ours for x, y in zip(ours[name], theirs.get(name, ()), strict=True)]
     return ours.keys() == theirs.keys() and all(torch.equal(x, y) for x, y in pairs)
+
+
+def lora_of(person):
+    return hyperdreambooth.adapters({k: t for k, t in person.tensors.items() if k != "theta"}, method())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
     person = someone(identifier="ohwx", scale=.8)
     save_person(person, method(), tmp_path / "me.safetensors", dtype=dtype)
-    back = load_person(tmp_path / "me.safetensors", method())
-    assert back.theta.dtype == torch.float32 and torch.equal(back.theta, person.theta.to(dtype).float())
-    expected = {k: [t.to(dtype).float() for t in pair] for k, pair in person.lora.items()}
-    assert equal(back.lora, expected) and all(isinstance(adapter, LowRank) for adapter in back.lora.values())
-    about = back.identifier, back.scale, back.date, back.base, back.basis_seed
-    assert about == ("ohwx", .8, person.date, "small", 0)
+    back = load_person(tmp_path / "me.safetensors", method(), METHODS)
+    assert all(t.dtype == torch.float32 for t in back.tensors.values())
+    assert same(back.tensors, {k: t.to(dtype).float() for k, t in person.tensors.items()})
+    about = back.identifier, back.scale, back.date, back.base, back.method
+    assert about == ("ohwx", .8, person.date, "small", hyperdreambooth.METHOD)
     save_person(back, method(), tmp_path / "again.safetensors", dtype=dtype)
-    again = load_person(tmp_path / "again.safetensors", method())
+    again = load_person(tmp_path / "again.safetensors", method(), METHODS)
     assert again.adapters(method()).keys() == method().layers.keys()
     first, second = (load_file(tmp_path / name) for name in ("me.safetensors", "again.safetensors"))
     assert first.keys() == second.keys()
@@ -97,20 +106,29 @@ def test_a_person_comes_back_bit_for_bit(tmp_path, dtype):
 
 def test_parts_of_a_person(tmp_path, monkeypatch):
     person = someone()
-    save_person(person, method(), tmp_path / "lidb.safetensors", lidb_only=True, dtype=torch.float32)
-    back = load_person(tmp_path / "lidb.safetensors", method())
-    assert back.lora == {} and torch.equal(back.theta, person.theta)
-    monkeypatch.delattr(lidb, "make_basis")  # which isn't asked for where nothing is in it
-    save_person(Person(None, person.lora), method(), tmp_path / "lora.safetensors", dtype=torch.float32)
-    back = load_person(tmp_path / "lora.safetensors", method())
-    assert back.theta is None and equal(back.adapters(method()), person.lora)
-    person.theta = None
-    refused(lambda: save_person(person, method(), tmp_path / "x", lidb_only=True), "nothing to write")
+    alone = hyperdreambooth.prediction(person)
+    lora = hyperdreambooth.person(None, lora_of(person))
+    assert alone.tensors.keys() == {"theta"} and alone.base == "small"
+    for name, part in ("prediction", alone), ("lora", lora):
+        save_person(part, method(), tmp_path / name, dtype=torch.float32)
+        assert same(load_person(tmp_path / name, method(), METHODS).tensors, part.tensors)
+    nothing = hyperdreambooth.prediction(lora)
+    refused(lambda: save_person(nothing, method(), tmp_path / "x"), "nothing to write")
+    kept = {"person": alone, "person_tuned": person}
+    assert hyperdreambooth.parts(person) == kept and list(hyperdreambooth.parts(alone)) == ["person"]
+    assert list(hyperdreambooth.parts(lora)) == ["person_tuned"]
+
+
+def test_no_basis_is_made_for_a_person_without_theta(tmp_path):
+    lora = hyperdreambooth.person(None, lora_of(someone()))
+    without = SimpleNamespace(model=method().model, layers=method().layers, basis_seed=0)  # no lidb
+    save_person(lora, without, tmp_path / "lora.safetensors", dtype=torch.float32)
+    assert same(load_person(tmp_path / "lora.safetensors", without, METHODS).tensors, lora.tensors)
 
 
 def test_factors_are_the_sum_at_the_default_strength():
     person = someone(scale=.5)
-    both = join(method().lidb.adapters(person.theta), person.lora)
+    both = join(method().lidb.adapters(person.tensors["theta"]), lora_of(person))
     for name, (a, b) in person.adapters(method()).items():
         assert a.shape[2] == 5 and torch.allclose(a @ b, .5 * both[name][0] @ both[name][1], atol=1e-6)
 
@@ -122,13 +140,13 @@ def test_a_full_size_person_is_as_small_as_the_paper_says(tmp_path):
     checksums = {"unet": "f" * 8, "text": "f" * 8}
     model = SimpleNamespace(name=sd.HUB, device=torch.device("cpu"), checksums=checksums)
     basis = SimpleNamespace(shape=(192, 150), a=100, b=50, rank=1, seed=0, checksum=4294967295)
-    full = SimpleNamespace(layers=layers, model=model, lidb=basis)
-    person = Person(draw((1, 192, 150), "full"), base=sd.HUB)
+    full = SimpleNamespace(layers=layers, model=model, lidb=basis, basis_seed=0)
+    person = hyperdreambooth.person(draw((1, 192, 150), "full"), base=sd.HUB)
     for dtype, most in (torch.float32, 117_000), (torch.float16, 60_000):
-        save_person(person, full, tmp_path / "full.safetensors", lidb_only=True, dtype=dtype)
+        save_person(person, full, tmp_path / "full.safetensors", dtype=dtype)
         assert (tmp_path / "full.safetensors").stat().st_size < most
-        back = load_person(tmp_path / "full.safetensors", full)
-        assert torch.equal(back.theta, person.theta.to(dtype).float())
+        back = load_person(tmp_path / "full.safetensors", full, METHODS)
+        assert torch.equal(back.tensors["theta"], person.tensors["theta"].to(dtype).float())
 
 
 @pytest.fixture
@@ -143,7 +161,7 @@ def altered(file, tensors=None, **note):
         tensors, note = load_file(file) | (tensors or {}), f.metadata() | note
     tensors, note = ({k: v for k, v in pairs.items() if v is not None} for pairs in (tensors, note))
     save_file(tensors, file, note)
-    return lambda: load_person(file, method())
+    return lambda: load_person(file, method(), METHODS)
 
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -191,8 +209,8 @@ def test_a_file_of_nobody_is_refused(file):
 def test_another_model_and_another_basis_are_refused(file):
     wider = hdb.HyperDreamBooth(small(replace(UNET, block_out_channels=(16, 32))))
     other = hdb.HyperDreamBooth(method().model, basis_seed=1)
-    refused(lambda: load_person(file, wider), "made for small", "other than small's")
-    refused(lambda: load_person(file, other), "basis_seed 0, here 1")
+    refused(lambda: load_person(file, wider, METHODS), "made for small", "other than small's")
+    refused(lambda: load_person(file, other, METHODS), "basis_seed 0, here 1")
     refused(lambda: save_person(someone(), other, file), "seed 0, this method's 1")
 
 
@@ -218,20 +236,20 @@ def test_a_file_says_which_weights_it_was_made_for(file):
         note = f.metadata()
     assert {part: note[part] for part in ("unet", "text")} == {
         part: method().model.checksums[part] for part in ("unet", "text")}
-    assert not warned(lambda: load_person(file, method()))
-    assert not warned(lambda: load_person(file, with_identifier("elsewhere/small")))
+    assert not warned(lambda: load_person(file, method(), METHODS))
+    assert not warned(lambda: load_person(file, with_identifier("elsewhere/small"), METHODS))
 
 
 def test_another_model_of_the_same_shapes_is_warned_of(file):
     other = with_identifier("other", seed=1)
-    message, = warned(lambda: load_person(file, other))
+    message, = warned(lambda: load_person(file, other, METHODS))
     here, there = other.model.checksums, method().model.checksums
     for word in (str(file), "made for small", "used with other", f"unet {there['unet']}, here {here['unet']}",
                  f"text {there['text']}, here {here['text']}", "likeness"):
         assert word in message
     mixed = with_identifier("mixed")
     mixed.model.unet = other.model.unet
-    message, = warned(lambda: load_person(file, mixed))
+    message, = warned(lambda: load_person(file, mixed, METHODS))
     assert f"unet {there['unet']}, here {here['unet']}" in message and "text" not in message
 
 
@@ -239,14 +257,14 @@ def test_the_same_model_in_bfloat16_is_the_same(file):
     half = with_identifier("small")
     for part in (half.model.unet, half.model.text, half.model.vae):
         part.bfloat16()
-    assert not warned(lambda: load_person(file, half))
+    assert not warned(lambda: load_person(file, half, METHODS))
 
 
 @pytest.mark.parametrize("base, here, told", [
     ("small", "small", False), ("small", "other", True), ("", "other", False)])
 def test_a_file_without_checksums_goes_by_the_models_name(file, base, here, told):
     altered(file, unet=None, text=None, base=base)
-    messages = warned(lambda: load_person(file, with_identifier(here, seed=1)))
+    messages = warned(lambda: load_person(file, with_identifier(here, seed=1), METHODS))
     assert len(messages) == told
     assert all("made for small" in text and "used with other" in text for text in messages)
 
@@ -260,28 +278,28 @@ def test_what_is_no_safetensors_is_refused(tmp_path, content, words):
     if content is not None:
         path.write_bytes(content)
     assert not is_person(path)
-    refused(lambda: load_person(path, method()), words)
+    refused(lambda: load_person(path, method(), METHODS), words)
     refused(lambda: load_lora(path, method().model), words)
 
 
 @pytest.mark.parametrize("size", [5, 100, 5000, -1])
 def test_a_truncated_file_is_refused(file, size):
     file.write_bytes(file.read_bytes()[:size])
-    refused(lambda: load_person(file, method()), str(file))
+    refused(lambda: load_person(file, method(), METHODS), str(file))
     refused(lambda: load_lora(file, method().model), str(file))
 
 
 def test_what_cannot_be_kept_is_not_written(tmp_path):
     path = tmp_path / "me.safetensors"
     person = someone()
-    person.theta[0, 0, 0] = 1e6
+    person.tensors["theta"][0, 0, 0] = 1e6
     refused(lambda: save_person(person, method(), path), "theta", "infinite")
-    two = Person(torch.zeros(2, *method().lidb.shape))
+    two = hyperdreambooth.person(torch.zeros(2, *method().lidb.shape))
     refused(lambda: save_person(two, method(), path), "theta has shape (2,")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_is_person(file, tmp_path):
     assert is_person(file) and is_person(str(file))
-    export_lora(someone().lora, tmp_path / "lora.safetensors")
+    export_lora(lora_of(someone()), tmp_path / "lora.safetensors")
     assert not any(map(is_person, (tmp_path / "lora.safetensors", tmp_path, tmp_path / "none.jpg")))

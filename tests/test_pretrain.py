@@ -164,8 +164,8 @@ def test_minutes_stop_before_anything_is_written(train):
 
 @pytest.mark.parametrize("arguments, why", [
     (["text", "--warm"], "unrecognized arguments: --warm"), (["unet", "--decoder"], "--decoder"),
-    (["vae", "--lr", "nan"], "--lr must be"), (["unet", "--seed", seeds.SEEDS + 1], "--seed must be"),
-    (["encoder", "--minutes", "-1"], "--minutes must be"), ([], "part")])
+    (["vae", "--lr", "nan"], "--lr: must be"), (["unet", "--seed", seeds.SEEDS + 1], "--seed: must be"),
+    (["encoder", "--minutes", "-1"], "--minutes: must be"), ([], "part")])
 def test_what_a_user_did_wrong_is_one_clear_line(train, capsys, arguments, why):
     with pytest.raises(SystemExit):
         train(*arguments)

@@ -21,7 +21,7 @@ from methods.textual_inversion import (
     learn,
     is_embedding,
     load_embedding,
-    make_person,
+    make,
     save_embedding,
     shapes,
 )
@@ -108,10 +108,10 @@ def test_vectors_are_as_precise_as_the_model():
 
 def test_edits_are_of_the_identifiers_row():
     vectors = some_vectors(2, 3)
-    ((layer, adapter),) = adapters({"vectors": vectors}, shared_model()).items()
+    ((layer, adapter),) = adapters({"vectors": vectors}, hdb.HyperDreamBooth(shared_model())).items()
     assert layer == LAYER and adapter.token == SKS and adapter.vectors is vectors
     model, prompts = shared_model(), [hdb.PROMPT, hdb.PROMPT]
-    with model.adapted(adapters({"vectors": vectors}, model)):
+    with model.adapted(adapters({"vectors": vectors}, hdb.HyperDreamBooth(model))):
         one, other = model.context(prompts)
     assert not torch.allclose(one, other, atol=.1) and untouched(model)
 
@@ -235,7 +235,7 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     # its optimiser knows no meta tensors
-    monkeypatch.setattr(textual_inversion, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(textual_inversion, "fit_or_take_back", lambda *_, **__: None)
     model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
@@ -260,7 +260,7 @@ def test_the_words_have_to_be_one_token_each(words):
         learn(other, photo(), 0)
     if missing == "sks":
         with pytest.raises(ValueError, match="not one token"):
-            adapters({"vectors": some_vectors()}, other)
+            adapters({"vectors": some_vectors()}, hdb.HyperDreamBooth(other))
 
 
 def test_so_many_vectors_as_the_prompt_has_room_for():
@@ -279,28 +279,28 @@ def test_so_many_vectors_as_the_prompt_has_room_for():
 # What the command lines ask for
 
 def test_shapes_of_a_person():
-    model = shared_model()
+    engine = hdb.HyperDreamBooth(shared_model())
     for tokens in 1, 3, 10:
-        assert shapes(model, {"vectors": some_vectors(1, tokens)}) == {"vectors": (1, tokens, WIDTH)}
-    assert shapes(model, {"vectors": some_vectors(2, 3)}) == {"vectors": (1, 3, WIDTH)}
-    assert shapes(model, {"vectors": torch.zeros(1, 11, 7)}) == {"vectors": (1, 10, WIDTH)}
+        assert shapes({"vectors": some_vectors(1, tokens)}, engine) == {"vectors": (1, tokens, WIDTH)}
+    assert shapes({"vectors": some_vectors(2, 3)}, engine) == {"vectors": (1, 3, WIDTH)}
+    assert shapes({"vectors": torch.zeros(1, 11, 7)}, engine) == {"vectors": (1, 10, WIDTH)}
     for shape in (3, 4), (), (1, 0, WIDTH), (1, 2, 3, WIDTH):
-        assert shapes(model, {"vectors": torch.zeros(shape)}) == {"vectors": (1, 1, WIDTH)}
-    assert shapes(model, {}) == {"vectors": (1, 1, WIDTH)}
+        assert shapes({"vectors": torch.zeros(shape)}, engine) == {"vectors": (1, 1, WIDTH)}
+    assert shapes({}, engine) == {"vectors": (1, 1, WIDTH)}
 
 
 def test_a_person_is_made_as_the_options_say():
     model, stage = shared_model(), Stage()
     args = SimpleNamespace(steps=2, lr=.02, batch=3, tokens=2, seed=6, model="somewhere")
-    person = make_person(SimpleNamespace(model=model), photo(), args, stage)
-    about = person.made_by, person.base, person.identifier
+    person = make(hdb.HyperDreamBooth(model), photo()[:, None], [generator(args.seed)], args, stage)
+    about = person.method.name, person.base, person.identifier
     assert about == ("textual_inversion", "somewhere", "sks sks")
     expected = learn(model, photo(), 2, .02, 3, 2, generator(6))["vectors"]
     assert torch.equal(person.tensors["vectors"], expected)
     assert stage.steps == len(stage.losses) == 2 and len(stage.said) == 1
     # the identifier is what was trained with
     ids = model.tokenizer([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
-    with model.adapted(adapters(person.tensors, model)):
+    with model.adapted(adapters(person.tensors, hdb.HyperDreamBooth(model))):
         context = model.context([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
     assert torch.allclose(context, written_out_features(model, person.tensors["vectors"][0], ids), atol=1e-5)
     assert (ids == SKS).sum() == 2
@@ -319,7 +319,7 @@ def test_an_embedding_comes_back_bit_for_bit(tmp_path, tokens):
     assert is_embedding(path) and is_embedding(str(path))
     back = load_embedding(str(path), shared_model())
     assert back.tensors.keys() == {"vectors"} and torch.equal(back.tensors["vectors"], tensors["vectors"])
-    about = back.made_by, back.base, back.identifier
+    about = back.method.name, back.base, back.identifier
     assert about == ("textual_inversion", "tiny", " ".join(["sks"] * tokens))
     save_embedding({"vectors": tensors["vectors"].double()}, str(path), "<me>")
     assert load_file(path).keys() == {"<me>"} and load_file(path)["<me>"].dtype == torch.float32
@@ -333,7 +333,8 @@ def test_embeddings_of_others(tmp_path, name, shape, dtype):
     save_file({name: embedding}, path)
     vectors = load_embedding(path, shared_model()).tensors["vectors"]
     assert vectors.dtype == torch.float32 and torch.equal(vectors, embedding.float().reshape(1, -1, WIDTH))
-    assert shapes(shared_model(), {"vectors": vectors})["vectors"] == vectors.shape and is_embedding(path)
+    engine = hdb.HyperDreamBooth(shared_model())
+    assert shapes({"vectors": vectors}, engine)["vectors"] == vectors.shape and is_embedding(path)
 
 
 def refused(call, *words):

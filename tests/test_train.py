@@ -170,17 +170,17 @@ def test_training_on_photos_names_its_encoder(tmp_path):
 
 @pytest.mark.parametrize("arguments, why", [
     (["--encoder", "x/y"], "--encoder cannot be chosen"),
-    (["--steps", 0], "--steps must be"),
-    (["--batch", 0], "--batch must be"),
-    (["--lr", "nan"], "--lr must be"),
+    (["--steps", 0], "--steps: must be"),
+    (["--batch", 0], "--batch: must be"),
+    (["--lr", "nan"], "--lr: must be"),
     (["--iterations", -3], "--iterations"),
-    (["--seed", 10 ** 30], "--seed must be"),
+    (["--seed", 10 ** 30], "--seed: must be"),
     (["--alpha", 0], "cannot both be 0"),
     (["--faces", "nano"], "--faces is for a model other"),
-    (["--model", "somewhere"], "needed there"),
+    (["--model", "somewhere"], "required: --faces"),
     (["--out", "README.md/runs"], "is a file"),
     (["--save", "nano"], "is a folder"),
-    (["--model", "somewhere", "--faces", "nowhere"], "no such file or folder"),
+    (["--model", "somewhere", "--faces", "nowhere"], "no such folder"),
     (["--start", "nano/judge.safetensors"], "not a hypernetwork"),
 ])
 def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, why):

@@ -1,5 +1,8 @@
-"""A few steps down the gradient of a loss, all in memory: Adam, on a GPU each step in one piece, and at the
-end a look at whether it went down."""
+"""A few steps of Adam on one loss, all in memory: what fine-tuning on one photo is, for every method.
+
+`fit` is the plain loop. Beside it stand what makes a step safe in float16 (`backward`), what takes a training
+back that went wrong (`fit_or_take_back`), and what makes a GPU's steps fast (`recorded`).
+"""
 import warnings
 from contextlib import nullcontext
 
@@ -7,7 +10,102 @@ import torch
 from torch.optim.adamw import adamw
 
 SCALE = 2 ** 10
-RISEN = 1.5  # a loss that is so many times what it was at the start
+RISEN = 1.5  # a loss that is this many times what it was at the start has risen
+
+
+def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=tuple):
+    """Change `parameters`, a list of tensors that require gradients, or of groups of them, {"params":
+    [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss(*inputs()).
+
+    context() is a context for each loss and its backward: lambda: model.adapted(adapters of the parameters).
+    callback(step, loss) is called after every step; if it returns True, that step was the last. inputs() ->
+    all tensors that change from step to step, in shapes that don't: a GPU then gets each step in one piece.
+    """
+    step = adam_step(loss, parameters, lr, context)
+    if inputs is not tuple and tensors_of(parameters)[0].is_cuda:
+        step = recorded(step)
+    for i in range(steps):
+        value = step(*inputs())
+        if callback and callback(i, value.item()):
+            break
+
+
+def fit_or_take_back(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=tuple,
+                     replay=(), states=8):
+    """fit(), and a look back at its end: the first step's noise, which the generator `replay`, or each of a
+    list of them, gave, is tried again. Where its loss is well above what it was, a warning says so, and the
+    last of so many `states` kept on the way for which it is not is put back."""
+    trained, every = tensors_of(parameters), steps // states + 1 if states else steps + 1
+    replay = [replay] if isinstance(replay, torch.Generator) else replay
+    beginning, losses, kept = [g.get_state() for g in replay], [], []
+
+    def keep(i):
+        if states and i % every == 0 and i < steps:
+            kept.append([p.detach().clone() for p in trained])
+
+    def after(i, value):
+        losses.append(value)
+        keep(i + 1)
+        return callback and callback(i, value)
+
+    keep(0)
+    fit(loss, parameters, steps, lr, context, after, inputs)
+    if not losses:
+        return
+
+    def risen():
+        """What the first step's noise gives now, where that is well above what it gave then, or no number."""
+        now = [g.get_state() for g in replay]
+        for generator, state in zip(replay, beginning):
+            generator.set_state(state)
+        with torch.no_grad(), context():
+            value = loss(*inputs()).item()
+        for generator, state in zip(replay, now):
+            generator.set_state(state)
+        return None if value <= RISEN * losses[0] else value
+
+    if (last := risen()) is not None:
+        so = ", so the last steps are not kept" if kept else ""
+        warnings.warn(f"the loss rose from {losses[0]:.3g} to {last:.3g}{so}: a rate of {lr:g} is too high; "
+                      "a tenth of it, or fewer steps, may do", stacklevel=3)
+        for state in reversed(kept):
+            torch._foreach_copy_([p.detach() for p in trained], state)
+            if risen() is None:
+                break
+
+
+def tensors_of(parameters):
+    """The tensors of a list of tensors or groups."""
+    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+    return [p for group in groups for p in group["params"]]
+
+
+def adam_step(loss, parameters, lr, context):
+    """step(*inputs) -> the loss before it: one step of Adam, which keeps its moments from call to call."""
+    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+    trained, zeros = tensors_of(parameters), torch.zeros_like
+    memory = {p: (zeros(p), zeros(p), torch.zeros((), device=p.device)) for p in trained}  # moments, steps
+
+    def step(*inputs):
+        with torch.enable_grad(), context():
+            value = loss(*inputs)
+            backward(value, trained)
+        with torch.no_grad():
+            for group in groups:
+                adam(group["params"], memory, group.get("lr", lr))
+        return value.detach()
+    return step
+
+
+def adam(parameters, memory, lr):
+    """A step of Adam down the parameters' gradients, which are gone afterwards. torch.optim's class does the
+    same, but imports a compiler first, a quarter of the time that a person on nano takes."""
+    moved = [p for p in parameters if p.grad is not None]
+    first, second, steps = map(list, zip(*(memory[p] for p in moved)))
+    adamw(moved, [p.grad for p in moved], first, second, [], steps, fused=True, amsgrad=False, beta1=.9,
+          beta2=.99, lr=lr, weight_decay=0., eps=1e-8, maximize=False)
+    for p in moved:
+        p.grad = None
 
 
 def backward(loss, parameters):
@@ -16,84 +114,6 @@ def backward(loss, parameters):
     the scale is a power of two, so nothing else changes."""
     (loss * SCALE).backward()
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
-
-
-def fit(loss, parameters, steps, lr, around=nullcontext, callback=None, generator=None, states=8,
-            draw=None):
-    """Change `parameters`, a list of tensors that require gradients, or of groups of them, {"params":
-    [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss().
-
-    around() is a context for each loss and its backward: lambda: model.adapted(adapters made of the
-    parameters). callback(step, loss) after every step. generator: what the losses' noise comes from, or a
-    list of those. Given, the first noise is tried again at the end, with a warning where its loss is well
-    above what it was; then the last of so many `states` in between of which that is not so is put back.
-    draw() -> all tensors that change from step to step, in shapes that don't, for loss(*draw()): with it a
-    GPU is given each step in one piece, `recorded`.
-    """
-    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
-    trained = [p for group in groups for p in group["params"]]
-    # both moments and how many steps were made
-    like = torch.zeros_like
-    memory = {p: (like(p), like(p), torch.zeros((), device=p.device)) for p in trained}
-
-    def step(*tensors):
-        with torch.enable_grad(), around():
-            value = loss(*tensors)
-            backward(value, trained)
-        with torch.no_grad():
-            for group in groups:
-                adam(group["params"], memory, group.get("lr", lr))
-        return value.detach()
-    if draw and trained[0].is_cuda:
-        step = recorded(step)
-
-    draw = draw or tuple
-    sources = generator if isinstance(generator, list) else [generator] if generator else []
-    kept, beginning = [], [source.get_state() for source in sources]
-    for i in range(steps):
-        if generator and states and i % (steps // states + 1) == 0:
-            kept.append([p.detach().clone() for p in trained])
-        value = step(*draw())
-        if i == 0:
-            first = value.clone()  # a recorded step writes to the same place
-        if callback:
-            callback(i, value.item())  # on a GPU, to read it is to wait for it
-    if not (generator and steps):
-        return
-
-    def risen():
-        """What the first step's noise gives now, if that is well above what it gave then or no number."""
-        now = [source.get_state() for source in sources]
-        rewind(sources, beginning)
-        with torch.no_grad(), around():
-            value = loss(*draw())
-        rewind(sources, now)
-        return None if value <= RISEN * first else value
-    if (last := risen()) is not None:
-        so = ", so the last steps are not kept" if kept else ""
-        warnings.warn(f"the loss rose from {first:.3g} to {last:.3g}{so}: a rate of {lr:g} is too high; a "
-                      "tenth of it, or fewer steps, may do", stacklevel=3)
-        for state in reversed(kept):
-            torch._foreach_copy_([p.detach() for p in trained], state)
-            if risen() is None:
-                break
-
-
-def rewind(sources, states):
-    """Put generators into the states that they had."""
-    for source, state in zip(sources, states):
-        source.set_state(state)
-
-
-def adam(parameters, memory, lr):
-    """A step of Adam down the parameters' gradients, which are gone afterwards. torch.optim's class would do
-    the same, but imports a compiler first, a quarter of the time that a person on nano takes."""
-    moved = [p for p in parameters if p.grad is not None]
-    first, second, steps = map(list, zip(*(memory[p] for p in moved)))
-    adamw(moved, [p.grad for p in moved], first, second, [], steps, fused=True, amsgrad=False, beta1=.9,
-          beta2=.99, lr=lr, weight_decay=0., eps=1e-8, maximize=False)
-    for p in moved:
-        p.grad = None
 
 
 def recorded(step, eager=3):

@@ -6,6 +6,7 @@
 import torch
 import hdb
 from program import console
+from program.options import number, parser_of, same
 from nano import faces, seeds
 from nano.judge import load_judge
 from nano.training.pretrain import psnr
@@ -41,12 +42,9 @@ def main(args):
 
 
 def arguments():
-    parser = console.Parser(__doc__)
-    parser.add_argument("--sample-steps", type=int, default=15, help="of the sampler")
-    parser.add_argument("--guidance", type=float, default=2., help="classifier-free guidance scale")
-    args = parser.parse_args()
-    console.check_ranges(parser, args, sample_steps=(1, 999), guidance=(-100, 100))
-    return args
+    return parser_of(__doc__, [
+        same("sample_steps", number(int, 1, 999), 15, "of the sampler"),
+        same("guidance", number(float, -100, 100), 2., "classifier-free guidance scale")]).parse_args()
 
 
 if __name__ == "__main__":

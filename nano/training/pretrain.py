@@ -28,6 +28,7 @@ from files.checkpoints import build, checksum, read_json, whole_files, write, wr
 from files.layouts import device_and_dtype
 from files.tokenizers import write_tokenizer
 from nano import faces, seeds
+from program.options import DEVICE, RUNS, add, number, same, training_rows
 from sd import StableDiffusion
 from training.trainer import Pool, Trainer, seeded
 from vit import NANO_VIT, ViT
@@ -299,33 +300,34 @@ def train_encoder(args):
     distributed.greatest(0)  # the others read it next
 
 
-# What trains a part, and its options beside those of all
-USUAL = {"steps": 6000, "batch": 16, "lr": 1e-3}
-READING = {"steps": 3000, "batch": 64, "lr": 1.5e-3, "warm": False, "pool": 32_000, "fresh": 24}
-PARTS = {"vae": (train_vae, USUAL | {"warm": False, "decoder": False, "bf16": False}),
-         "text": (train_text, USUAL), "encoder": (train_encoder, READING),
-         "unet": (train_unet, USUAL | {"warm": False, "ema": .998, "pool": 50_000, "fresh": 4})}
-HELP = {"warm": "start from the weights in nano/ instead of from nothing",
-        "decoder": "train only the decoder of nano/vae further", "bf16": "compute in bfloat16",
-        "runs": "folder of all runs", "seed": "of all that is drawn", "ema": "decay of the weights' average",
-        "pool": "pictures kept, to be drawn from", "fresh": "new pictures a step",
-        "minutes": "stop after this long, to be resumed; only the end writes the result"}
+WARM = same("warm", None, False, "start from the weights in nano/, not from nothing", action="store_true")
+DECODER = same("decoder", None, False, "train only the decoder of nano/vae further", action="store_true")
+BF16 = same("bf16", None, False, "compute in bfloat16", action="store_true")
+EMA = same("ema", number(float, 0, 1), .998, "decay of the weights' average")
+
+
+def usual(steps=6000, batch=16, lr=1e-3):
+    return [*training_rows(steps, batch, lr, seeds.STEPS, seeds.SEEDS), RUNS, DEVICE]
+
+
+def pool(size, fresh):
+    return [same("pool", number(int, 1, 10 ** 8), size, "pictures kept, to be drawn from"),
+            same("fresh", number(int, 1, 4096), fresh, "new pictures a step")]
+
+
+# What trains a part, and its options
+PARTS = {"vae": (train_vae, [*usual(), WARM, DECODER, BF16]), "text": (train_text, usual()),
+         "encoder": (train_encoder, [*usual(3000, 64, 1.5e-3), WARM, *pool(32_000, 24)]),
+         "unet": (train_unet, [*usual(), WARM, EMA, *pool(50_000, 4)])}
 
 
 def arguments():
-    parser = console.Parser(__doc__)
+    parser = console.Parser(__doc__, allow_abbrev=False)
     parts = parser.add_subparsers(dest="part", required=True)
-    for name, (train, options) in PARTS.items():
-        part = parts.add_parser(name, description=train.__doc__)
-        for option, usual in (options | {"minutes": math.inf, "seed": 0, "runs": "runs"}).items():
-            kind = {"action": "store_true"} if usual is False else {"type": type(usual), "default": usual}
-            part.add_argument(f"--{option}", help=HELP.get(option, "of the training"), **kind)
-        part.add_argument("--device", help="cuda, mps or cpu")
+    for name, (train, rows) in PARTS.items():
+        add(parts.add_parser(name, description=train.__doc__, allow_abbrev=False), rows)
     args = parser.parse_args()
-    console.check_ranges(parser, args, steps=(1, seeds.STEPS), minutes=(0, math.inf), batch=(1, 4096),
-                         lr=(0, 1), ema=(0, 1), pool=(1, 10 ** 8), fresh=(1, 4096), seed=(0, seeds.SEEDS))
     args.deadline = time.time() + 60 * args.minutes
-    console.check_folder(parser, "--runs", args.runs)
     args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 

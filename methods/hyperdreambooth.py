@@ -1,0 +1,97 @@
+"""HyperDreamBooth (arXiv 2307.06949) as one of the methods: hdb.py on the command line and in a person's
+file."""
+import warnings
+from dataclasses import replace
+
+from adapters import LowRank, join
+from files.person import OURS, Person, lora_shapes
+from methods.protocol import Method
+from program.console import UserError
+from program.options import number, old_file, same
+
+# nano's were the best of several on validation people. Elsewhere fast fine-tuning takes the rate of LoRAs on
+# one image; without a hypernetwork it has the whole way to go, and takes what is published for those
+STEPS = "of fine-tuning; 0: the prediction alone"
+USUAL = {"nano": (40, 4, 3e-3), "predicted": (40, 4, 5e-4), "alone": (200, 16, 2e-4)}
+LARGE = 5e-4  # a rate above this suits nano alone
+
+
+def options(model, hypernet):
+    """The rows of this method, whose usual values depend on whether there is a hypernetwork."""
+    steps, rank, lr = USUAL["nano" if model == "nano" else "predicted" if hypernet else "alone"]
+    return [same("steps", number(int, 0, 100_000), steps, STEPS),
+            same("rank", number(int, 1, 320), rank, "of the LoRA that is fine-tuned"),
+            same("lr", number(float, 0, 1), lr, "learning rate of fine-tuning"),
+            same("batch", number(int, 1, 1024), 4, "noises of the photo a step of fine-tuning"),
+            same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own")]
+
+
+def make(engine, photos, generators, args, stage):
+    """Photos (P, N, 3, H, W) to the Person of P people: predict, then fine-tune. UserError where neither is
+    asked for."""
+    theta, lora = None, {}
+    if engine.hypernet:
+        theta = engine.predict(photos)
+        stage(f"predicted {theta.numel():,} personal weights")
+    elif not args.steps:
+        raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
+                        "--hypernet or --steps")
+    else:
+        print(f"         no hypernetwork for {args.model}, so fine-tuning alone, for which 40 steps are few: "
+              f"{args.steps} steps at rank {args.rank}")
+    if args.model != "nano" and args.lr > LARGE:
+        warnings.warn(f"--lr {args.lr:g} is large for this model; 2e-4 to 5e-4 are usual", stacklevel=1)
+    if args.steps:
+        with stage.progress(args.steps) as show:
+            settings = args.steps, args.rank, args.lr, args.batch
+            lora = engine.fine_tune(photos, theta, *settings, generators, show)
+        stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
+    return person(theta, lora, base=args.model, basis_seed=engine.basis_seed)
+
+
+def person(theta=None, lora=None, basis_seed=0, **about):
+    """The Person of θ (P, layers, size) and a LoRA's adapters, or of one of them."""
+    tensors = {} if theta is None else {"theta": theta}
+    for name, pair in (lora or {}).items():
+        tensors |= {f"{name}.A": pair.a, f"{name}.B": pair.b}
+    return Person(METHOD, tensors, basis_seed=None if theta is None else basis_seed, **about)
+
+
+def prediction(person):
+    """The same person without the LoRA: what the hypernetwork said."""
+    return replace(person, tensors={key: t for key, t in person.tensors.items() if key == "theta"})
+
+
+def parts(person):
+    """The prediction, a few KB, and all of a person: those of the two that there are."""
+    alone = prediction(person)
+    kept = {"person": alone, "person_tuned": person}
+    there = {"person": bool(alone.tensors), "person_tuned": len(person.tensors) > len(alone.tensors)}
+    return {name: part for name, part in kept.items() if there[name]}
+
+
+def adapters(tensors, engine):
+    """The adapters of the prediction and of the LoRA, joined."""
+    predicted = engine.lidb.adapters(tensors["theta"]) if "theta" in tensors else {}
+    tuned = [name for name in engine.layers if f"{name}.A" in tensors]
+    return join(predicted, {name: LowRank(tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in tuned})
+
+
+def shapes(tensors, engine):
+    """name -> shape of one person's tensors; the LoRA's layers and rank are free."""
+    expected = {"theta": (1, *engine.lidb.shape)} if "theta" in tensors else {}
+    return expected | lora_shapes(engine.layers, tensors)
+
+
+def note(tensors, engine):
+    """The basis that θ belongs to, which takes a second to make on SD 1.5."""
+    if "theta" not in tensors:
+        return {}
+    lidb = engine.lidb
+    return {"a": lidb.a, "b": lidb.b, "r": lidb.rank, "basis_seed": lidb.seed,
+            "basis_checksum": lidb.checksum}
+
+
+METHOD = Method(OURS, "a hypernetwork predicts the person, then 40 steps of a LoRA (the default)", options,
+                make, adapters, shapes, lambda args: [LowRank], parts=parts, note=note,
+                scalable=True, several=True)

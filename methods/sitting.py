@@ -1,0 +1,61 @@
+"""The photos that a person is made of: what the user shows, what a method gets to see of it, and what nano
+says."""
+import os
+from typing import NamedTuple
+
+import torch
+
+from files import images
+from nano import faces
+from nano.photo import avatar, reader
+from program import console
+from program.console import UserError
+from training.photos import read_photos
+
+
+class Sitting(NamedTuple):
+    """One person's photos: `shown` (N, 3, H, W) to the user alone, or None; what the method sees (N, 3, H,
+    W); what nano says it saw, or None; the crop that was used; and where they come from."""
+    shown: torch.Tensor | None
+    seen: torch.Tensor
+    saw: str | None
+    crop: str
+    paths: list
+
+
+def sit(args, model):
+    """The Sitting of one person or, with --each, of every photo that can be used; others are reported.
+    UserError where none can."""
+    side, sittings = 8 * model.unet.config.sample_size, []
+    if not args.each:
+        return [look_at(args.photos, args, side)]
+    for path in args.photos:
+        try:
+            sittings.append(look_at([path], args, side))
+        except images.ImageError as error:
+            print(console.one_line(f"  not used: {error}"))
+    if not sittings:
+        raise UserError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
+    return sittings
+
+
+def look_at(paths, args, side):
+    """The Sitting of one person's photos. nano knows drawn people alone: it reads a photo, says what it saw,
+    and draws that person."""
+    if args.model != "nano":
+        return Sitting(None, read(paths, side, args.crop), None, args.crop, paths)
+    center = args.crop if isinstance(args.crop, tuple) else "center"
+    network, pictures = reader.load_reader(), read(paths, side, center)
+    if args.look is None and reader.drawn(network, pictures).all():
+        return Sitting(None, pictures, None, center, paths)
+    photos = read(paths, 2 * side, args.crop)
+    _, portrait, saw = avatar.avatar(network, photos, args.look)
+    print(f"saw: {saw}\n     wrong? say it with --look, in words of {faces.vocabulary_text()}")
+    return Sitting(reader.shrunk(photos, side), portrait, saw, args.crop, paths)
+
+
+def read(paths, side, crop):
+    """All photos (N, 3, side, side) in these files and folders, cut as images.read does."""
+    every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
+             for path in paths)
+    return torch.cat([photo for some in every for photo in some])
