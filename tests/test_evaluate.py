@@ -84,7 +84,7 @@ def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
     modules = [sys.modules[name] for name in ("hdb", "methods.dreambooth", "methods.textual_inversion",
                                               "methods.perfusion")]
     for module in modules:
-        monkeypatch.setattr(module, "fit", lambda loss, parameters, steps, *rest, **more:
+        monkeypatch.setattr(module, "fit_or_take_back", lambda loss, parameters, steps, *rest, **more:
                             fitted.append(steps) or usual(loss, parameters, 1, *rest, **more))
     monkeypatch.setattr(systems.dreambooth, "shared_prior",
                         lambda *_: torch.randn(5, 4, 16, 16, generator=generator(9)))
