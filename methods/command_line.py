@@ -21,8 +21,8 @@ from training.photos import photo_files
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # the prediction alone, and with the LoRA
 SAMPLING = [Option("sample_steps", number(int, 1, 999), 15, 30, "of the sampler, DPM-Solver++(2M)"),
             Option("guidance", number(float, -100, 100), 2., 7.5, "classifier-free guidance scale"),
-            same("person_guidance", number(float, -100, 100), 1., "of guidance, weight of the person; any but "
-                 "1 takes half as long again"),
+            same("person_guidance", number(float, -100, 100), 1., "of guidance, weight of the person; any "
+                 "but 1 takes half as long again"),
             same("strength", number(float, 0, 1.5), 1., "of the person"),
             Option("side_by_side", number(int, 1, 1024), 8, 2, "people in a batch, where there are several"),
             same("negative", printable, "", "what to avoid")]

@@ -80,7 +80,7 @@ def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
     """Two people side by side, and the second alone: the same adapters."""
     method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
     method.predict = lambda photo, iterations: torch.full((len(photo), *method.lidb.shape), .01)
-    fitted, usual = [], evaluate.hdb.fit
+    fitted, usual = [], evaluate.hdb.fit_or_take_back
     modules = [sys.modules[name] for name in ("hdb", "methods.dreambooth", "methods.textual_inversion",
                                               "methods.perfusion")]
     for module in modules:
@@ -90,7 +90,7 @@ def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
                         lambda *_: torch.randn(5, 4, 16, 16, generator=generator(9)))
     some = next(one for one in systems.rows(True) if one.system == system)
     photos = faces.photos(torch.rand(2, 27, generator=generator(1)), generator(2), "cpu")[:, None]
-    both, alone = (experiment.fit(some, torch.tensor(who), method, photos).stored() for who in ([0, 1], [1]))
+    both, alone = (experiment.fit(some, torch.tensor(who), method, photos).tensors for who in ([0, 1], [1]))
     assert fitted[0] >= 40 and both.keys() == alone.keys()
 
     def apart(person):
