@@ -1,5 +1,7 @@
 """The report's figures, by matplotlib, which only whoever makes them needs: dots for the systems, curves for
 the knobs, grids of pictures."""
+import json
+
 from evaluation.report import TABLES, picture
 from files import images
 
@@ -11,6 +13,9 @@ DOTS = {"style.png": ("style", "styled", "share of styled pictures in the right 
                        "likeness to another photo × style")}
 CURVES = {("HyperDreamBooth", "steps"): "steps of fine-tuning", ("HyperDreamBooth", "rank"): "rank",
           ("HyperDreamBooth", "strength"): "strength", ("Only Hyper", "passes"): "passes, prediction alone"}
+# Of a training's log: what the names of a panel's lines begin with, and what they are
+LEARNT = {"likeness": "likeness", "leaked": "likeness without [V]", "obeyed": "looks drawn when asked for"}
+NAMES = {f"likeness {k}": f"plain, after pass {k}" for k in (1, 2, 3)} | {"likeness photo": "plain, the last"}
 PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]  # of a name, from its dot
 COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "glasses"
 
@@ -27,6 +32,7 @@ def write(folder, found, scores):
     main = {system: found[system, "", ""] for system in listed if (system, "", "") in found}
     paths = [dots(main, folder / name, *axes) for name, axes in DOTS.items()]
     paths.append(curves(found, folder / "curves.png"))
+    paths.append(training(folder / "training.jsonl", folder / "training.png"))
     for title, systems in TABLES.items():
         number = title.split(":")[0].lower().replace(" ", "_")
         here = [system for system in systems if system in main]
@@ -103,6 +109,25 @@ def curves(found, file):
         axes.set(xlabel=CURVES[key])
         axes.grid(alpha=.3)
     figure.axes[0].set(ylabel="likeness to another photo × style")
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def training(log, file):
+    """What train.py measured of watched people, in the lines of a log.jsonl, as it went on. None without."""
+    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
+    watched = [line for line in lines if "obeyed" in line]
+    if not watched:
+        return None
+    figure = sheet(9, 3)
+    for axes, (start, title) in zip(figure.subplots(1, 3), LEARNT.items()):
+        for name in watched[0]:
+            if name.startswith(start):
+                axes.plot([line["step"] for line in watched], [line[name] for line in watched], ".-",
+                          label=NAMES.get(name, name.removeprefix(f"{start} ")))
+        axes.set(xlabel="steps", title=title)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=.3)
     figure.savefig(file, dpi=110)
     return file
 

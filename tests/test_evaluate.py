@@ -1,6 +1,7 @@
 """The experiment: what is counted, what is measured again, and what the tables say of it."""
 import csv
 import inspect
+import json
 import sys
 import time
 from pathlib import Path
@@ -491,3 +492,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, n
 def test_where_results_go(monkeypatch, given, out):
     monkeypatch.setattr("sys.argv", ["evaluation", *given])
     assert evaluate.arguments().out == Path(out)
+
+
+def test_a_training_has_curves_of_its_own(tmp_path):
+    """Of the lines that people were watched at; none without."""
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "training.jsonl"
+    assert figures.training(log, tmp_path / "t.png") is None
+    log.write_text('{"step": 50, "loss": 1}\n')
+    assert figures.training(log, tmp_path / "t.png") is None
+    watched = {"likeness 1": .5, "likeness photo": .9, "leaked a face": .1, "obeyed": .7}
+    log.write_text("".join(json.dumps({"step": step} | watched) + "\n" for step in (100, 200)))
+    assert figures.training(log, tmp_path / "t.png") == tmp_path / "t.png"
+    assert images.read(tmp_path / "t.png", 128).std() > .1
