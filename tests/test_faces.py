@@ -122,7 +122,7 @@ def test_nobody_who_is_measured_is_ever_trained_on():
               for part in (seeds.PRETRAINING, seeds.ENCODER, seeds.HYPERNET)]
     ranges.append(range(seeds.POOL, seeds.row(seeds.SEEDS, -1) + 1))
     ranges.append(range(seeds.JUDGE, seeds.JUDGE + seeds.SEEDS + 1))
-    ranges.append(range(seeds.EXAMPLE, seeds.EXAMPLE + 1))
+    ranges += [range(seed, seed + 1) for seed in (seeds.EXAMPLE, seeds.INSTRUMENT)]
     ranges += [range(part, part + 1_000_000) for part in (seeds.VALIDATION, seeds.MONITOR, seeds.TEST)]
     assert all(a[-1] < b[0] or b[-1] < a[0] for a, b in combinations(ranges, 2))
     assert seeds.seed(1, 0) > seeds.seed(0, seeds.STEPS - 1)  # nor do two trainings of a part meet

@@ -396,15 +396,16 @@ def test_text_and_person_have_a_weight_each(method, text, person):
     assert untouched(model)
 
 
-def test_the_persons_usual_weight_costs_nothing(method):
-    model, asked = method.model, []
+def test_the_persons_usual_weight_costs_nothing(method, monkeypatch):
+    model, asked, applied = method.model, [], []
     adapters = method.lidb.adapters(some_theta(method))
     with model.adapted(adapters):
         before = model.sample(["a [V] face"], [5], steps=2)
+    monkeypatch.setattr(model, "adapted", lambda a: applied.append(len(a)) or adapted(model.layers, a))
     counts = model.unet.register_forward_pre_hook(lambda unet, inputs: asked.append(len(inputs[0])))
     try:
         assert torch.equal(method.sample(["a [V] face"], adapters, [5], steps=2, person_guidance=1.), before)
-        assert asked == [2, 2]
+        assert asked == [2, 2] and [n for n in applied if n] == [len(adapters)]  # once, not at every step
         asked.clear()
         method.sample(["a [V] face"], adapters, [5], steps=2, person_guidance=1.5)
         assert asked == [2, 1, 2, 1]
