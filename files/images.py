@@ -5,10 +5,11 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, PngImagePlugin
 
 from files.checkpoints import whole_files
 from program.console import UserError, printable
@@ -242,9 +243,20 @@ def save(image, path, generated=True, **settings):
         image.save(temporary, "PNG", pnginfo=info)
 
 
-def sheet(pictures, columns):
-    """Pictures (B, 3, H, W) in [-1, 1] as one PIL image, row by row, the rest of the last row white."""
+def sheet(pictures, columns, heads=()):
+    """Pictures (B, 3, H, W) in [-1, 1] as one PIL image, row by row, the rest of the last row white; over the
+    columns stand their `heads`, if there are any, in two lines at most."""
     missing = -len(pictures) % columns
     full = torch.cat([pictures.cpu(), torch.ones(missing, *pictures.shape[1:])])
     rows = [torch.cat(list(row), dim=2) for row in full.split(columns)]
-    return to_pil(torch.cat(rows, dim=1))
+    image = to_pil(torch.cat(rows, dim=1))
+    if not heads:
+        return image
+    width, size = pictures.shape[3], max(10, pictures.shape[3] // 11)
+    labelled = Image.new("RGB", (image.width, image.height + 3 * size), "white")
+    labelled.paste(image, (0, 3 * size))
+    draw, font = ImageDraw.Draw(labelled), ImageFont.load_default(size)
+    for i, head in enumerate(heads):
+        lines = "\n".join(wrap(printable(head), 2 * width // size, max_lines=2, placeholder="…"))
+        draw.text((i * width + width // 2, 3 * size - 3), lines, "black", font, "md", align="center")
+    return labelled

@@ -335,3 +335,14 @@ def test_every_picture_but_a_photo_says_to_machines_that_it_is_generated(tmp_pat
     kind = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
     assert described.get(f"{space}DigitalSourceType") == kind
     assert packet.startswith("<?xpacket begin") and packet.endswith('<?xpacket end="w"?>')
+
+
+def test_a_sheet_says_what_its_columns_are():
+    """The first column's head is long and stays over it, the second has none; the pictures are below."""
+    pictures = torch.zeros(2, 3, 64, 64)
+    plain = np.array(images.sheet(pictures, 2))
+    labelled = np.array(images.sheet(pictures, 2, ["a face with so many words that they need to be cut", ""]))
+    height = len(labelled) - len(plain)
+    assert height > 20 and (labelled[height:] == plain).all()
+    dark = (labelled[:height] < 128).any((0, 2))
+    assert dark[:64].any() and not dark[64:].any() and not dark[:1].any()
