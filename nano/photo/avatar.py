@@ -1,24 +1,21 @@
 """Whom nano draws for a photo: of each attribute the class of least expected error, and what is said of it.
 
 A reader gives probabilities p(true class). Drawing class d costs what a person who looks at photo and drawing
-would mind, cost[true, d]; drawn is d = argmin Σ p(true)·cost[true, d]. So a beard or glasses, which everybody
-sees, are drawn only where they are likely, and a rare hair style only where it is sure.
+would mind, cost[true, d]; drawn is d = argmin Σ p(true)·cost[true, d]. So a rare hair style is drawn only
+where it is sure. For glasses and beards, which everybody sees, there are thresholds.
 """
 import torch
 
 from nano import faces
-from nano.photo.reader import CLASSES, NUMBERS, read
+from nano.photo.reader import CLASSES, COUNTS, NUMBERS, read
 
 # A class is named if it is as probable as this, of skin with its neighbours; of what is worn, that there is
 # none may go without saying
 SURE = .7
-BEARDED = .55  # how probable a beard is that is drawn: its absence is missed as well
-# How often each class was among the portraits of the training, which counted the rare ones for more, and the
-# temperature at which the logits, put right, are probabilities of every fifth portrait
-SEEN = {"skin": (96, 494, 220, 103, 78), "hair_colour": (403, 210, 103, 59, 123, 68),
-        "hair_style": (25, 301, 85, 150, 103, 78, 123, 3), "glasses": (878, 33, 80),
-        "beard": (859, 22, 30, 80), "eye_colour": (658, 152, 60, 48)}
-TEMPERATURE = {"hair_colour": 1.05, "hair_style": 1.2, "eye_colour": 1.4}
+SAID_OF = {"no face": "no face for sure, so this is a guess", "several faces": "several faces, read as one"}
+# How probable what is worn must be to be drawn, chosen on every fifth portrait. Costs alone would ask for .67
+# and .75, but nobody without glasses came above .2, and who has a beard minds its absence
+WORN = {"glasses": .4, "beard": .55}
 
 
 def costs():
@@ -45,13 +42,8 @@ def costs():
 
 
 def probabilities(logits):
-    """Calibrated probabilities (B, n) of the classes of every name of costs()."""
-    found = {}
-    for name, seen in SEEN.items():
-        seen = torch.tensor(seen) + 10.
-        weight = (seen.mean() / seen) ** .8  # of a class in the training's loss
-        found[name] = ((logits[name] - weight.log()) / TEMPERATURE.get(name, 1)).softmax(1)
-    return found
+    """The probabilities (B, n) of the classes of every name of costs()."""
+    return {name: logits[name].softmax(1) for name in costs()}
 
 
 def decided(shares):
@@ -59,17 +51,18 @@ def decided(shares):
     steps from pale to dark, the mean."""
     found = {name: (shares[name] @ cost).argmin(1) for name, cost in costs().items()}
     found["skin"] = shares["skin"] @ torch.arange(5.)
-    beard = shares["beard"]
-    found["beard"] = torch.where(beard[:, 0] <= 1 - BEARDED, beard[:, 1:].argmax(1) + 1, 0)
+    for name, least in WORN.items():
+        kind = shares[name][:, 1:].argmax(1) + 1
+        found[name] = torch.where(1 - shares[name][:, 0] >= least, kind, 0)
     return found
 
 
 def identity_of(logits):
     """The people (B, 27) to draw where logits are these: the middle of each class's range, frames black."""
     found = dict(zip(NUMBERS, logits["numbers"].sigmoid().unbind(1)))
-    kinds = decided(probabilities(logits)) | {"glasses_colour": torch.zeros(len(logits["skin"]))}
-    for name, kind in kinds.items():
+    for name, kind in decided(probabilities(logits)).items():
         found[name] = faces.number(name, kind) if name in faces.WORDS else (kind + .5) / CLASSES[name]
+    found["glasses_colour"] = torch.zeros(len(logits["skin"]))  # black, as most frames are
     return torch.stack([found[name] for name in faces.IDENTITY], 1)
 
 
@@ -85,12 +78,13 @@ def unsure(shares, identity):
     return found
 
 
-def said(identity, unsure=()):
-    """What is seen of a person (27,) in words, and of the attributes `unsure` what is drawn nevertheless."""
+def said(identity, unsure=(), count="one face"):
+    """What is seen of a person (27,) in words; of the attributes `unsure` what is drawn nevertheless; and
+    that there is another `count` of faces than one."""
     (words,) = faces.words_of(identity[None])
     seen = ", ".join(faces.phrases(words | dict.fromkeys(unsure, "")))
-    return "; ".join([seen, *(f"{name.replace('_', ' ')} unsure: {words[name] or 'none'} drawn"
-                              for name in unsure)])
+    left_open = [f"{name.replace('_', ' ')} unsure: {words[name] or 'none'} drawn" for name in unsure]
+    return "; ".join(filter(None, [SAID_OF.get(count), seen, *left_open]))
 
 
 def avatar(reader, pictures, look=None):
@@ -102,6 +96,7 @@ def avatar(reader, pictures, look=None):
     for name, kind in look.items():
         identity[faces.IDENTITY.index(name)] = faces.number(name, kind)
     left = [name for name in unsure(probabilities(logits), identity) if name not in look]
+    count = COUNTS[logits["count"].argmax()]
     calm = torch.full((1, len(faces.NUISANCE)), .5)
     portrait = faces.render(identity[None], calm, torch.zeros(1, dtype=torch.long))
-    return identity, portrait, said(identity, left)
+    return identity, portrait, said(identity, left, count)

@@ -1,7 +1,9 @@
 """What nano sees in a photo: the person in its world who looks most like it, or that it drew the picture.
 
-One small convolutional network reads a picture (B, 3, 64, 64) in [-1, 1]: the 27 numbers of faces.py, whether
-it was drawn by faces.py, and where in it the head is. train.py trains it, avatar.py decides what to draw.
+The first two thirds of EfficientNet-lite0 (Tan & Le, arXiv 1905.11946; see NOTICE), a convolutional network
+that has seen a million photos, look at a picture (B, 3, 128, 128) in [-1, 1]. From that, linear heads read
+26 of the 27 numbers of faces.py, six of them as classes; whether faces.py drew the picture; how many faces
+there are; and where the head is. train.py trains all this, avatar.py decides what to draw.
 """
 from pathlib import Path
 
@@ -13,54 +15,98 @@ from files.checkpoints import build
 from nano import faces
 
 FILE = Path(__file__).parents[1] / "reader.safetensors"
-WIDTHS = 32, 64, 128, 192
-SIDE, STORED = 64, 128  # pixels of what is read, and of what is kept to train on
-CLASSES = faces.ATTRIBUTES | {"eye_colour": len(faces.EYES), "glasses_colour": len(faces.FRAMES)}
-NUMBERS = [name for name in faces.IDENTITY if name not in CLASSES]
-HEADS = CLASSES | {"numbers": len(NUMBERS), "frame": 3, "drawn": 1}
-DRAWN = -1.5   # the logit between photos (up to -2.2) and drawings (from -.9), of which training sees fewer
+SIDE, STORED = 128, 192  # pixels of what is read, and of what is kept to train on
+# Of each stage: kernel, stride of its first block, expansion, width, blocks
+STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+          (5, 2, 6, 192, 1))
+FEATURES = 2 * STAGES[4][3] + STAGES[5][3]
+CLASSES = faces.ATTRIBUTES | {"eye_colour": len(faces.EYES)}
+NUMBERS = [name for name in faces.IDENTITY if name not in (*CLASSES, "glasses_colour")]
+COUNTS = "no face", "one face", "several faces"
+HEADS = CLASSES | {"numbers": len(NUMBERS), "frame": 3, "drawn": 1, "count": len(COUNTS)}
+PLACES = 8 * 64  # eight maps of 8×8 that say where the head is
+DRAWN = -1.      # the logit between photos (up to -3) and drawings (from 1)
+
+
+class Conv(nn.Module):
+    """A convolution with TensorFlow's "same" padding, whose odd pixel comes last, and ReLU6."""
+
+    def __init__(self, before, after, kernel, stride=1, groups=1, act=True):
+        super().__init__()
+        self.c, self.act = nn.Conv2d(before, after, kernel, stride, groups=groups), act
+
+    def forward(self, x):
+        kernel, stride, side = self.c.kernel_size[0], self.c.stride[0], x.shape[-1]
+        padding = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+        first, last = padding // 2, padding - padding // 2
+        x = self.c(F.pad(x, (first, last, first, last)))
+        return F.relu6(x) if self.act else x
 
 
 class Block(nn.Module):
-    """Half the side, another width, and a residual convolution."""
+    """An inverted residual: wider by 1×1, a filter for each channel, and 1×1 back."""
 
-    def __init__(self, before, after):
+    def __init__(self, before, after, kernel, stride, expansion):
         super().__init__()
-        self.down, self.norm = nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after)
-        self.conv, self.norm2 = nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after)
+        width = before * expansion
+        wider = [Conv(before, width, 1)] if expansion > 1 else []
+        self.body = nn.Sequential(*wider, Conv(width, width, kernel, stride, width),
+                                  Conv(width, after, 1, act=False))
+        self.residual = stride == 1 and before == after
 
     def forward(self, x):
-        x = F.silu(self.norm(self.down(x)))
-        return x + F.silu(self.norm2(self.conv(x)))
+        return x + self.body(x) if self.residual else self.body(x)
+
+
+def stage(before, kernel, stride, expansion, width, blocks):
+    first = Block(before, width, kernel, stride, expansion)
+    return nn.Sequential(first, *(Block(width, width, kernel, 1, expansion) for _ in range(blocks - 1)))
 
 
 class Reader(nn.Module):
-    def __init__(self, widths=WIDTHS):
+    def __init__(self, stages=STAGES):
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
-        self.blocks = nn.Sequential(*map(Block, widths[:-1], widths[1:]))
-        # what is seen, wherever it is; a thousand portraits would be learnt by heart from more than that
-        self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], n) for name, n in HEADS.items()})
-        self.heads["frame"] = nn.Linear(8 * 16, HEADS["frame"])
-        self.places = nn.Conv2d(widths[-1], 8, 1)
+        self.stem = Conv(3, 32, 3, 2)
+        widths = [32, *(row[3] for row in stages)]
+        self.stages = nn.ModuleList(stage(before, *row) for before, row in zip(widths, stages))
+        self.norm, self.places = nn.LayerNorm(FEATURES), nn.Conv2d(stages[4][3], 8, 1)
+        self.heads = nn.ModuleDict({name: nn.Linear(PLACES if name == "frame" else FEATURES, n)
+                                    for name, n in HEADS.items()})
+        # heads begin with nothing, and learn faster than what is below
+        nn.init.constant_(self.norm.weight, 2.5)
+        for head in self.heads.values():
+            nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
 
     def forward(self, x):
-        """Pictures (B, 3, 64, 64) -> a dict of logits (B, n) of CLASSES; "numbers" (B, 20), logits of those
+        """Pictures (B, 3, 128, 128) -> a dict of logits (B, n) of CLASSES; "numbers" (B, 20), logits of those
         of NUMBERS; "frame" (B, 3), the portrait's centre (x, y) in [-1, 1] and log of its half side;
-        "drawn" (B, 1), the logit of being a drawing."""
-        h = self.blocks(F.silu(self.stem(x)))
-        what, where = F.dropout(h.mean((2, 3)), .3, self.training), self.places(h).flatten(1)
+        "drawn" (B, 1), the logit of being a drawing; "count" (B, 3), logits of COUNTS."""
+        return self.late(self.early(x))
+
+    def early(self, x):
+        """What the stem and three stages make of pictures: (B, 40, 16, 16). Training may leave them alone."""
+        x = self.stem(x)
+        for some in self.stages[:3]:
+            x = some(x)
+        return x
+
+    def late(self, h):
+        """The rest of forward."""
+        for some in self.stages[3:5]:
+            h = some(h)                                                                  # (B, 112, 8, 8)
+        seen = torch.cat([h.mean((2, 3)), h.amax((2, 3)), self.stages[5](h).mean((2, 3))], 1)
+        what, where = F.dropout(self.norm(seen), .3, self.training), self.places(h).flatten(1)
         return {name: head(where if name == "frame" else what) for name, head in self.heads.items()}
 
 
 def load_reader(device="cpu"):
     """The shipped network, frozen."""
-    return build(Reader, WIDTHS, [FILE], str, device, torch.float32)
+    return build(Reader, STAGES, [FILE], str, device, torch.float32)
 
 
 def view(pictures, x, y, zoom, angle=None):
     """What a square of half side `zoom` about (x, y), each (B,), turned by `angle`, shows of pictures
-    (B, 3, H, W) whose own half side is 1: (B, 3, 64, 64). Beyond the border they are mirrored."""
+    (B, 3, H, W) whose own half side is 1: (B, 3, 128, 128). Beyond the border they are mirrored."""
     angle = torch.zeros_like(zoom) if angle is None else angle
     c, s = zoom * angle.cos(), zoom * angle.sin()
     rows = torch.stack([torch.stack([c, -s, x], 1), torch.stack([s, c, y], 1)], 1)
@@ -68,19 +114,24 @@ def view(pictures, x, y, zoom, angle=None):
     return F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
 
 
+def whole(reader, pictures):
+    """What the reader says of whole pictures (B, 3, H, W)."""
+    middle, all_ = torch.zeros(len(pictures)), torch.ones(len(pictures))
+    return reader(view(shrunk(pictures, STORED), middle, middle, all_))
+
+
 @torch.no_grad()
 def drawn(reader, pictures):
     """Whether each of pictures (B, 3, H, W) in [-1, 1] was drawn by faces.py."""
-    middle, whole = torch.zeros(len(pictures)), torch.ones(len(pictures))
-    return reader(view(shrunk(pictures, STORED), middle, middle, whole))["drawn"][:, 0] > DRAWN
+    return whole(reader, pictures)["drawn"][:, 0] > DRAWN
 
 
 @torch.no_grad()
 def read(reader, pictures):
     """Logits (B, n), as of Reader, of pictures (B, 3, H, W) in [-1, 1] of one head each, not far from the
     middle: it is found in two looks, the second at what the first one found; then four looks, of two sizes
-    and mirrored, are averaged."""
-    small = shrunk(pictures, STORED)
+    and mirrored, are averaged. "drawn" and "count" are of the whole picture."""
+    small, first = shrunk(pictures, STORED), whole(reader, pictures)
     x, y, half = (torch.full((len(small),), value) for value in (0., 0., 1.))
     for _ in range(2):
         dx, dy, log = reader(view(small, x, y, half))["frame"].unbind(1)
@@ -88,7 +139,8 @@ def read(reader, pictures):
         half = (half * log.exp()).clamp(.3, 1.3)
     looks = [view(small, x, y, half * size) for size in (.95, 1.08)]
     looks = [reader(turned) for look in looks for turned in (look, look.flip(3))]
-    return {name: torch.stack([look[name] for look in looks]).mean(0) for name in HEADS}
+    found = {name: torch.stack([look[name] for look in looks]).mean(0) for name in HEADS}
+    return found | {name: first[name] for name in ("drawn", "count")}
 
 
 def shrunk(pictures, side):

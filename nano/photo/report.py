@@ -1,18 +1,20 @@
 """How well a reader sees: what a person would mind in the drawings, and what is false and missed, counted."""
+from pathlib import Path
+
 import torch
 
+from files import images
 from nano import faces
 from nano.photo.avatar import costs, identity_of
-from nano.photo.reader import drawn, read
+from nano.photo.labels import truth_of
+from nano.photo.reader import STORED, drawn, read
 
 GROSS = 2  # a visible error from which on the drawing shows somebody else
-UNKNOWN = -1  # a class, or a number, that a label leaves open
-GROUP = torch.tensor([0, 1, 1, 2, 3, 1, 2, 1])  # of hair styles: bald, short, long, curly
 
 
 def visible(found, truth):
     """How wrong each picture looks (B,) where classes (B,) by name, as `costs` has them, are drawn; what is
-    UNKNOWN of the truth costs nothing but a mohawk, and truth["sun"], sunglasses, are half as bad to miss."""
+    open in the truth costs nothing but a mohawk, and truth["sun"], sunglasses, are half as bad to miss."""
     error = torch.zeros(len(truth["skin"]))
     for name, cost in costs().items():
         known = truth[name] >= 0
@@ -23,12 +25,6 @@ def visible(found, truth):
             part = torch.where(truth["sun"], part / 2, part)
         error += part
     return error
-
-
-def classes_of(identity):
-    """The classes (B,) by name of people (B, 27), as `costs` has them."""
-    eyes = faces.choice(identity[:, faces.IDENTITY.index("eye_colour")], len(faces.EYES))
-    return faces.attributes(identity) | {"eye_colour": eyes}
 
 
 def figures(found, truth):
@@ -56,7 +52,8 @@ def balanced(hit, kind, least=10):
 
 def report(model, pictures, truth):
     """Print the figures of portraits (N, 3, H, W) that the reader has not seen, of all and by skin."""
-    found = classes_of(identity_of(read(model, pictures)))
+    found = truth_of(identity_of(read(model, pictures)))
+    del found["numbers"]
     rows = [torch.ones(len(pictures), dtype=torch.bool), *(truth["skin"] == s for s in range(5))]
     columns = [figures(*({name: t[row] for name, t in some.items()} for some in (found, truth)))
                for row in rows]
@@ -66,3 +63,10 @@ def report(model, pictures, truth):
                  for column in columns)
         print(f"{name:20s}" + "".join(f"{value:>9}" for value in shown))
     print(f"taken for drawings: {int(drawn(model, pictures).sum())}/{len(pictures)}")
+
+
+def bearded(model, folder):
+    """On how many of the portraits in a folder a beard is drawn, as "0/100"."""
+    files = sorted(Path(folder).iterdir())
+    found = [truth_of(identity_of(read(model, images.read(file, STORED))))["beard"] > 0 for file in files]
+    return f"{sum(map(int, found))}/{len(files)}"

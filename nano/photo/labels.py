@@ -1,0 +1,69 @@
+"""The labels of 1,239 portraits of people who do not exist, whose pictures portraits.py gets back.
+
+labels.csv has a row for each portrait. By eye: skin from 0 (pale) to 4 (dark), words of faces.py for hair,
+glasses and beard, where "hidden" leaves it open and "sun" are sunglasses. By face landmarks: shapes, as ranks
+among all portraits, like the colours. soft_labels.safetensors has, row by row, probabilities (1239, n) of the
+classes by probes on features of DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193), fitted without the row.
+"""
+import csv
+from pathlib import Path
+
+import torch
+
+from files import images
+from files.checkpoints import read_tensors
+from nano import faces
+from nano.photo.reader import CLASSES, NUMBERS, STORED
+from program.console import UserError
+
+TABLE = Path(__file__).with_name("labels.csv")
+SOFT = Path(__file__).with_name("soft_labels.safetensors")
+UNKNOWN = -1  # a class, or a number, that a label leaves open
+EYES = "brown", "blue", "green", "grey"
+
+
+def rows_of():
+    """The rows of labels.csv, a dict each."""
+    with open(TABLE, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def labelled(folder):
+    """The labelled portraits that are in a folder: pictures (N, 3, 192, 192) as bytes; their labels, as of
+    truth_of_rows; probabilities (N, n) by name; and which every fifth row, are kept to measure by."""
+    rows = rows_of()
+    there = [i for i, row in enumerate(rows) if Path(folder, row["file"]).is_file()]
+    if not there:
+        raise UserError(f"{folder}: none of the portraits of labels.csv, which nano/photo/portraits.py gets")
+    read = [images.read(Path(folder, rows[i]["file"]), STORED) for i in there]
+    pictures = ((torch.cat(read) + 1) * 127.5).round().byte()
+    soft = {name: t[there].float() for name, t in read_tensors(SOFT)[0].items()}
+    return pictures, truth_of_rows([rows[i] for i in there]), soft, torch.tensor(there) % 5 == 0
+
+
+def truth_of_rows(rows):
+    """What rows of labels.csv say: a dict of classes (N,) and "numbers" (N, 20), UNKNOWN where left open, and
+    "sun" (N,), whether the glasses are sunglasses."""
+    truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in CLASSES}
+    truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
+    truth["numbers"] = torch.tensor([[float(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])
+    return truth
+
+
+def class_of(name, said):
+    """The class that a word of labels.csv is, UNKNOWN if none."""
+    if name == "skin":
+        return int(said)
+    if name == "eye_colour":
+        return EYES.index(said) if said else UNKNOWN
+    said = {"sun": "square"}.get(said, said)
+    words = faces.WORDS[name][-faces.ATTRIBUTES[name]:]
+    found = [i for i, word in enumerate(words) if said in word.split()]
+    return found[0] if found else 0 if said == "none" else UNKNOWN
+
+
+def truth_of(identity):
+    """The labels of drawn people (B, 27), as of truth_of_rows but for the sunglasses."""
+    eyes = faces.choice(identity[:, faces.IDENTITY.index("eye_colour")], CLASSES["eye_colour"])
+    numbers = identity[:, [faces.IDENTITY.index(name) for name in NUMBERS]]
+    return faces.attributes(identity) | {"eye_colour": eyes, "numbers": numbers}

@@ -1,0 +1,114 @@
+"""Get the portraits back whose labels are in labels.csv: find them on the public sheets they were cut from.
+
+    git clone --depth 1 https://github.com/SelfishGene/SFHQ-dataset
+    git clone --depth 1 https://github.com/SelfishGene/SFHQ-T2I-dataset
+    python -m nano.photo.portraits SFHQ-dataset/images SFHQ-T2I-dataset/figures --out portraits
+
+No picture of a face is in this repository. Of each labelled portrait there is a fingerprint, 128 bits, that
+says where the brightness of an 81-part grid rises; every square of a sheet, of every place and size, is
+compared with all of them, which takes half a minute for each two megapixels of a sheet on one core.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from nano.photo.labels import rows_of
+from program import console
+from program.console import UserError
+
+CELL, GRID = 3, 9        # pixels of a part of the grid where squares are compared, and parts a side
+SMALLEST, STEP = 120, 1.04  # pixels a side of the smallest square, and from one size to the next
+ALIKE = 112              # bits of 128 that agree between a portrait and its square; of strangers, some 64
+SIDE = 256
+
+
+def fingerprints(grey):
+    """The fingerprints (128, H', W') in ±1 of all squares of 27 pixels a side of a picture (H, W), by where
+    they begin: the signs of the differences of neighbouring parts, to the right and downwards."""
+    means = F.avg_pool2d(grey[None, None], CELL, 1)[0, 0]
+    right, down = means[:, CELL:] - means[:, :-CELL], means[CELL:] - means[:-CELL]
+    height, width = (n - CELL * GRID + 1 for n in grey.shape)
+    parts = [signs[CELL * i:CELL * i + height, CELL * j:CELL * j + width]
+             for signs in (right, down) for i in range(GRID - 1) for j in range(GRID - 1)]
+    return torch.where(torch.stack(parts) > 0, 1., -1.)
+
+
+def fingerprint(picture):
+    """The fingerprint of a PIL image that is a square, as 32 hexadecimal digits."""
+    bits = fingerprints(shrunk(picture, CELL * GRID, CELL * GRID)).flatten() > 0
+    return np.packbits(bits.numpy()).tobytes().hex()
+
+
+def bits_of(digits):
+    """A fingerprint's hexadecimal digits as (128,) in ±1."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
+    return torch.from_numpy(bits).float() * 2 - 1
+
+
+def shrunk(picture, width, height):
+    """A PIL image as its brightness (height, width)."""
+    small = picture.convert("L").resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small)).float()
+
+
+@torch.no_grad()
+def find(sheet, wanted):
+    """The likest square of a PIL image to each of the fingerprints `wanted` (N, 128): how many bits agree
+    (N,), and its left, top and side in pixels (N, 3)."""
+    agree, places = torch.zeros(len(wanted)), torch.zeros(len(wanted), 3)
+    side = float(SMALLEST)
+    while side <= min(sheet.size):
+        scale = CELL * GRID / side
+        found = fingerprints(shrunk(sheet, *(round(n * scale) for n in sheet.size)))
+        across = found.shape[2]
+        for first, columns in enumerate(found.flatten(1).split(2 ** 16, 1)):
+            score, where = (wanted @ columns).max(1)
+            where = where + first * 2 ** 16
+            score = (score + wanted.shape[1]) / 2
+            place = torch.stack([where % across / scale, where // across / scale,
+                                 torch.full(where.shape, side)], 1)
+            places[score > agree] = place[score > agree]
+            agree = torch.maximum(agree, score)
+        side *= STEP
+    return agree, places
+
+
+def main(args):
+    rows = rows_of()
+    wanted = torch.stack([bits_of(row["fingerprint"]) for row in rows])
+    best = torch.zeros(len(rows))
+    Image.MAX_IMAGE_PIXELS = None  # sheets are large
+    args.out.mkdir(parents=True, exist_ok=True)
+    sheets = [file for folder in args.sheets for file in sorted(folder.iterdir())
+              if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    if not sheets:
+        raise UserError("no sheets (.jpg, .png) there")
+    for file in tqdm(sheets, desc="sheets"):
+        sheet = Image.open(file).convert("RGB")
+        agree, places = find(sheet, wanted)
+        for i in ((agree >= ALIKE) & (agree > best)).nonzero().flatten().tolist():
+            x, y, side = places[i].tolist()
+            square = sheet.crop([round(v) for v in (x, y, x + side, y + side)])
+            square.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(args.out / rows[i]["file"], quality=95)
+        best = torch.maximum(best, agree)
+    print(f"{int((best >= ALIKE).sum())} of {len(rows)} portraits found, in {args.out}")
+
+
+def arguments():
+    parser = console.Parser(__doc__)
+    parser.add_argument("sheets", nargs="+", type=Path, help="folders of the sheets")
+    parser.add_argument("--out", type=Path, default="portraits", help="folder of the portraits")
+    args = parser.parse_args()
+    for folder in args.sheets:
+        if not folder.is_dir():
+            parser.error(f"{folder}: no such folder")
+    console.check_folder(parser, "--out", args.out)
+    return args
+
+
+if __name__ == "__main__":
+    console.run(main, arguments)
