@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import hdb
-from adapters import LowRank, canonical, join, scale, stack, with_identifier
+from adapters import Change, LowRank, canonical, join, scale, stack, with_identifier
+from diffusion import SAMPLERS
 from files import images
 from files.checkpoints import finite, whole_files
 from files.layouts import HERE
@@ -39,6 +40,7 @@ from methods.sitting import sit
 from methods.table import METHODS
 from nano.judge import load_judge
 from program.console import UserError
+from program.memory import plan_memory
 from training.parts import split
 
 
@@ -87,7 +89,8 @@ def load(args, stage):
     file = getattr(args, "hypernet", None)
     if args.model == "nano" and not file:
         file = HERE / "nano/hypernet.safetensors"
-    engine = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
+    encoder = getattr(args, "face_encoder", None)
+    engine = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model, encoder))
     stage(f"loaded {args.model} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
     return engine
 
@@ -117,6 +120,8 @@ def make_people(sittings, args, engine, stage):
     for some, outs in zip(split(sittings, together), split(folders, together)):
         photos = torch.stack([sitting.seen for sitting in some]).to(engine.model.device)
         generators = [hdb.seeded(args.seed) for _ in some]
+        noises = args.batch * len(some) * (2 if getattr(args, "prior_weight", 0) else 1)
+        plan_memory(engine.model, noises, Change in method.kinds(args))
         made = method.make(engine, photos, generators, args, stage)
         if not all(map(finite, made.tensors.values())):
             raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
@@ -179,7 +184,8 @@ def sample(prompt, people, adapters, seeds, args, engine):
     """One picture (P, 3, H, W) of each of these people."""
     prompts = [with_identifier(prompt, person.identifier) for person in people]
     return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
-                         negative=args.negative, person_guidance=args.person_guidance)
+                         negative=args.negative, person_guidance=args.person_guidance,
+                         sampler=SAMPLERS[args.sampler])
 
 
 def draw_prediction(people, args, engine):
@@ -210,7 +216,7 @@ def draw(people, adapters, args, engine):
 
 def settings_of(sittings, args, model):
     """name -> value of everything that makes a picture of this run what it is."""
-    settings = {"model": args.model, "sampler": "DPM-Solver++(2M)", "steps": args.sample_steps,
+    settings = {"model": args.model, "sampler": args.sampler, "steps": args.sample_steps,
                 "guidance": args.guidance, "person guidance": args.person_guidance,
                 "negative": args.negative, "strength": args.strength,
                 "dtype": str(model.dtype).removeprefix("torch.")}
@@ -223,6 +229,7 @@ def settings_of(sittings, args, model):
         tuning = {row.name: getattr(args, row.more.get("dest", row.name)) for row in rows}
         settings |= {"crop": sittings[0].crop, "method": args.method,
                      "hypernet": tuning.pop("hypernet", None) or "the model's own, if any",
+                     "encoder": tuning.pop("encoder", None) or "the method's own, if any",
                      "fine-tuning": ", ".join(f"{name} {value}" for name, value in tuning.items())}
     return settings
 

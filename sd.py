@@ -26,9 +26,6 @@ class StableDiffusion:
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
         for part in (unet, text, vae):
             part.eval().requires_grad_(False)
-        device = next(unet.parameters()).device
-        # a large UNet's activations fill most memories; a third more time then
-        unet.gradient_checkpointing = sum(p.numel() for p in unet.parameters()) > 1e8 and not roomy(device)
 
     @property
     def device(self):
@@ -117,11 +114,6 @@ class StableDiffusion:
         return self.decode(latent).float().clamp(-1, 1)
 
 
-def roomy(device):
-    """Whether this is a GPU of 32 GB or more."""
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 32e9
-
-
 def check_sides(height, width):
     """ValueError unless a picture of this size, in pixels, has a latent."""
     if height % 8 or width % 8:
@@ -140,7 +132,8 @@ def load(source=HUB, device=None, dtype=None):
       hub.
 
     device None: cuda, else mps, else cpu. dtype, a torch.dtype, None: bfloat16 on a GPU that has it, else
-    float16; float32 on a CPU. The weights are copies, so the files may change afterwards. Raises LoadError
-    (of files.checkpoints), whose message is one line for the user.
+    float16; on a CPU float32, or bfloat16 where a large model is clearly faster in it. The weights are
+    copies, so the files may change afterwards. Raises LoadError (of files.checkpoints), whose message is one
+    line for the user.
     """
     return StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))

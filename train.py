@@ -31,6 +31,7 @@ import torch
 import hdb
 from diffusion import noised
 from program import distributed
+from program.memory import plan_memory
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
@@ -65,8 +66,11 @@ def main(args):
     # what θ means, and what the run depends on beside it
     faces = args.faces and os.path.abspath(args.faces)
     of = model.checksums | {"basis": method.lidb.checksum, "faces": faces}
+    own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta")}
+    own |= {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)}
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
-                      depends_on=of | {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)})
+                      depends_on=of | own)
+    plan_memory(model, args.batch)
     targets = None
     if args.beta:
         data.fix(args.targets)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters import Change, LowRank
+from diffusion import SAMPLERS
 from files.checkpoints import open_tensors
 from files.layouts import model_name
 from files.merged import free_folder
@@ -19,13 +20,21 @@ from program.options import SEED, Option, add, early, model_rows, new_folder, nu
 from training.photos import photo_files
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # the prediction alone, and with the LoRA
-SAMPLING = [Option("sample_steps", number(int, 1, 999), 15, 30, "of the sampler, DPM-Solver++(2M)"),
-            Option("guidance", number(float, -100, 100), 2., 7.5, "classifier-free guidance scale"),
-            same("person_guidance", number(float, -100, 100), 1., "of guidance, weight of the person; any "
-                 "but 1 takes half as long again"),
-            same("strength", number(float, 0, 1.5), 1., "of the person"),
-            Option("side_by_side", number(int, 1, 1024), 8, 2, "people in a batch, where there are several"),
-            same("negative", printable, "", "what to avoid")]
+
+
+def sampling_rows(sampler):
+    """How pictures are drawn. lcm is for a model, or with a LoRA, that has learnt few steps and guidance."""
+    most, steps, guidance = (50, (4, 4), (1., 1.)) if sampler == "lcm" else (999, (15, 30), (2., 7.5))
+    return [
+        same("sampler", str, "dpmpp_2m", "DPM-Solver++(2M), DDIM, or latent consistency sampling, for a "
+             "model or with a LoRA made for it", choices=list(SAMPLERS)),
+        Option("sample_steps", number(int, 1, most), *steps, "of the sampler"),
+        Option("guidance", number(float, -100, 100), *guidance, "classifier-free guidance scale"),
+        same("person_guidance", number(float, -100, 100), 1., "of guidance, weight of the person; any but 1 "
+             "takes half as long again"),
+        same("strength", number(float, 0, 1.5), 1., "of the person"),
+        Option("side_by_side", number(int, 1, 1024), 8, 2, "people in a batch, where there are several"),
+        same("negative", printable, "", "what to avoid")]
 
 
 def lora_and_strength(text):
@@ -63,7 +72,7 @@ OUTPUTS = [
 
 def arguments(description):
     """The parsed options, and `people`, the personal files given, or `photos`, the photos given."""
-    said = early("model", "method", "hypernet")
+    said = early("model", "method", "hypernet", "sampler")
     model, method = model_name(said.model or "nano"), METHODS.get(said.method, METHODS[OURS])
     parser = Parser(description, allow_abbrev=False)
     parser.add_argument("photo", help="a picture of one face, a folder of such pictures of one person, or a "
@@ -80,7 +89,8 @@ def arguments(description):
               same("look", look, None, 'nano: corrects what is seen in a photo: "grey hair, no beard"')]
     add(parser, model_rows(model_name), model)
     parser.add_argument_group(method.name)
-    add(parser, [*photos, *method.options(model, said.hypernet), *SAMPLING, *OUTPUTS], model)
+    add(parser, [*photos, *method.options(model, said.hypernet)], model)
+    add(parser, [*sampling_rows(said.sampler), *OUTPUTS], model)
     args = parser.parse_args()
     args.prompts, args.people, args.photos = split_given(args)
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed

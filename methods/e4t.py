@@ -24,9 +24,9 @@ from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import IDENTIFIER, Change, merge, shared
 from files.checkpoints import (
-    LoadError, alike, build, checksum, configure, open_tensors, refusing, write)
+    build, checksum, configure, open_tensors, refusing, write)
 from program.console import UserError
-from files.encoders import load_vit
+from files.encoders import load_vit, vit_of
 from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
 from files.person import Person
@@ -231,9 +231,10 @@ def load_domain(path, model):
         source, looked = note["vit"], note["vit_checksum"]
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
     warn_of_other_weights(path, note, model)
-    domain.vit = load_looker(source, model)
-    if not alike(checksum(domain.vit), looked):
-        raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}")
+    if source == NANO_LOOKER:
+        domain.vit = load_looker(source, model)
+    else:
+        domain.vit = vit_of(path, source, looked, model.device)
     return domain
 
 

@@ -23,7 +23,9 @@ def options(model, hypernet):
             same("rank", number(int, 1, 320), rank, "of the LoRA that is fine-tuned"),
             same("lr", number(float, 0, 1), lr, "learning rate of fine-tuning"),
             same("batch", number(int, 1, 1024), 4, "noises of the photo a step of fine-tuning"),
-            same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own")]
+            same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own"),
+            same("encoder", str, None, "where the ViT is that --hypernet was trained with, if it has moved",
+                 dest="face_encoder")]
 
 
 def make(engine, photos, generators, args, stage):

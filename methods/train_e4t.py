@@ -19,6 +19,7 @@ import hdb
 from methods import e4t
 from diffusion import denoising_loss
 from program import console
+from program.memory import plan_memory
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER
 from files.layouts import model_name
@@ -70,8 +71,10 @@ def main(args):
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
 
     of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
+    of |= {name: getattr(args, name) for name in ("lr", "batch", "seed")}
     trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr, warmup=20,
                       deadline=deadline, muon=True, depends_on=of)
+    plan_memory(model, args.batch)
     for step in trainer:
         # train.py's people
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))

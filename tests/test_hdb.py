@@ -10,7 +10,6 @@ import hdb
 import lidb
 from diffusion import denoising_loss, noised
 from adapters import Change, LowRank, adapted, fastest, fresh_lora, join, merge
-from sd import StableDiffusion
 from training.fit import fit
 from vit import encode_face
 
@@ -489,15 +488,6 @@ def test_v_becomes_the_identifier(method):
     plain, *others = (method.model.context([p]) for p in prompts)
     assert all(torch.equal(plain, other) for other in others)
     assert not torch.allclose(method.model.context(["a face"]), plain, atol=1e-3)
-
-
-def test_a_large_unet_recomputes_its_activations():
-    assert not shared_model().unet.gradient_checkpointing
-    model = shared_model()
-    with torch.device("meta"):
-        unet = torch.nn.Linear(10_001, 10_000)
-        large = StableDiffusion("large", unet, model.text, model.tokenizer, model.vae)
-    assert large.unet.gradient_checkpointing
 
 
 def test_a_photo_of_another_shape_is_looked_at_whole(method):

@@ -335,6 +335,15 @@ def test_parts_that_are_named_and_not_there(folder):
     assert sd.load(folder, "cpu").unet.config.in_channels == 4
 
 
+@pytest.mark.parametrize("faster, large, expected", [
+    (True, True, torch.bfloat16), (True, False, torch.float32), (False, True, torch.float32)])
+def test_a_large_model_is_in_what_the_cpu_is_fast_in(folder, monkeypatch, faster, large, expected):
+    monkeypatch.setattr(layouts, "bfloat16_is_faster", lambda: faster)
+    monkeypatch.setattr(layouts, "LARGE", 0 if large else 10 ** 9)
+    assert sd.load(folder, "cpu").dtype == expected
+    assert sd.load(folder, "cpu", torch.float32).dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
 def test_a_folder_made_for_few_steps_says_so(folder, kind):
     change(folder / "scheduler/scheduler_config.json", _class_name=kind)

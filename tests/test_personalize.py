@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import generator, tiny_model
 
+import diffusion
 import hdb
 import personalize
 from files import images
@@ -58,10 +59,21 @@ def test_the_sampler_gets_what_is_asked_for():
         asked.append((prompts, seeds, options))
         return torch.zeros(len(prompts), 3, 8, 8)
     args = SimpleNamespace(prompts=["[V] face"], people=["a"], seed=7, side_by_side=8, sample_steps=3,
-                           guidance=4., person_guidance=1.5, negative="blurry")
+                           guidance=4., person_guidance=1.5, negative="blurry", sampler="lcm")
     personalize.draw(SimpleNamespace(sample=sample), [Person()], [{}], args)
-    options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry"}
+    options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry",
+               "sampler": diffusion.lcm}
     assert asked == [([" sks  face"], [7], options)]
+
+
+@pytest.mark.parametrize("given, expected", [
+    ([], ("dpmpp_2m", 15, 2.)), (["--model", "a/b"], ("dpmpp_2m", 30, 7.5)),
+    (["--model", "a/b", "--sampler", "lcm"], ("lcm", 4, 1.)), (["--sampler", "lcm"], ("lcm", 4, 1.)),
+    (["--sampler", "lcm", "--sample-steps", 8, "--guidance", 1.5], ("lcm", 8, 1.5))])
+def test_what_is_usual_depends_on_the_sampler(monkeypatch, given, expected):
+    monkeypatch.setattr("sys.argv", ["personalize.py", "nano/example.png", "[V] face", *map(str, given)])
+    args = personalize.arguments()
+    assert (args.sampler, args.sample_steps, args.guidance) == expected
 
 
 def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
