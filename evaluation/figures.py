@@ -16,8 +16,8 @@ CURVES = {("HyperDreamBooth", "steps"): "steps of fine-tuning", ("HyperDreamBoot
 # Of a training's log: what the names of a panel's lines begin with, and what they are
 LEARNT = {"likeness": "likeness", "leaked": "likeness without [V]", "obeyed": "looks drawn when asked for"}
 NAMES = {f"likeness {k}": f"plain, after pass {k}" for k in (1, 2, 3)} | {"likeness photo": "plain, the last"}
-PLACES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]  # of a name, from its dot
-COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "glasses"
+PLACES = [(1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)]  # of a name, from its dot
+COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "round glasses"
 
 
 def write(folder, found, scores):
@@ -63,27 +63,30 @@ def dots(main, file, across, up, xlabel, ylabel):
     axes.margins(.12)
     axes.grid(alpha=.3)
     figure.canvas.draw()  # fixes where everything is
-    name_dots(axes, {system: (x[0], y[0]) for system, (x, y) in points.items()})
+    name_dots(axes, {system: (x[:2], y[:2]) for system, (x, y) in points.items()})
     figure.savefig(file, dpi=110)
     return file
 
 
 def name_dots(axes, points):
-    """Write each name at the first place beside its dot where it touches no dot and no other name, or not at
-    all."""
+    """Write each name at the first place beside its dot where it touches no dot, no bar and no other name, or
+    not at all. points: name -> ((x, its error), (y, its error))."""
     from matplotlib.transforms import Bbox
-    places = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in places.values()]
+    taken = []
+    for (x, dx), (y, dy) in points.values():
+        for across, up in (dx or 0, 0), (0, dy or 0):
+            bar = [(x - across, y - up), (x + across, y + up)]
+            taken.append(Bbox(axes.transData.transform(bar)).padded(5))
     renderer, inside = axes.figure.canvas.get_renderer(), axes.get_window_extent()
     line = {"arrowstyle": "-", "color": "grey", "lw": .5}
-    for name, point in points.items():
-        for far in 9, 20, 34, 50, 70:
+    for name, ((x, _), (y, _)) in points.items():
+        for far in 7, 14, 24, 36, 50, 70, 95, 125, 160:
             for dx, dy in PLACES:
-                text = axes.annotate(name, point, (far * dx, far * dy), fontsize=9,
+                text = axes.annotate(name, (x, y), (far * dx, far * dy), fontsize=9,
                                      textcoords="offset points",
                                      ha={1: "left", 0: "center", -1: "right"}[dx],
                                      va={1: "bottom", 0: "center", -1: "top"}[dy],
-                                     arrowprops=line if far > 9 else None)
+                                     arrowprops=line if far > 14 else None)
                 box = Bbox.from_extents(*text.get_window_extent(renderer).extents)
                 held = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
                 if held and not any(box.overlaps(other) for other in taken):

@@ -142,12 +142,13 @@ def write(folder, scores):
         if here:
             parts += list(filter(None, [f"**{title}**", table(here, costs), scores.seen]))
     if "another" in scores.names:
+        parts.append(PAIRS)
         main = [row for row in rows if not row["knob"]]
         for title, systems in STUDIES.items():
             pairs = {system: [preferred(main, system, scores.styles, by) for by in ("another", "likeness")]
                      for system in systems}
             if any(found for both in pairs.values() for found in both):
-                parts += [f"**{title}**", study(pairs, systems), PAIRS]
+                parts += [f"**{title}**", study(pairs, systems)]
     for system, knob in dict.fromkeys(key[:2] for key in found if key[1]):
         points = {f"{knob} = {key[2]}": values for key, values in found.items() if key[:2] == (system, knob)}
         parts += [f"**{system}, by {knob}**", table(points, {})]
@@ -155,10 +156,10 @@ def write(folder, scores):
     return found
 
 
-PAIRS = f"""Pairs of pictures of the same person, prompt and noise, of all eleven prompts. One that is out of
-style loses to one in style; else the one likest to another photo wins; within {LEVEL:g} neither does. Lead:
-ours less theirs in points, with its 95 % interval by bootstrap over people. The last column has the same by
-likeness to the photo given, which rewards copying it."""
+PAIRS = f"""Tables 4 and 5 are of pairs of pictures of the same person, prompt and noise, of all eleven
+prompts. One that is out of style loses to one in style; else the one likest to another photo wins; within
+{LEVEL:g} neither does. Lead: ours less theirs in points, with its 95 % interval by bootstrap over people. The
+last column has the same by likeness to the photo given, which rewards copying it."""
 
 
 def table(rows, costs):
@@ -211,9 +212,9 @@ def votes(found):
     """What preferred() gives, in words."""
     if found is None:
         return "–", ["–"] * 3, "–"
-    shares, (lead, low, high), people = found
-    interval = f"{100 * lead:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
-    return str(people), [f"{share:.1%}" for share in shares], interval
+    shares, interval, people = found
+    lead, low, high = (f"{round(100 * part):+d}" for part in interval)
+    return str(people), [f"{share:.1%}" for share in shares], f"{lead} [{low}, {high}]"
 
 
 def picture(folder, system, person, prompt):

@@ -12,7 +12,7 @@ import clip
 from evaluation.measures import copied, error, spread
 from files.encoders import load_clip, load_vit
 from nano import faces, instrument, seeds
-from nano.people import PROMPTS, STYLES, HeldOut
+from nano.people import ASKED, PROMPTS, STYLES, UNSEEN, HeldOut
 from vit import encode_face
 
 # The paper's prompts; a person's name is [V]
@@ -20,10 +20,9 @@ PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character 
           "a [V] face with bark skin", "a [V] face as a rock star", "a professional photo of a [V] face",
           "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
           "a [V] face at the beach")
-# Asked of everybody, counted of those who lack it: what a prompt says of looks, its attribute and category
-LOOKS = {"glasses": ("round glasses", "glasses", 1), "beard": ("a full beard", "beard", 3),
-         "blond": ("blond hair", "hair_colour", 2), "mohawk": ("a mohawk", "hair_style", 7)}
-OTHERS = {"nobody": "a face", "another word": "a nqz face"}  # where the person has no business
+# Asked of everybody, counted of those who lack it: what is said of looks -> (attribute, category)
+LOOKS = {faces.phrase(*asked): asked for asked in ASKED}
+OTHERS = {prompt: prompt for prompt in ("a face", f"a {faces.RARE[-1]} face")}  # where no person is asked for
 MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
 
 
@@ -62,8 +61,8 @@ class Judged:
     identity, of a range of 1."""
     names = "likeness", "another", "style", "copied", "error", "obeyed"
     prompts = dict(zip(STYLES, PROMPTS)) | {"photo again": PROMPTS[0]}
-    prompts |= {name: f"a [V] face with {words}" for name, (words, *_) in LOOKS.items()} | OTHERS
-    styles, plain, others, unseen = STYLES, ("photo", "photo again"), list(OTHERS), "beach"
+    prompts |= {look: faces.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS
+    styles, plain, others, unseen = STYLES, ("photo", "photo again"), list(OTHERS), UNSEEN
     few = ("photo", "pixar", "bark", "rock star", "professional", "king")  # of curves and --quick
     more = ("photo again", *LOOKS, *OTHERS)                                # of --quick alone
     about, seen = ABOUT, SEEN
@@ -86,7 +85,7 @@ class Judged:
 
         def obeyed(i):
             name, who = drawn[i]
-            _, attribute, kind = LOOKS.get(name, (None, None, None))
+            attribute, kind = LOOKS.get(name, (None, None))
             lacking = attribute and known[attribute][who] != kind
             return float(seen[attribute][i] == kind) if lacking else None
         which = range(len(drawn))
