@@ -142,13 +142,12 @@ def write(folder, scores):
         if here:
             parts += list(filter(None, [f"**{title}**", table(here, costs), scores.seen]))
     if "another" in scores.names:
-        parts.append(PAIRS)
         main = [row for row in rows if not row["knob"]]
         for title, systems in STUDIES.items():
             pairs = {system: [preferred(main, system, scores.styles, by) for by in ("another", "likeness")]
                      for system in systems}
             if any(found for both in pairs.values() for found in both):
-                parts += [f"**{title}**", study(pairs, systems)]
+                parts += [f"**{title}**", study(pairs, systems)] + [PAIRS] * title.startswith("Table")
     for system, knob in dict.fromkeys(key[:2] for key in found if key[1]):
         points = {f"{knob} = {key[2]}": values for key, values in found.items() if key[:2] == (system, knob)}
         parts += [f"**{system}, by {knob}**", table(points, {})]
@@ -156,7 +155,7 @@ def write(folder, scores):
     return found
 
 
-PAIRS = f"""Tables 4 and 5 are of pairs of pictures of the same person, prompt and noise, of all eleven
+PAIRS = f"""Pairs of pictures of the same person, prompt and noise, of all eleven
 prompts. One that is out of style loses to one in style; else the one likest to another photo wins; within
 {LEVEL:g} neither does. Lead: ours less theirs in points, with its 95 % interval by bootstrap over people. The
 last column has the same by likeness to the photo given, which rewards copying it."""
