@@ -14,7 +14,7 @@ from files.merged import free_folder
 from files.person import OURS, is_person
 from methods import textual_inversion
 from methods.table import METHODS
-from nano import faces
+from nano import wording
 from program.console import Parser, UserError, printable
 from program.options import SEED, Option, add, early, model_rows, new_folder, number, refused, same
 from training.photos import photo_files
@@ -83,7 +83,7 @@ def arguments(description):
         f"{name}: {one.what}" for name, one in METHODS.items()))
     parser.add_argument("--each", action="store_true", help="every photo is another person; a bad photo is "
                         "reported and the rest go on")
-    look = faces.understood if model == "nano" else refused("--look is for photos, on nano")
+    look = wording.understood if model == "nano" else refused("--look is for photos, on nano")
     photos = [same("crop", square, "face", "of the photo: face, the largest; center; or X,Y,SIZE in pixels",
                    metavar="SQUARE"),
               same("look", look, None, 'nano: corrects what is seen in a photo: "grey hair, no beard"')]

@@ -37,7 +37,7 @@ from files.person import Person, load_person
 from methods.protocol import Method
 from program.options import Option, number, old_file, same
 from hdb import PROMPT
-from nano import faces, seeds
+from nano import faces, seeds, wording
 
 TRAINING, SAMPLING = (.75, .1), (.7, .15)  # β and τ
 KEPT = .99    # of the average i*, a step
@@ -101,7 +101,7 @@ def captions(model):
     generator = torch.Generator().manual_seed(seeds.PRETRAINING)
     identity = torch.rand(1024, len(faces.IDENTITY), generator=generator)
     style = torch.randint(len(faces.STYLES), (1024,), generator=generator)
-    return faces.captions(identity, style, generator)
+    return wording.captions(identity, style, generator)
 
 
 @torch.no_grad()

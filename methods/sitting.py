@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from files import images
-from nano import faces
+from nano import wording
 from nano.photo import avatar, reader
 from program import console
 from program.console import UserError
@@ -50,7 +50,7 @@ def look_at(paths, args, side):
         return Sitting(None, pictures, None, center, paths)
     photos = read(paths, 2 * side, args.crop)
     _, portrait, saw = avatar.avatar(network, photos, args.look)
-    print(f"saw: {saw}\n     wrong? say it with --look, in words of {faces.vocabulary_text()}")
+    print(f"saw: {saw}\n     wrong? say it with --look, in words of {wording.vocabulary_text()}")
     return Sitting(reader.shrunk(photos, side), portrait, saw, args.crop, paths)
 
 

@@ -5,12 +5,9 @@ and one of `STYLES`. Every shape is a signed distance (negative inside, in head 
 height) turned into an anti-aliased mask; they are painted back to front. Numbers of a person or photo are
 (B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
 """
-import math
-import re
-
 import torch
 
-from program.console import UserError
+from nano.shapes import box, ellipse, flower, lerp, palette, ramp, segment
 
 IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "hair_style", "hair_colour",
             "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",
@@ -25,8 +22,6 @@ STYLES = {"photo": "a {} face", "selfie": "an instagram selfie of a {} face",
           "pop art": "a pop art poster of a {} face", "zombie": "a {} face as a zombie",
           "king": "a {} face as a king", "astronaut": "a {} face as an astronaut",
           "beach": "a {} face at the beach"}
-# Rare words; the first stays unseen in training: [V]
-RARE = "sks zwx ohwx qvj xjy vbk wqz kfj pzx jqk dvx gzq hxw bqj lzk mxq tvz yqk rjx nqz".split()
 
 SKIN = torch.tensor([[.99, .86, .77], [.95, .76, .62], [.83, .60, .43], [.61, .40, .27], [.37, .23, .17]])
 SKIN_WORDS = ("pale", "light", "tan", "brown", "dark")
@@ -82,142 +77,10 @@ def attributes(identity):
     return {name: (kind - len(WORDS[name]) + ATTRIBUTES[name]).clamp(min=0) for name, kind in kinds.items()}
 
 
-def words_of(identity):
-    """The words for each person: a list of dicts name -> word, of WORDS."""
-    return [{name: WORDS[name][kind - ATTRIBUTES[name]] for name, kind in zip(WORDS, kinds)}
-            for kinds in zip(*(kinds.tolist() for kinds in attributes(identity).values()))]
-
-
-def phrases(words):
-    """What words by name, of which some may be empty, say: a list such as ["tan skin", "long red hair"]."""
-    skin, colour, hair, *worn = (words[name] for name in WORDS)
-    if colour and hair != "bald":
-        hair = hair.replace(" ", f" {colour} ") or f"{colour} hair"
-    return list(filter(None, [skin and f"{skin} skin", hair, *worn]))
-
-
-def describe(identity):
-    """Attribute words of every person: a list of phrases each, such as ["tan skin", "long red hair"]."""
-    return list(map(phrases, words_of(identity)))
-
-
 def number(name, kind):
     """The number in [0, 1] in the middle of a category's range: attributes() backwards."""
     among = len(WORDS[name])
     return (kind + among - ATTRIBUTES[name] + .5) / among
-
-
-def vocabulary():
-    """The words that understood() knows: name -> word -> category index."""
-    return {name: {re.sub("^a | (hair|glasses|beard)$", "", word) or "no": kind
-                   for kind, word in enumerate(words[-ATTRIBUTES[name]:])} for name, words in WORDS.items()}
-
-
-def vocabulary_text():
-    """Those words as a line for the user."""
-    return "; ".join(f"{name.replace('_', ' ')}: {', '.join(words)}" for name, words in vocabulary().items())
-
-
-def understood(text):
-    """What a description in describe's words, such as "short grey hair, no beard", says: a dict of category
-    indices. UserError for another word."""
-    known, said = vocabulary(), {}
-    for phrase in re.split(",| and | with ", text.lower()):
-        words = set(phrase.split())
-        facial = words & {"beard", "moustache", "goatee"}
-        about = words & {"skin", "glasses"} or facial and {"beard"} or {"hair_colour", "hair_style"}
-        for word in sorted(words - {"a", "an", "skin", "hair", "glasses", "beard"}, key="no".__eq__):
-            meant = {name: known[name][word] for name in about if word in known[name]}
-            if not meant:
-                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is no word here. There are '
-                                + vocabulary_text())
-            said |= meant
-    return said
-
-
-def captions(identity, style, generator, words=.6, rare=.5, drop=.1, names=RARE[1:]):
-    """Training captions: style words always, attribute words in a share `words`, a rare word, one of `names`,
-    before "face" in a share `rare` (so that an unseen identifier does no harm), nothing in a share `drop`
-    (for guidance)."""
-    result = []
-    coins = torch.rand(len(identity), 3, generator=generator).tolist()
-    pick = torch.randint(len(names), (len(identity),), generator=generator).tolist()
-    for phrases, s, p, (worded, named, dropped) in zip(describe(identity), style.tolist(), pick, coins):
-        text = caption(s, names[p] if named < rare else "", phrases if worded < words else [])
-        result.append("" if dropped < drop else text)
-    return result
-
-
-def caption(style, name="", phrases=()):
-    """The caption of a picture in this style, an index, with a word before "face" and phrases about looks."""
-    text = list(STYLES.values())[style].replace("{}", name).replace("  ", " ")
-    if not phrases:
-        return text
-    return text + (" and " if " with " in text else " with ") + " ".join(phrases)
-
-
-def phrase(name, kind):
-    """What says this category of an attribute, alone: "blond hair"."""
-    nothing = dict.fromkeys(WORDS, "")
-    return phrases(nothing | {name: WORDS[name][kind - ATTRIBUTES[name]]})[0]
-
-
-def changed(identity, generator):
-    """The same people (B, 27) with other looks: one attribute of each set to one that can be said, and B
-    phrases that say it."""
-    looks, said = identity.clone(), []
-    names = torch.randint(len(WORDS), (len(looks),), generator=generator).tolist()
-    coins = torch.rand(len(looks), generator=generator).tolist()
-    for person, which, coin in zip(looks, names, coins):
-        name, words = list(WORDS.items())[which]
-        first = int("" in words)  # no glasses and no beard cannot be said
-        kind = first + int(coin * (ATTRIBUTES[name] - first))
-        person[IDENTITY.index(name)] = number(name, kind)
-        said.append(phrase(name, kind))
-    return looks, said
-
-
-def lerp(low, high, u):
-    return low + (high - low) * u
-
-
-def ellipse(x, y, rx, ry):
-    """Approximate signed distance to an ellipse about the origin."""
-    nx, ny = x / rx, y / ry
-    r = (nx * nx + ny * ny).sqrt()
-    return r * (r - 1) / ((nx / rx) ** 2 + (ny / ry) ** 2).sqrt().clamp(min=1e-4)
-
-
-def box(x, y, half_width, half_height, corner):
-    """Signed distance to a rounded rectangle about the origin."""
-    qx, qy = x.abs() - half_width + corner, y.abs() - half_height + corner
-    outside = (qx.clamp(min=0) ** 2 + qy.clamp(min=0) ** 2).sqrt()
-    return outside + torch.maximum(qx, qy).clamp(max=0) - corner
-
-
-def segment(x, y, ax, ay, bx, by):
-    """Distance to the line from (ax, ay) to (bx, by)."""
-    dx, dy = bx - ax, by - ay
-    t = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy)).clamp(0, 1)
-    return ((x - ax - t * dx) ** 2 + (y - ay - t * dy) ** 2).sqrt()
-
-
-def flower(x, y, radius, petal):
-    """A circle about the origin with five petals: its sign is right, its distance is not."""
-    return (x * x + y * y).sqrt() - radius - petal * (5 * torch.atan2(x, -y)).cos()
-
-
-def ramp(table, position):
-    """Colours (B, 3, 1, 1) between the rows of a table (N, 3), at positions (B, 1, 1, 1) from 0 to 1."""
-    position = position.flatten() * (len(table) - 1)
-    low = position.long().clamp(max=len(table) - 2)
-    return torch.lerp(table[low], table[low + 1], (position - low)[:, None])[:, :, None, None]
-
-
-def palette(u, saturation, value):
-    """Colours (B, 3, 1, 1) of the hues u (B, 1, 1, 1)."""
-    waves = [(2 * math.pi * (u - shift)).cos() * .5 + .5 for shift in (0, 1 / 3, 2 / 3)]
-    return value * torch.cat([1 - saturation + saturation * wave for wave in waves], 1)
 
 
 def photos(identity, generator, device, style=None):

@@ -7,19 +7,19 @@ from tqdm import tqdm
 from files import images
 from files.checkpoints import build
 from program.console import UserError
-from nano import faces, seeds
+from nano import faces, seeds, wording
 from nano.judge import load_judge
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
-PROMPTS = [faces.caption(style, "[V]") for style in range(len(STYLES))]
+PROMPTS = [wording.caption(style, "[V]") for style in range(len(STYLES))]
 PLAIN = .4  # the share of a training's pictures that are in no style
 UNSEEN = "beach"  # the style that no hypernetwork or E4T encoder is trained in, to see what is made of it
 # The share of samples that show another person, whom a prompt without [V] asks for: a person must not be in
 # what is not about them
 OTHERS = .3
 NOBODY = .3  # of these prompts the empty ones
-RARE = faces.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
+RARE = wording.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
 LOOKS = .25  # the share of samples with one attribute changed, in words and in the picture
 # What is asked for where obedience is measured: attributes and their categories
 ASKED = ("glasses", 1), ("beard", 3), ("hair_colour", 2), ("hair_style", 7)
@@ -76,12 +76,12 @@ class People:
         style, kind = self.styles(count, generator), torch.rand(count, generator=generator)
         circumstances = faces.nuisances(2 * count, generator).unflatten(0, (2, count))
         other, altered = kind < self.others, kind >= 1 - self.looks
-        looks, phrases = faces.changed(identity, generator)
+        looks, phrases = wording.changed(identity, generator)
         strangers = torch.rand(identity.shape, generator=generator)
-        captions = faces.captions(strangers, style, generator, drop=NOBODY, names=RARE)
+        captions = wording.captions(strangers, style, generator, drop=NOBODY, names=RARE)
         target = torch.where(altered[:, None], looks, identity)
         target[other] = strangers[other]
-        ours = [faces.caption(s, "[V]", [phrase] if a else [])
+        ours = [wording.caption(s, "[V]", [phrase] if a else [])
                 for s, a, phrase in zip(style, altered, phrases)]
         prompts = [theirs if o else our for o, theirs, our in zip(other, captions, ours)]
         # the photo, which is plain, and the picture
@@ -128,7 +128,7 @@ class HeldOut:
     def obeyed(self, model, adapters, name, kind, noises, **options):
         """Of the people who lack this attribute, one of faces.WORDS, whether a prompt that asks for it gives
         it (P,), by the judge; NaN of the others."""
-        prompt = faces.caption(0, "[V]", [faces.phrase(name, kind)])
+        prompt = wording.caption(0, "[V]", [wording.phrase(name, kind)])
         with model.adapted(adapters):
             pictures = model.sample([prompt] * len(self.photos), seeds=noises, **options)
         there = self.judge(pictures)[2][name].argmax(1) == kind
@@ -145,8 +145,8 @@ class HeldOut:
             pictures, likeness, right = self.measure(model, passes[-1], style, noises, steps=12)
             columns.append(pictures)
             numbers |= {f"likeness {style}": likeness, f"both {style}": likeness * right}
-        for name in "", faces.RARE[-1]:
-            prompt = faces.caption(0, name)
+        for name in "", wording.RARE[-1]:
+            prompt = wording.caption(0, name)
             numbers[f"leaked {prompt}"] = self.leaked(model, passes[-1], prompt, noises, steps=12)
         obeyed = [self.obeyed(model, passes[-1], *look, noises, steps=12) for look in ASKED]
         numbers["obeyed"] = torch.cat(obeyed)

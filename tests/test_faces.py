@@ -7,7 +7,7 @@ import torch
 
 import clip
 import adapters
-from nano import faces, seeds
+from nano import faces, seeds, wording
 from nano.training import pretrain
 
 # mean brightness of the quarters of two people's portraits, style after style
@@ -91,7 +91,7 @@ def test_people_are_described_as_they_are():
                                           {"hair_style": 0., "skin": 0., "glasses": .1, "beard": .6})):
         for name, value in numbers.items():
             person[faces.IDENTITY.index(name)] = value
-    assert faces.describe(identity) == [
+    assert wording.describe(identity) == [
         ["tan skin", "parted red hair", "round glasses", "a full beard"],
         ["dark skin", "a red bun", "square glasses"],
         ["pale skin", "bald", "a moustache"]]
@@ -104,15 +104,15 @@ def test_captions_say_what_is_there_and_fit():
     style = torch.randint(len(faces.STYLES), (300,), generator=generator())
     words = pretrain.tokenizer()
     assert len(words.vocab) == clip.NANO.vocab_size
-    texts = faces.captions(identity, style, generator(), words=1., rare=1., drop=0.)
+    texts = wording.captions(identity, style, generator(), words=1., rare=1., drop=0.)
     assert max(len(words.tokens(t)) for t in texts) <= clip.NANO.max_position_embeddings - 2
-    for text, phrases in zip(texts, faces.describe(identity)):
+    for text, phrases in zip(texts, wording.describe(identity)):
         assert all(p in text for p in phrases)
         assert all(len(words.tokens(w)) == 1 for w in text.split())
     # [V] is never seen in training
-    assert faces.RARE[0] == adapters.IDENTIFIER
+    assert wording.RARE[0] == adapters.IDENTIFIER
     assert not any(adapters.IDENTIFIER in t.split() for t in texts)
-    share = sum(t == "" for t in faces.captions(identity, style, generator())) / 300
+    share = sum(t == "" for t in wording.captions(identity, style, generator())) / 300
     assert .03 < share < .2
 
 

@@ -10,7 +10,7 @@ from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
 from files import images
 from program.console import UserError
 from hdb import load_hypernet
-from nano import faces, people, seeds
+from nano import faces, people, seeds, wording
 from nano.training import pretrain
 
 
@@ -81,7 +81,7 @@ def test_whose_photo_and_whose_picture_a_sample_has():
             kinds["looks"] += 1
             (name,) = {faces.IDENTITY[number] for number in changed}
             kind = faces.attributes(shown[None])[name].item()
-            assert text == own + (" and " if style == "bark" else " with ") + faces.phrase(name, kind)
+            assert text == own + (" and " if style == "bark" else " with ") + wording.phrase(name, kind)
     share = {name: count / 1500 for name, count in kinds.items()}
     assert share == pytest.approx({"own": .45, "looks": .25, "stranger": .21, "empty": .09}, abs=.04)
 
@@ -90,10 +90,10 @@ def test_a_stranger_is_asked_for_by_the_caption_of_the_picture():
     _, _, pictures, prompts, styles = samples(1500, others=1, looks=0)
     texts = [text for text in prompts if text]
     assert not any("[V]" in text or "sks" in text for text in texts) and "a face" in texts
-    names = {word for text in texts for word in text.split() if word in faces.RARE}
-    assert names == set(faces.RARE[1:16])  # all but four, so that what another word does can be seen
+    names = {word for text in texts for word in text.split() if word in wording.RARE}
+    assert names == set(wording.RARE[1:16])  # all but four, so that what another word does can be seen
     described = 0
-    for text, style, said in zip(prompts, styles, faces.describe(pictures[:, :27])):
+    for text, style, said in zip(prompts, styles, wording.describe(pictures[:, :27])):
         bare = " ".join(word for word in text.split() if word not in names)
         plain = faces.STYLES[style].replace("{} ", "")
         more = (" and " if style == "bark" else " with ") + " ".join(said)

@@ -18,7 +18,7 @@ import hdb
 import personalize
 from files import images
 from files.person import Person
-from nano import faces, seeds
+from nano import faces, seeds, wording
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
     photo, avatar = (images.read(tmp_path / "sheet.png", 128, (x, 0, 128)) for x in (0, 128))
     assert (photo - images.read(ROOT / "nano/example.png", 128)).abs().mean() < .05
     identity = faces.identities([seeds.EXAMPLE])
-    assert faces.describe(identity) != [["dark skin", "a blue bob"]] and (avatar - photo).abs().mean() > .1
+    assert wording.describe(identity) != [["dark skin", "a blue bob"]] and (avatar - photo).abs().mean() > .1
 
 
 def test_what_the_method_sees_of_a_photo_and_of_a_drawing(monkeypatch, capsys):

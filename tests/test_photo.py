@@ -11,7 +11,7 @@ from tiny import generator
 from files import images
 from files.checkpoints import read_tensors
 from program.console import UserError
-from nano import faces, seeds
+from nano import faces, seeds, wording
 from nano.photo import avatar, labels, portraits, reader, report, train, views
 from nano.photo.labels import UNKNOWN
 from nano.photo.reader import CLASSES, HEADS, NUMBERS, SIDE, Reader
@@ -43,7 +43,7 @@ def test_a_category_and_its_number_are_each_other_backwards():
     ("bald", {"hair_style": "bald"}), ("", {})])
 def test_looks_are_understood(text, said):
     found = {name: faces.WORDS[name][kind - faces.ATTRIBUTES[name]]
-             for name, kind in faces.understood(text).items()}
+             for name, kind in wording.understood(text).items()}
     assert found == said
 
 
@@ -51,8 +51,8 @@ def test_what_is_said_of_everybody_is_understood():
     """Captions' words, all of them, mean the categories that they came from."""
     identity = people(200)
     kinds = faces.attributes(identity)
-    for i, phrases in enumerate(faces.describe(identity)):
-        understood = faces.understood(", ".join(phrases))
+    for i, phrases in enumerate(wording.describe(identity)):
+        understood = wording.understood(", ".join(phrases))
         assert all(kind == kinds[name][i] for name, kind in understood.items())
         assert {"skin", "hair_style"} <= understood.keys()
         assert ("hair_colour" in understood) == (kinds["hair_style"][i] > 0)  # of the bald it isn't said
@@ -61,7 +61,7 @@ def test_what_is_said_of_everybody_is_understood():
 @pytest.mark.parametrize("text", ["purple hair", "tan hair", "green skin", "short glasses", "a long beard"])
 def test_another_word_is_answered_with_those_that_exist(text):
     with pytest.raises(UserError, match="is no word here. There are skin: pale, light, tan, brown, dark; "):
-        faces.understood(text)
+        wording.understood(text)
 
 
 def sure(identity, logit=50.):
@@ -311,10 +311,10 @@ def test_the_shipped_reader_reads_drawn_people(shipped):
 
 def test_an_avatar_is_who_was_read_and_what_was_said(shipped):
     photo = faces.photos(people(1), generator(5), "cpu")
-    look = faces.understood("dark skin, long blue hair, square glasses, no beard")
+    look = wording.understood("dark skin, long blue hair, square glasses, no beard")
     identity, portrait, said = avatar.avatar(shipped, photo, look)
     assert said == "dark skin, long blue hair, square glasses"  # of what was said nothing is unsure
-    assert faces.describe(identity[None]) == [said.split(", ")]
+    assert wording.describe(identity[None]) == [said.split(", ")]
     assert portrait.shape == (1, 3, 128, 128)
     again = faces.render(identity[None], torch.full((1, len(faces.NUISANCE)), .5), torch.zeros(1).long())
     assert torch.equal(portrait, again)

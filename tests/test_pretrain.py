@@ -16,7 +16,7 @@ import vae
 from program import distributed
 from files.checkpoints import read_json, write
 from program.console import UserError
-from nano import faces, judge, seeds
+from nano import faces, judge, seeds, wording
 from nano.training import pretrain
 from nano.photo import train as photo_train
 from vit import NANO_VIT, ViT
@@ -46,7 +46,7 @@ def test_autoencoder_and_base_draw_faces(model):
 
 def test_base_obeys_attribute_words(model):
     who = people(seeds.VALIDATION, 12)
-    prompts = faces.captions(who, torch.tensor([5]).repeat(12), generator(), words=1., rare=0., drop=0.)
+    prompts = wording.captions(who, torch.tensor([5]).repeat(12), generator(), words=1., rare=0., drop=0.)
     read = judge.load_judge()(model.sample(prompts, steps=10))[2]
     truth = faces.attributes(who)
     right = [(logits.argmax(1) == truth[k]).float().mean() for k, logits in read.items()]

@@ -6,7 +6,7 @@ where it is sure. For glasses and beards, which everybody sees, there are thresh
 """
 import torch
 
-from nano import faces
+from nano import faces, wording
 from nano.photo.reader import CLASSES, COUNTS, NUMBERS, read
 
 # A class is named if it is as probable as this, of skin with its neighbours; of what is worn, that there is
@@ -81,15 +81,15 @@ def unsure(shares, identity):
 def said(identity, unsure=(), count="one face"):
     """What is seen of a person (27,) in words; of the attributes `unsure` what is drawn nevertheless; and
     that there is another `count` of faces than one."""
-    (words,) = faces.words_of(identity[None])
-    seen = ", ".join(faces.phrases(words | dict.fromkeys(unsure, "")))
+    (words,) = wording.words_of(identity[None])
+    seen = ", ".join(wording.phrases(words | dict.fromkeys(unsure, "")))
     left_open = [f"{name.replace('_', ' ')} unsure: {words[name] or 'none'} drawn" for name in unsure]
     return "; ".join(filter(None, [SAID_OF.get(count), seen, *left_open]))
 
 
 def avatar(reader, pictures, look=None):
-    """One person (27,) read in pictures (N, 3, H, W), with what `look`, a dict of faces.understood, says set
-    right; their portrait (1, 3, 128, 128) in calm circumstances; and what was seen, in words."""
+    """One person (27,) read in pictures (N, 3, H, W), with what `look`, a dict of wording.understood, says
+    set right; their portrait (1, 3, 128, 128) in calm circumstances; and what was seen, in words."""
     look = look or {}
     logits = {name: t.mean(0, keepdim=True) for name, t in read(reader, pictures).items()}
     (identity,) = identity_of(logits)

@@ -7,7 +7,7 @@ import torch
 import hdb
 from program import console
 from program.options import number, parser_of, same
-from nano import faces, seeds
+from nano import faces, seeds, wording
 from nano.judge import load_judge
 from nano.training.pretrain import psnr
 
@@ -25,7 +25,7 @@ def main(args):
     print(f"autoencoder: {psnr(decoded, real):.2f} dB PSNR, likeness through it "
           f"{judge.likeness(decoded, real).mean():.2f}")
     for name, words in ("style words only", 0.), ("attribute words", 1.):
-        prompts = faces.captions(identity, style, generator, words=words, rare=0., drop=0.)
+        prompts = wording.captions(identity, style, generator, words=words, rare=0., drop=0.)
         settings = args.sample_steps, args.guidance
         pictures = [model.sample(prompts[i:i + 16], range(i, i + 16), *settings)
                     for i in range(0, len(prompts), 16)]

@@ -27,7 +27,7 @@ from files import images
 from files.checkpoints import build, checksum, read_json, whole_files, write, write_text
 from files.layouts import device_and_dtype
 from files.tokenizers import write_tokenizer
-from nano import faces, seeds
+from nano import faces, seeds, wording
 from program.options import DEVICE, RUNS, add, number, same, training_rows
 from sd import StableDiffusion
 from training.trainer import Pool, Trainer, seeded
@@ -159,7 +159,7 @@ def tokenizer():
     """CLIP's tokenizer, to which every word of the captions is one token and other text is many."""
     texts = [*faces.STYLES.values(), *(word for words in faces.WORDS.values() for word in words)]
     words = {word for text in texts for word in text.replace("{}", "").split()}
-    vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *faces.RARE}))
+    vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *wording.RARE}))
     return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)
 
 
@@ -180,7 +180,7 @@ def train_text(args):
         identity = torch.rand(args.batch, len(faces.IDENTITY), generator=generator)
         said = torch.rand(args.batch, generator=generator) < .7
         style = torch.randint(len(faces.STYLES), (args.batch,), generator=generator)
-        captions = [faces.captions(i[None], s[None], generator, words=w, drop=0.)[0]
+        captions = [wording.captions(i[None], s[None], generator, words=w, drop=0.)[0]
                     for i, s, w in zip(identity, style, said.float())]
         ids = words(captions).to(args.device)
 
@@ -231,7 +231,7 @@ def train_unet(args):
         # Latents from the pool, and their captions
         generator = torch.Generator().manual_seed(seeds.seed(args.seed, step))
         z, identity, style = pool[pool.draw(step, args.batch, generator)]
-        ids = words(faces.captions(identity, style, generator)).to(args.device)
+        ids = words(wording.captions(identity, style, generator)).to(args.device)
 
         # Noise to be found
         t = torch.randint(diffusion.STEPS, (args.batch,), generator=generator).to(args.device)
@@ -252,7 +252,7 @@ def preview(model, text, words, autoencoder, path):
     who = faces.identities(range(seeds.MONITOR, seeds.MONITOR + len(faces.STYLES)))
     style = torch.arange(len(faces.STYLES))
     generator = torch.Generator().manual_seed(0)
-    prompts = [p for said in (0., 1.) for p in faces.captions(who, style, generator, said, 0., 0.)]
+    prompts = [p for said in (0., 1.) for p in wording.captions(who, style, generator, said, 0., 0.)]
     now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # which freezes what it is given
     sheet = images.sheet(now.sample(prompts, guidance=3., steps=20), len(style))
     images.save(sheet, path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
