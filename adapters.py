@@ -11,10 +11,8 @@ and leave no trace afterwards. HyperDreamBooth's are low-rank (LiDB's, and LoRA)
     LowRank    y + x·A·B,  A (P, in, r), B (P, r, out), so that W' = W + (A·B)ᵀ for each of P people
     Change     y + x·Dᵀ (+ d),  other weights or biases, as one person's differences from the layer's own
 
-Low-rank adapters of one model can be joined (ranks add up, since a sum of products is a product of
-concatenations), scaled, stacked side by side for several people, merged into the weights, and exported as a
-LoRA. A Change can be scaled and merged. That one value does all this is why nothing else has to know how a
-person was made.
+Low-rank adapters can be joined (a sum of products is a product of concatenations), scaled, stacked side by
+side for several people, merged into the weights, and exported as a LoRA. A Change can be scaled and merged.
 """
 import copy
 from contextlib import contextmanager
@@ -26,17 +24,6 @@ from torch import nn
 from torch.func import functional_call
 
 SMALL = 2 ** 18     # weights in a layer up to which fastest() puts a LoRA into them
-IDENTIFIER = "sks"  # what [V] stands for in a prompt: a token that text-to-image models know nothing of
-
-
-def canonical(prompt):
-    """The prompt with its [V] in capitals."""
-    return prompt.replace("[v]", "[V]")
-
-
-def with_identifier(prompt, identifier=IDENTIFIER):
-    """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
-    return canonical(prompt).replace("[V]", f" {identifier} ")
 
 
 class LowRank(NamedTuple):
@@ -288,11 +275,7 @@ def detach(adapters):
 
 def stack(people):
     """A list of low-rank adapters, of one person or several each, to those of all of them in order: one per
-    picture of a batch.
-
-    Where ranks differ, or somebody has no adapter of a layer, zeros fill up. {} is nobody in particular, the
-    model as it is.
-    """
+    picture of a batch. Zeros fill up lower ranks and layers without an adapter; {} is the model as it is."""
     counts = [len(next(iter(require_low_rank(own).values())).a) if own else 1 for own in people]
     stacked = {}
     for name in dict.fromkeys(name for adapters in people for name in adapters):

@@ -25,6 +25,17 @@ BYTES = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byt
 # one \p{N}. Its \s is Unicode's White_Space; Python's has \x1c-\x1f as well.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 WORD = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w{SPACE}]|_)+")
+IDENTIFIER = "sks"  # what [V] stands for in a prompt: a token that text-to-image models know nothing of
+
+
+def canonical(prompt):
+    """The prompt with its [V] in capitals."""
+    return prompt.replace("[v]", "[V]")
+
+
+def with_identifier(prompt, identifier=IDENTIFIER):
+    """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
+    return canonical(prompt).replace("[V]", f" {identifier} ")
 
 
 def split_words(text):

@@ -20,13 +20,14 @@ import time
 import warnings
 from pathlib import Path
 
+from clip import canonical, with_identifier
 from program import START, console
 
 import torch
 from tqdm import tqdm
 
 import hdb
-from adapters import Change, LowRank, canonical, join, scale, stack, with_identifier
+from adapters import Change, LowRank, join, scale, stack
 from diffusion import SAMPLERS
 from files import images
 from files.checkpoints import finite, whole_files

@@ -8,7 +8,8 @@
 import torch
 
 import diffusion
-from adapters import adapted, with_identifier
+from clip import with_identifier
+from adapters import adapted
 from files import layouts
 from files.checkpoints import checksum
 from files.layouts import HUB

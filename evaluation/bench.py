@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from clip import IDENTIFIER
 from program import console
 
 import torch
@@ -27,7 +28,7 @@ import unet
 import vae
 from methods import dreambooth, hyperdreambooth, textual_inversion
 from diffusion import STEPS, noised
-from adapters import IDENTIFIER, join
+from adapters import join
 from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
 from files.checkpoints import write_text
 from files.layouts import HERE, device_and_dtype

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from adapters import IDENTIFIER, scale
+from clip import IDENTIFIER
+from adapters import scale
 from files.checkpoints import alike, finite, open_tensors, outline, read_tensors, refusing, write
 from program.console import UserError
 

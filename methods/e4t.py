@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clip import IDENTIFIER
 from methods import dreambooth
 from methods.textual_inversion import CLASS, only_token
 from training.fit import fit_or_take_back
 from diffusion import denoising_loss
-from adapters import IDENTIFIER, Change, merge, shared
+from adapters import Change, merge, shared
 from files.checkpoints import (
     build, checksum, configure, open_tensors, refusing, write)
 from program.console import UserError

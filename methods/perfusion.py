@@ -28,10 +28,11 @@ import torch
 import torch.nn.functional as F
 
 import clip
+from clip import IDENTIFIER, with_identifier
 from methods.textual_inversion import CLASS, LAYER, Rows, only_token
 from training.fit import fit_or_take_back
 from diffusion import denoising_loss
-from adapters import IDENTIFIER, with_identifier, shared
+from adapters import shared
 from program.console import UserError
 from files.person import Person, load_person
 from methods.protocol import Method

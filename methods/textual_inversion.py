@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from clip import IDENTIFIER, with_identifier
 from training.fit import fit_or_take_back
 from diffusion import denoising_loss
-from adapters import IDENTIFIER, with_identifier, shared
+from adapters import shared
 from files.checkpoints import open_tensors, outline, read_tensors, write
 from program.console import UserError
 from files.person import Person, check_numbers

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 import clip
-import adapters
 from nano import faces, seeds, wording
 from nano.training import pretrain
 
@@ -110,8 +109,8 @@ def test_captions_say_what_is_there_and_fit():
         assert all(p in text for p in phrases)
         assert all(len(words.tokens(w)) == 1 for w in text.split())
     # [V] is never seen in training
-    assert wording.RARE[0] == adapters.IDENTIFIER
-    assert not any(adapters.IDENTIFIER in t.split() for t in texts)
+    assert wording.RARE[0] == clip.IDENTIFIER
+    assert not any(clip.IDENTIFIER in t.split() for t in texts)
     share = sum(t == "" for t in wording.captions(identity, style, generator())) / 300
     assert .03 < share < .2
 

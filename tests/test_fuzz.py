@@ -22,9 +22,9 @@ from small import write_folder
 from test_person import LAYER, method, someone
 from tiny import shared_model, tiny_hypernet
 
+from clip import with_identifier
 import hdb
 import sd
-from adapters import with_identifier
 from files import images
 from program.console import UserError, one_line, printable
 from files.hypernetwork import load_hypernet, save_hypernet

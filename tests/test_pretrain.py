@@ -9,7 +9,6 @@ from test_faces import generator, people, photos
 from test_personalize import ROOT
 
 import clip
-import adapters
 import sd
 import unet
 import vae
@@ -58,7 +57,7 @@ def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(model):
         a, b = (model.context([text])[0, -1] for text in (one, other))
         return (a - b).norm() / a.norm()
 
-    rare = change("a zwx face with pale skin", f"a {adapters.IDENTIFIER} face with pale skin")
+    rare = change("a zwx face with pale skin", f"a {clip.IDENTIFIER} face with pale skin")
     pairs = (("pale skin", "dark skin"), ("a red mohawk", "a blond mohawk"), ("round glasses", "a goatee"),
              ("long grey hair", "bald"))
     for word, other in pairs:

@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 import clip
 import diffusion
-import adapters as edits_of
 import hdb
 from methods import textual_inversion
 from methods.textual_inversion import (
@@ -299,9 +298,9 @@ def test_a_person_is_made_as_the_options_say():
     assert torch.equal(person.tensors["vectors"], expected)
     assert stage.steps == len(stage.losses) == 2 and len(stage.said) == 1
     # the identifier is what was trained with
-    ids = model.tokenizer([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
+    ids = model.tokenizer([clip.with_identifier(hdb.PROMPT, person.identifier)])[0]
     with model.adapted(adapters(person.tensors, hdb.HyperDreamBooth(model))):
-        context = model.context([edits_of.with_identifier(hdb.PROMPT, person.identifier)])[0]
+        context = model.context([clip.with_identifier(hdb.PROMPT, person.identifier)])[0]
     assert torch.allclose(context, written_out_features(model, person.tensors["vectors"][0], ids), atol=1e-5)
     assert (ids == SKS).sum() == 2
 

@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 import clip
+from clip import with_identifier
 import sd
 import unet
 import vae
 from diffusion import ddim, seeded_noise
-from adapters import LowRank, fresh_lora, join, with_identifier
+from adapters import LowRank, fresh_lora, join
 from files.compvis import unet_to_compvis, vae_to_compvis
 from files.lora import export_lora
 from files.merged import merge_to_folder

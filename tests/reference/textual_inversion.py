@@ -16,8 +16,8 @@ from rule import difference, draw, fill
 from tiny import TEXT, UNET, VAE, tiny_model
 from transformers import CLIPTokenizer
 
+from clip import with_identifier
 from methods.textual_inversion import TOKEN, adapters, identifier, save_embedding
-from adapters import with_identifier
 from files.tokenizers import write_tokenizer
 from hdb import PROMPT
 
