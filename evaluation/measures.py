@@ -23,7 +23,7 @@ from nano import faces, instrument, wording
 PLAIN = "a [V] face"
 LOOKS = {look: wording.understood(look)
          for look in ("round glasses", "a full beard", "dark skin", "long blond hair")}
-OTHERS = "a face", f"a {wording.RARE[1]} face"
+OTHERS = "a face", f"a {wording.RARE[-1]} face"
 PROMPTS = PLAIN, *(f"{PLAIN} with {look}" for look in LOOKS), *OTHERS
 CIRCUMSTANCES = "yaw", "roll", "zoom", "x", "y", "light", "light_side"
 COLOURS = "background", "clothes"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import clip
 from evaluation.measures import copied, error, spread
 from files.encoders import load_clip, load_vit
-from nano import faces, instrument, seeds
+from nano import faces, instrument, seeds, wording
 from nano.people import ASKED, PROMPTS, STYLES, UNSEEN, HeldOut
 from vit import encode_face
 
@@ -21,8 +21,8 @@ PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character 
           "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
           "a [V] face at the beach")
 # Asked of everybody, counted of those who lack it: what is said of looks -> (attribute, category)
-LOOKS = {faces.phrase(*asked): asked for asked in ASKED}
-OTHERS = {prompt: prompt for prompt in ("a face", f"a {faces.RARE[-1]} face")}  # where no person is asked for
+LOOKS = {wording.phrase(*asked): asked for asked in ASKED}
+OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}  # where no person is asked for
 MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
 
 
@@ -61,7 +61,7 @@ class Judged:
     identity, of a range of 1."""
     names = "likeness", "another", "style", "copied", "error", "obeyed"
     prompts = dict(zip(STYLES, PROMPTS)) | {"photo again": PROMPTS[0]}
-    prompts |= {look: faces.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS
+    prompts |= {look: wording.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS
     styles, plain, others, unseen = STYLES, ("photo", "photo again"), list(OTHERS), UNSEEN
     few = ("photo", "pixar", "bark", "rock star", "professional", "king")  # of curves and --quick
     more = ("photo again", *LOOKS, *OTHERS)                                # of --quick alone
