@@ -22,7 +22,8 @@ PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character 
           "a [V] face at the beach")
 # Asked of everybody, counted of those who lack it: what is said of looks -> (attribute, category)
 LOOKS = {wording.phrase(*asked): asked for asked in ASKED}
-OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}  # where no person is asked for
+# Prompts that ask for no person
+OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}
 MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
 
 

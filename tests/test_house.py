@@ -1,6 +1,7 @@
 """The drawing in README: arrows point down only, networks stand on torch alone. And a rule of all rooms."""
 import ast
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import torch
@@ -45,6 +46,26 @@ def test_arrows_point_down_only():
     up = [(str(file.relative_to(ROOT)), name) for file, room in rooms.items() for name in imports(file)
           if name in FLOOR and name != room and FLOOR[name] >= FLOOR[room]]
     assert up == []
+
+
+def modules():
+    """name -> the names of our own modules that it imports."""
+    files = [file for file in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts)]
+    ours = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    found = {}
+    for name, file in ours.items():
+        tree, found[name] = ast.parse(file.read_text(encoding="utf-8")), set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found[name] |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[name] &= ours.keys()
+    return found
+
+
+def test_no_module_imports_itself_in_a_circle():
+    TopologicalSorter(modules()).prepare()  # CycleError, which names the circle
 
 
 def test_networks_import_torch_alone():
