@@ -195,7 +195,9 @@ def fits_weights(layer, adapter):
 def fresh_lora(layers, rank, generator, people=1):
     """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685) for P people: A (P, in, rank) ~ N(0,
     1/in) from a CPU generator, or a list of one for each person, B (P, rank, out) = 0, so nothing changes
-    yet."""
+    yet. ValueError for rank 0."""
+    if rank < 1:
+        raise ValueError(f"a LoRA of rank {rank} changes nothing")
     adapters, each = {}, generator if isinstance(generator, list) else [generator]
     for name, layer in layers.items():
         shape = people // len(each), layer.in_features, rank

@@ -61,7 +61,10 @@ def noised(latent, generator, part=(0, 1)):
 
     t is stratified: one in each of B equal parts of the schedule, in random order, which makes a batch's mean
     less noisy. part (i, n): these B are the i-th part of a batch of n·B, drawn as that batch draws them.
+    ValueError for a batch of none, whose mean error is no number.
     """
+    if not len(latent):
+        raise ValueError("a batch of 0 has no loss")
     if isinstance(generator, list):
         people = latent.unflatten(0, (-1, len(generator))).transpose(0, 1)
         each = [noised(own, one) for own, one in zip(people, generator)]

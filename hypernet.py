@@ -58,7 +58,7 @@ class HyperNetwork(nn.Module):
     def refine(self, features, iterations=None):
         """ViT features f (B, n, d) -> θ̂_s (B, layers, size), what the last pass arrives at.
 
-        iterations: s, config's if None; 0 gives θ̂_0.
+        iterations: s, config's if None. ValueError for none.
         """
         return self.passes(features, iterations)[-1]
 
@@ -68,6 +68,8 @@ class HyperNetwork(nn.Module):
         tells it how far it has come.
         """
         steps = self.config.iterations if iterations is None else iterations
+        if steps < 1:
+            raise ValueError(f"{steps} iterations predict nothing")
         face = self.face(features)
         estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]
         for _ in range(steps):

@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 from clip import canonical, with_identifier
-from program import START, console
+from program import START, console, lock
 
 import torch
 from tqdm import tqdm
@@ -30,7 +30,8 @@ import hdb
 from adapters import Change, LowRank, join, scale, stack
 from diffusion import SAMPLERS
 from files import images
-from files.checkpoints import finite, whole_files
+from files.checkpoints import finite
+from files.disk import whole_files
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
@@ -156,8 +157,8 @@ def save(person, engine, out):
     with whole_files(*(out / name for name in parts)) as temporary:
         for part, new in zip(parts.values(), temporary):
             save_person(part, engine, new)
-    for name in set(PERSONAL) - parts.keys():
-        (out / name).unlink(missing_ok=True)
+        for name in set(PERSONAL) - parts.keys():
+            (out / name).unlink(missing_ok=True)
     return [out / name for name in parts]
 
 
@@ -283,4 +284,4 @@ def print_likeness(predicted, pictures, seen, args):
 
 
 if __name__ == "__main__":
-    console.run(main, arguments)
+    console.run(lock.alone(main, lambda args: args.out), arguments)

@@ -56,8 +56,10 @@ class StableDiffusion:
         sees.
 
         The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError
-        for other sizes.
+        for other sizes, bytes, or other than three channels.
         """
+        if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ValueError(f"pictures are (B, 3, H, W) in [-1, 1], not {image.dtype} {tuple(image.shape)}")
         check_sides(*image.shape[-2:])
         z, logvar = self.vae.encode(image.to(self.device, self.dtype))
         if generator is not None:

@@ -31,6 +31,7 @@ import torch
 import hdb
 from diffusion import noised
 from program import distributed
+from program.lock import alone
 from program.memory import plan_memory
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER, load_vit
@@ -64,8 +65,7 @@ def main(args):
         watched = None
 
     # what θ means, and what the run depends on beside it
-    faces = args.faces and os.path.abspath(args.faces)
-    of = model.checksums | {"basis": method.lidb.checksum, "faces": faces}
+    of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
     own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta")}
     own |= {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)}
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
@@ -155,7 +155,12 @@ def fit_targets(method, data, args, folder, of, deadline):
         return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}
-    return load_all(cached(folder, groups, of | settings, fitted, "targets", deadline), "theta")
+    shapes = {"theta": method.lidb.shape}
+    parts = cached(folder, groups, of | settings, shapes, fitted, "targets", deadline)
+    theta = load_all(parts, "theta")
+    if len(theta) != data.count:
+        raise console.UserError(f"{folder}: damaged, {len(theta)} targets for {data.count} people; remove it")
+    return theta
 
 
 def arguments():
@@ -183,4 +188,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    console.run(main, arguments)
+    console.run(alone(main, lambda args: Path(args.out, args.name)), arguments)

@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 
 from program import console
+from program.lock import alone
 
 import torch
 from tqdm import tqdm
@@ -23,7 +24,8 @@ from tqdm import tqdm
 import hdb
 from evaluation import experiment, figures, report, systems
 from evaluation.scores import Judged, Paper
-from files.checkpoints import checksum, read_json, write_text
+from files.checkpoints import checksum
+from files.disk import read_json, write_text
 from files.layouts import HERE, model_name
 from training.parts import differences
 from training.photos import photo_files, read_photos
@@ -166,4 +168,4 @@ def check_before_loading(parser, args):
 
 
 if __name__ == "__main__":
-    console.run(main, arguments)
+    console.run(alone(main, lambda args: args.out), arguments)

@@ -30,7 +30,7 @@ from methods import dreambooth, hyperdreambooth, textual_inversion
 from diffusion import STEPS, noised
 from adapters import join
 from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
-from files.checkpoints import write_text
+from files.disk import write_text
 from files.layouts import HERE, device_and_dtype
 from files.merged import config_files
 from files.person import save_person

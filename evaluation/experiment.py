@@ -12,7 +12,7 @@ import torch
 
 from evaluation import report
 from files import images
-from files.checkpoints import refusing, write_text
+from files.disk import read_text, refusing, write_text
 from files.person import save_person
 from program import console
 
@@ -100,7 +100,7 @@ class Table:
         self.path, self.key, rows = path, key, []
         if path.exists():
             with refusing(f"{path}: damaged; mend it, or give another folder with --out"):
-                whole, end, cut = path.read_bytes().decode().rpartition("\n")
+                whole, end, cut = read_text(path).rpartition("\n")
                 rows = [tuple(row) for row in csv.reader(whole.splitlines())]
                 if rows[:1] != [tuple(columns)]:
                     raise console.UserError(f"{path}: has other columns; give another folder with --out")

@@ -13,7 +13,7 @@ from program import console
 
 from evaluation.report import OURS, read, summary
 from evaluation.scores import Judged
-from files.checkpoints import write_text
+from files.disk import write_text
 
 COLUMNS = "both", "copied", "obeyed", "leaked"
 HEAD = f"""# Leaderboard

@@ -6,7 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from files.checkpoints import write_text
+from files.disk import read_text, write_text
 
 # The paper's: Face Rec., DINO, CLIP-I, CLIP-T
 PAPER = {"HyperDreamBooth": (.655, .473, .577, .286), "DreamBooth": (.618, .441, .546, .282),
@@ -34,8 +34,7 @@ def read(path):
     file."""
     if not Path(path).exists():
         return []
-    with open(path, newline="", encoding="utf-8") as f:
-        lines = list(csv.DictReader(f))
+    lines = csv.DictReader(read_text(path).splitlines())
     texts = {"system", "knob", "value", "person", "prompt"}
     return [{name: cell if name in texts else float(cell) if cell else None for name, cell in line.items()}
             for line in lines]

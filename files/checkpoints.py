@@ -1,45 +1,28 @@
 """From files to modules, strictly, and back: what is missing, surplus or misshapen is named in one line.
 The weights are in memory once: a module is built without numbers and takes tensors one by one from files."""
-import glob
 import json
-import os
 import re
-import shutil
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
+from files.disk import LARGEST_TEXT, LoadError, refusing, regular, whole_files
 from program.console import UserError, printable
 
 # of settings that say how often something is built, and how large a picture is
 LIMITS = {"layers_per_block": 64, "num_hidden_layers": 64, "depth": 64, "iterations": 64, "sample_size": 1000}
-LARGEST_TEXT = 10  # megabytes, of headers too; CLIP's tokenizer.json has two
+MOST = 20_000  # tensors of a file
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CHECKSUM = re.compile("([0-9a-f]{8})(?:-([0-9a-f]{8}))?")
 # these are 1×1 convolutions (c, c, 1, 1) in single files
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
-
-
-class LoadError(UserError):
-    """What is wrong with a model's files and what to do about it, in one line for the user."""
-
-
-@contextmanager
-def refusing(what):
-    """Where a file is made sense of: whatever goes wrong inside is a LoadError that says `what` is wrong. A
-    UserError, which says more, passes, and a full memory, which is no fault of the file."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # nobody can list what odd contents lead to
-        raise LoadError(f"{what} ({error!r})") from None
 
 
 def configure(config, found, file):
@@ -73,57 +56,50 @@ def require_settings(found, implemented, file):
             raise LoadError(f"{file}: {key} is {found[key]!r}; only {value!r} is implemented")
 
 
-def read_text(file):
-    """The text in a file. LoadError for one that is larger than any that belongs to a model."""
-    if Path(file).stat().st_size > LARGEST_TEXT * 10 ** 6:
-        raise LoadError(f"{file}: larger than {LARGEST_TEXT} MB, which no such file is")
-    return Path(file).read_text(encoding="utf-8")
+class Tensors:
+    """A safetensors file, opened once and read as it is asked for: `note`, its metadata, `shapes`,
+    name -> tuple, and its tensors by name, on the CPU. Another file in its place changes nothing here.
+    LoadError for what is none, which says what it is instead, and for a damaged one, now or when it is read.
+    """
 
+    def __init__(self, path):
+        self.path = path
+        with refusing(f"{path}: cannot be read"), regular(path) as file:
+            # the header's length in 8 bytes, then the header, a JSON dictionary
+            head = file.read(9)
+            length, whole = int.from_bytes(head[:8], "little"), head[8:] == b"{"
+            pickled = head.startswith((b"PK", b"\x80")) or Path(path).suffix in PICKLES
+            if not whole:
+                what = "not safetensors" if head else "empty"
+                what = "a pickle, which could run any code" if pickled else what
+                raise LoadError(f"{path}: {what}; download or convert it as .safetensors")
+            if length > LARGEST_TEXT * 10 ** 6:
+                raise LoadError(f"{path}: a header of more than {LARGEST_TEXT} MB, which no such file has")
+            with refusing(f"{path}: damaged or truncated, download or make it again"):
+                # pread copies each tensor out: a memory map's pages would count as memory beside the copy in
+                # another dtype, and the weights would change, or the program crash, when the file does
+                self.file = safe_open(f"/dev/fd/{file.fileno()}", "pt", backend="pread")
+                self.note = self.file.metadata() or {}
+                if len(self.file.keys()) > MOST:
+                    raise LoadError(f"{path}: {len(self.file.keys())} tensors, more than any such file has")
+                self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}
 
-def read_json(file):
-    """The dictionary in a JSON file. LoadError if there is none."""
-    with refusing(f"{file}: not readable as a JSON dictionary"):
-        return dict(json.loads(read_text(file)))
+    def __getitem__(self, key):
+        with refusing(f"{self.path}: damaged"):
+            return self.file.get_tensor(key)
 
+    def row(self, key, i):
+        """Row i of a tensor, as a batch of one."""
+        with refusing(f"{self.path}: damaged"):
+            return self.file.get_slice(key)[i:i + 1]
 
-def open_tensors(file):
-    """Open a safetensors file with safe_open, or raise a LoadError that says what it is instead."""
-    file = Path(file)
-    if file.exists() and not file.is_file():  # reading a pipe might never end
-        raise LoadError(f"{file}: not a file")
-    # the header's length in 8 bytes, then the header, a JSON dictionary
-    try:
-        with open(file, "rb") as f:
-            head = f.read(9)
-    except OSError as error:
-        raise LoadError(f"{file}: {error.strerror}") from None
-    has_header = head[8:] == b"{"
-    if has_header and int.from_bytes(head[:8], "little") > LARGEST_TEXT * 10 ** 6:
-        raise LoadError(f"{file}: a header of more than {LARGEST_TEXT} MB, which no such file has")
-    if file.suffix in PICKLES or head.startswith((b"PK", b"\x80")) and not has_header:
-        raise LoadError(f"{file}: a pickle, which could run any code; download or convert it as .safetensors")
-    # pread copies each tensor out: a memory map's pages would count as memory beside the copy in another
-    # dtype, and the weights would change, or the program crash, when the file does
-    try:
-        return safe_open(file, "pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        what = f"damaged or truncated ({error})" if has_header else "not safetensors" if head else "empty"
-        raise LoadError(f"{file}: {what}; download or make it again") from None
+    def outlines(self):
+        """name -> tensor without its numbers: enough to refuse what would take long."""
+        return {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
 
-
-def outline(file):
-    """As read_tensors(), but the tensors without their numbers: enough to refuse what would take long."""
-    with refusing(f"{file}: damaged"):
-        f = open_tensors(file)
-        shapes = {key: f.get_slice(key).get_shape() for key in f.keys()}
-        return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, f.metadata() or {}
-
-
-def read_tensors(file):
-    """All tensors of a safetensors file, on the CPU, and its metadata. LoadError if it is damaged."""
-    with refusing(f"{file}: damaged"):
-        f = open_tensors(file)
-        return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}
+    def all(self):
+        """name -> tensor."""
+        return {key: self[key] for key in self.shapes}
 
 
 class NoInit(TorchFunctionMode):
@@ -145,14 +121,14 @@ def build(kind, config, files, rename, device, dtype, *more):
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
     missing, places = dict(shapes), {}
     for file in files:
-        tensors = open_tensors(file)
-        for key in tensors.keys():
+        tensors = Tensors(file)
+        for key, shape in tensors.shapes.items():
             name = key
             with suppress(KeyError):
                 name = rename(key)
             if name is None:
                 continue
-            shape, expected = tuple(tensors.get_slice(key).get_shape()), missing.pop(name, "none")
+            expected = missing.pop(name, "none")
             if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
                 shape = shape[:2]
             if shape != expected:
@@ -165,7 +141,7 @@ def build(kind, config, files, rename, device, dtype, *more):
         raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{rest}")
     weights, stored = {}, {}
     for name, (tensors, key) in places.items():
-        tensor = tensors.get_tensor(key)
+        tensor = tensors[key]
         if not tensor.is_floating_point():
             stored = str(tensor.dtype).removeprefix("torch.")
             raise LoadError(f"{files[0]}: tensor {key} is {stored}, quantised; give a file of floats")
@@ -222,62 +198,28 @@ def digits(shapes, loaded, stored=None):
     return f"{sum_of(loaded, torch.bfloat16):08x}-{sum_of(stored or loaded, torch.float16):08x}"
 
 
-@contextmanager
-def whole_files(*paths):
-    """Temporary paths near `paths`, whose folders are made, that take their places when the block ends:
-    whole, all or none, and on the disk before their names are, so that nobody sees half of a file, or a new
-    one beside the old one that belongs to another, where a disk is full, a program killed or power cut."""
-    # each in a folder, as safetensors leaves files of its own beside its
-    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") / path.name
-                 for path in map(Path, paths)}
-    try:
-        for path, new in temporary.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # what a run that was killed has left goes
-            for old in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-                pid = old.name.split(".")[-2]
-                if pid.isdecimal() and not alive(int(pid)):
-                    shutil.rmtree(old, ignore_errors=True)
-            new.parent.mkdir(exist_ok=True)
-        yield [*temporary.values()]
-        for new in temporary.values():
-            sync(new)
-        for path, new in temporary.items():
-            new.replace(path)
-        for parent in {path.parent for path in temporary}:
-            sync(parent)
-    finally:
-        for new in temporary.values():
-            shutil.rmtree(new.parent, ignore_errors=True)
-
-
-def alive(pid):
-    """Whether a process of this number runs."""
-    try:
-        os.kill(pid, 0)
-    except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)  # somebody else's
-    return True
-
-
-def sync(path):
-    """Have the disk hold what was written to a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems cannot, of folders
-        os.fsync(handle)
-    os.close(handle)
+def check_numbers(tensors, path, empty=None):
+    """UserError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
+    if empty and not tensors:
+        raise UserError(f"{path}: {empty}")
+    for key, t in tensors.items():
+        if not t.is_floating_point() or not finite(t.float()):
+            raise UserError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
 
 
 def write(tensors, path, metadata=None):
-    """Save tensors as a safetensors file at `path`, as whole_files does."""
-    with whole_files(path) as (temporary,):
-        note = metadata and {k: printable(v) for k, v in metadata.items()}
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, note)
-        # as readable as any other file; safetensors writes for the owner alone
-        temporary.chmod(temporary.parent.stat().st_mode & 0o666)
-
-
-def write_text(text, path):
-    """Write a text file, as whole_files does."""
-    with whole_files(path) as (temporary,):
-        temporary.write_text(text, encoding="utf-8")
+    """Save tensors as a safetensors file at `path`, as whole_files does. The same tensors and metadata give
+    the same bytes, which safetensors itself, whose metadata comes in any order, doesn't promise."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
+    note = {key: printable(value) for key, value in sorted((metadata or {}).items())}
+    header, end = {"__metadata__": note} if note else {}, 0
+    for key in order:
+        t = tensors[key]
+        start, end = end, end + t.nbytes
+        header[key] = {"dtype": DTYPES[t.dtype], "shape": [*t.shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with whole_files(path) as (temporary,), open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensors[key].detach().cpu().reshape(-1).view(torch.uint8).numpy())

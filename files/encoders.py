@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 import clip
-from files.checkpoints import (
-    LoadError, alike, build, checksum, configure, read_json, require_settings)
+from files.checkpoints import alike, build, checksum, configure, require_settings
 from files.compvis import KNOWN_EXTRAS
+from files.disk import LoadError, read_json
 from files.layouts import download, device_and_dtype
 from files.tokenizers import read_tokenizer, vocabulary_in
 from vit import ViT, ViTConfig

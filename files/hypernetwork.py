@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 
 import torch
 
-from files.checkpoints import LoadError, alike, build, checksum, configure, open_tensors, refusing, write
+from files.checkpoints import Tensors, alike, build, checksum, configure, write
+from files.disk import LoadError, refusing
 from files.encoders import vit_of
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB, personal_layers
@@ -32,7 +33,7 @@ def load_hypernet(path, model, encoder=None):
     was made for other layers than this model's or with another encoder, or holds numbers that are none; a
     warning where the layers fit but it was trained for another model's weights."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
-        note = open_tensors(path).metadata() or {}
+        note = Tensors(path).note
         found = json.loads(note["config"])
         seed, basis = int(note["basis_seed"]), int(note["basis_checksum"])
         HyperConfig(**found)  # a field that isn't known here would mean something else

@@ -2,16 +2,17 @@
 import io
 import os
 import warnings
-from contextlib import suppress
+import zlib
+from contextlib import contextmanager, suppress
 from functools import cache
-from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, PngImagePlugin
 
-from files.checkpoints import whole_files
+from files import colours
+from files.disk import refusing, regular, whole_files
 from program.console import UserError, printable
 
 with suppress(ImportError):  # optional: what iPhones write
@@ -21,18 +22,20 @@ with suppress(ImportError):  # optional: what iPhones write
 # What cameras, phones and browsers write. Others are no photos, and of some the decoder is Python, or a
 # program of its own
 FORMATS = "JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000"
+HEIC = b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"
+RAW = ".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"
 SMALLEST = 64          # pixels a side of a face
 ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
 MEANS = "L", "LA", "RGB", "RGBA", "CMYK", "I", "F"  # modes whose pixels have a mean
 # Megapixels that take at most 5 s and 500 MB, measured: any; JPEGs, which can be decoded to a fraction; more
 # than a byte for each of three colours; formats that are decoded in several copies
 LARGEST, LARGEST_JPEG, LARGEST_RICH, LARGEST_HEAVY = 50, 120, 35, 24
+LARGEST_FILE = 6 * LARGEST  # megabytes: two bytes for each of three colours
 SCANS = 40             # of a progressive JPEG, each of which goes through all of it
 ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
-REASONS = {FileNotFoundError: "no such file", IsADirectoryError: "a folder, not a photo",
-           NotImplementedError: "an HEIC photo; pip install pillow-heif to have those read",
-           Image.DecompressionBombError: f"too large; at most {LARGEST} megapixels, {LARGEST_JPEG} as a JPEG "
-           f"without --crop X,Y,SIZE, {LARGEST_HEAVY} as a WebP"}
+# PNG's chunks that are the picture, that say how it is shown, and that say its colours
+CRITICAL, SHOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND"), (b"tRNS", b"eXIf")
+COLOURS = b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"
 
 # EXIF's orientation -> what puts the picture upright
 TURNS = dict(zip(range(2, 9), (
@@ -58,30 +61,24 @@ def read(path, side, crop="center"):
     over white, and cut to a square, which is resized: its "center", one about its largest "face", or
     (x, y, size) in pixels. Of a JPEG that was cut off what is there is used, with a warning. ImageError for
     what is no picture, too small, too large, a crop outside, or a square that isn't whole."""
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise ImageError(f"{path}: not a file; save the photo into one")  # reading a pipe may never end
-    try:
+    with refusing(f"{path}: cannot be read as a picture", ImageError):
         image, whole = opened(path, reduced=not isinstance(crop, tuple))
-    except Exception as error:  # PIL's decoders raise many kinds for damaged files
-        damage = (str(error) or type(error).__name__).splitlines()[0]
-        kind = NotImplementedError if is_heic(path) else type(error)
-        reason = REASONS.get(kind, f"cannot be read as a picture ({damage})")
-        raise ImageError(f"{path}: {reason}") from None
-    width, height = image.size
-    size = min(width, height)
-    if crop == "face":
-        crop = about_face(image, path) or "center"
-    if crop == "center":
-        crop = (width - size) // 2, (height - size) // 2, size
-    x, y, size = crop
-    if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
-        raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} pixels")
-    if size < SMALLEST:
-        raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
-    image = in_srgb(smaller(image.crop((x, y, x + size, y + size))), image.info.get("icc_profile"))
-    if not whole and ends_grey(image):
-        raise ImageError(f"{path}: the file was cut off, and the face with it; copy or download it again")
-    image = image.resize((side, side), Image.Resampling.LANCZOS)
+        width, height = image.size
+        size = min(width, height)
+        if crop == "face":
+            crop = about_face(image, path) or "center"
+        if crop == "center":
+            crop = (width - size) // 2, (height - size) // 2, size
+        x, y, size = crop
+        if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
+            raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} "
+                             "pixels")
+        if size < SMALLEST:
+            raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
+        image = in_srgb(smaller(image.crop((x, y, x + size, y + size))), path)
+        if not whole and ends_grey(image):
+            raise ImageError(f"{path}: the file was cut off, and the face with it; copy or download it again")
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
@@ -89,16 +86,27 @@ def opened(path, reduced):
     """The picture at `path`, upright, and whether all of it is there: a JPEG may end early. `reduced`: where
     it is large, decoded to a fraction of its pixels. Raises what PIL raises."""
     # the limits are these here, and damage either raises or does no harm
-    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats()) as file:
-        check_size(file, path, reduced)
+    with regular(path, LARGEST_FILE) as data, warnings.catch_warnings(action="ignore"):
+        head, chunks = data.read(2 ** 16), {}
+        data.seek(0)
+        if head[4:12] in HEIC and "HEIF" not in formats():
+            raise ImageError(f"{path}: an HEIC photo; pip install pillow-heif to have those read")
+        if head.startswith(b"\x89PNG"):
+            data, chunks = bare_png(data)
+        file = Image.open(data, formats=formats())
+        check_kind(file, path)
+        check_size(file, path, data, reduced)
         if reduced:
             file.draft(None, (ENOUGH, ENOUGH))
         try:
-            file.load()
+            with muted():
+                file.load()
         except OSError:
             if file.format not in ("JPEG", "MPO") or ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise
         else:
+            file.info["icc_profile"] = profile(file, chunks)
+            file.info["colours"] = colours.said(file, chunks, head)
             image = file.convert("I") if file.mode.startswith("I;") else file
             return upright(smaller(image) if reduced else image), True
 
@@ -119,8 +127,55 @@ def formats():
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def check_size(file, path, reduced):
-    """DecompressionBombError for an opened file that would take too long or too much memory to read."""
+def bare_png(data):
+    """What there is to see of a PNG, as a file, and name -> content of the chunks that say its colours. Text
+    of any length and chunks with a wrong checksum are left out."""
+    kept, chunks = [data.read(8)], {}
+    while head := data.read(8):
+        name, body = head[4:], data.read(int.from_bytes(head[:4], "big") + 4)
+        if name in CRITICAL:
+            kept += head, body
+        elif zlib.crc32(name + body[:-4]) == int.from_bytes(body[-4:], "big"):
+            if name in SHOWN:
+                kept += head, body
+            elif name in COLOURS:
+                chunks[name] = body[:-4]
+    return io.BytesIO(b"".join(kept)), chunks
+
+
+def profile(file, chunks):
+    """The ICC profile of a picture, of a PNG with these chunks, as bytes, or None."""
+    if b"cICP" in chunks:  # goes before
+        return None
+    with suppress(zlib.error):
+        packed = chunks.get(b"iCCP", b"").partition(b"\0")[2][1:]
+        return zlib.decompressobj().decompress(packed, 10 ** 7) or file.info.get("icc_profile")
+    return None
+
+
+@contextmanager
+def muted():
+    """Inside, what libraries in C say of damage goes nowhere: libtiff says it in a thousand lines."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def check_kind(file, path):
+    """ImageError for an opened file whose first picture is a smaller one than what it is a file of."""
+    tags = getattr(file, "tag_v2", {})
+    thumbnail = 50706 in tags or tags.get(254, 0) & 1 or tags.get(255) == 2
+    if thumbnail or str(path).lower().endswith(RAW):
+        raise ImageError(f"{path}: a camera's RAW, or a picture after its thumbnail; export it as a JPEG")
+
+
+def check_size(file, path, data, reduced):
+    """ImageError for a file, opened from `data`, that would take too long or too much memory to read."""
     progressive = "progressive" in file.info
     most = LARGEST if file.mode in ("1", "L", "RGB") else LARGEST_RICH
     if file.format in ("JPEG", "MPO") and reduced and not progressive:
@@ -130,9 +185,12 @@ def check_size(file, path, reduced):
     tags = getattr(file, "tag_v2", {})
     tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF, decoded whole
     slow = any(decoder in Image.DECODERS for decoder, *_ in file.tile)  # written in Python
-    slow = slow or progressive and Path(path).read_bytes().count(b"\xff\xda") > SCANS
+    if progressive:
+        data.seek(0)
+        slow = sum(part.count(b"\xff\xda") for part in iter(lambda: data.read(2 ** 20), b"")) > SCANS
     if slow or max(file.width * file.height, tile) > most * 10 ** 6:
-        raise Image.DecompressionBombError
+        raise ImageError(f"{path}: too large; at most {LARGEST} megapixels, {LARGEST_JPEG} as a JPEG without "
+                         f"--crop X,Y,SIZE, {LARGEST_HEAVY} as a WebP")
 
 
 def smaller(image):
@@ -164,7 +222,7 @@ def about_face(image, path):
         warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have '
                       "the face found, or give --crop", stacklevel=3)
         return None
-    small = to_rgb(image).convert("L")
+    small = to_rgb(image, path).convert("L")
     small.thumbnail((640, 640))
     grey = np.array(small)
     least = max(24, min(grey.shape) // 10)
@@ -184,13 +242,6 @@ def about_face(image, path):
     return int(x), int(y), int(size)
 
 
-def is_heic(path):
-    """Whether this looks like a photo that Pillow alone cannot read, by its first bytes."""
-    with suppress(OSError), open(path, "rb") as file:
-        return file.read(12)[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc")
-    return False
-
-
 def upright(image):
     """The picture turned as its EXIF says. Only the orientation is looked at: whatever else is damaged there
     does no harm."""
@@ -199,18 +250,22 @@ def upright(image):
     return image
 
 
-def in_srgb(image, profile):
-    """8-bit RGB of a PIL image whose numbers mean the colours that an ICC profile, bytes or None, says. A
-    damaged profile, or one of another kind of picture, is as none."""
-    image = image if image.mode in ("L", "CMYK") else to_rgb(image)
+def in_srgb(image, path):
+    """8-bit RGB of the PIL image in the file at `path`, whose numbers mean the colours that its ICC profile
+    says, or what colours.said() found. A damaged profile, or one of another kind of picture, is as none."""
+    info = image.info
+    image = image if image.mode in ("L", "CMYK") else to_rgb(image, path)
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(info.get("icc_profile") or b""))
         image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    return to_rgb(image)
+        return image
+    image = to_rgb(image, path)
+    return colours.in_srgb(image, *info["colours"]) if info.get("colours") else image
 
 
-def to_rgb(image):
-    """8-bit RGB from a PIL image of any mode, transparency laid over white."""
+def to_rgb(image, path):
+    """8-bit RGB from a PIL image of any mode, transparency laid over white. Where all is transparent, as some
+    programs write that don't mean it, the colours are shown, with a warning."""
     # 16 and 32 bit grey, which PIL would clip instead of scaling
     if image.mode.startswith("I") or image.mode == "F":
         values, transparent = np.asarray(image, dtype=np.float32), image.info.get("transparency")
@@ -221,7 +276,10 @@ def to_rgb(image):
         image = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getextrema()[3][1]:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        else:
+            warnings.warn(f"{path}: every pixel is transparent; its colours are shown", stacklevel=4)
     return image.convert("RGB")
 
 

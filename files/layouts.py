@@ -16,9 +16,9 @@ import clip
 import unet
 import vae
 from files import compvis
-from files.checkpoints import (
-    PICKLES, LoadError, build, configure, open_tensors, read_json, refusing, require_settings)
-from files.tokenizers import read_tokenizer, vocabulary_in
+from files.checkpoints import PICKLES, Tensors, build, configure, require_settings
+from files.disk import LoadError, read_json, refusing
+from files.tokenizers import FILES, read_tokenizer, vocabulary_in
 
 HERE = Path(__file__).parents[1]
 HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -55,13 +55,15 @@ AVERAGE = "model_ema.diffusion_model"  # whose keys have no dots
 ONLY = "only Stable Diffusion 1.x is implemented"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
-OTHERS = {  # what a file without our prefixes is: the first pattern that one of its keys begins with
+# What a single file is, by a pattern that one of its keys begins with: whatever else is in it
+OTHERS = {
     r"conditioner\.embedders\.": f"an SDXL model; {ONLY}",
     r"cond_stage_model\.model\.": f"a Stable Diffusion 2.x model; {ONLY}",
     r"(model\.diffusion_model\.)?(double|joint)_blocks\.": f"a diffusion transformer (SD 3, Flux); {ONLY}",
     r"lora_|.*[._]lora[._]": f"a LoRA, which changes a model and isn't one; {WHOLE}",
     r"control_model\.|controlnet_|input_hint_block\.": f"a ControlNet, which steers a model; {WHOLE}",
-    r"emb_params$|string_to_param|<.*>$": f"a textual inversion, a token's embedding and no model; {WHOLE}",
+    r"emb_params$|string_to_param|clip_[gl]$|<.*>$": f"an embedding of a token, not a model; {WHOLE}"}
+ALONE = {  # and a file that lacks more than one part, if it is none of those
     r"(model\.diffusion_model\.)?(down|input)_blocks\.": f"a UNet alone; {WHOLE}",
     r"(first_stage_model\.)?decoder\.": f"a VAE alone; {WHOLE}",
     r"(cond_stage_model\.transformer\.)?(text_model\.)?encoder\.layers\.": f"a text encoder alone; {WHOLE}"}
@@ -137,13 +139,12 @@ def download(source, *patterns):
 def from_hub(name, dtype):
     """from_folder() of what is needed of a hub repository, from the hub or its cache."""
     # the small files first, so that a wrong model is refused before its gigabytes are downloaded
-    words = ("vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json")
-    folder = download(name, *IMPLEMENTED, *(f"tokenizer/{file}" for file in words))
+    folder = download(name, *IMPLEMENTED, *(f"tokenizer/{file}" for file in FILES))
     folder_settings(folder)
     failure = None
-    for ending in endings(dtype):
+    for endings in (some for variant in variants(dtype) for some in kinds_of(variant)):
         try:
-            download(name, *(f"{key}/{part.stem}{ending}" for key, part in PARTS.items()))
+            download(name, *(f"{key}/{part.stem}{end}" for key, part in PARTS.items() for end in endings))
         except LoadError as error:  # offline, it may be, with the other variant in the cache
             failure = error
         if all(weights(folder, part, dtype) for part in PARTS):
@@ -153,16 +154,35 @@ def from_hub(name, dtype):
     return from_folder(folder, dtype)  # which says what it lacks
 
 
-def endings(dtype):
-    """How weight files' names end, the variant that suits this dtype first: whole or in shards."""
-    variants = (".fp16", "") if dtype.itemsize == 2 else ("", ".fp16")
-    return [f"{variant}{shard}.safetensors" for variant in variants for shard in ("", "-*-of-*")]
+def variants(dtype):
+    """What weight files' names have before their ending, the one that suits this dtype first."""
+    return (".fp16", "") if dtype.itemsize == 2 else ("", ".fp16")
+
+
+def kinds_of(variant):
+    """How the names of a whole file end, and of shards and their index."""
+    indices = f".safetensors.index{variant}.json", f"{variant}.safetensors.index.json"
+    return [f"{variant}.safetensors"], [f"{variant}-*-of-?????.safetensors", *dict.fromkeys(indices)]
 
 
 def weights(folder, part, dtype):
-    """The files with a part's weights, of the first of endings() that is there, or []."""
-    found = (sorted((folder / part).glob(PARTS[part].stem + ending)) for ending in endings(dtype))
-    return next(filter(None, found), [])
+    """The files with a part's weights, of the first of variants() that is there, or []: the shards that an
+    index names, or else a whole file, or whatever shards there are."""
+    for variant in variants(dtype):
+        stem = PARTS[part].stem
+        whole, sharded = ([file for end in ends for file in sorted((folder / part).glob(stem + end))]
+                          for ends in kinds_of(variant))
+        index = [file for file in sharded if file.suffix == ".json"]
+        if whole and sharded:
+            used = f"the shards that {index[0].name} names" if index else whole[0].name
+            warnings.warn(f"{folder / part}: has a whole file and shards; {used} are read", stacklevel=2)
+        if index:
+            with refusing(f"{index[0]}: no index of shards"):
+                names = set(read_json(index[0])["weight_map"].values())
+                return [index[0].with_name(name) for name in sorted(names)]
+        if whole or sharded:
+            return whole or sharded
+    return []
 
 
 def from_folder(folder, dtype):
@@ -171,7 +191,9 @@ def from_folder(folder, dtype):
     files = {part: weights(folder, part, dtype) for part in PARTS}
     vocabulary = vocabulary_in(folder / "tokenizer")
     missing = [file for file in (f"{part}/config.json" for part in PARTS) if file not in settings]
-    missing += [f"{part}/{PARTS[part].stem}.safetensors" for part in PARTS if not files[part]]
+    for part in (part for part in PARTS if not files[part]):
+        others = ", ".join(sorted(file.name for file in (folder / part).glob("*.safetensors")))
+        missing.append(f"{part}/{PARTS[part].stem}.safetensors" + (f" (not {others})" if others else ""))
     missing += [] if vocabulary else ["tokenizer/vocab.json and merges.txt"]
     if missing:
         single = [] if any(files.values()) else [file.name for file in folder.glob("*.safetensors")]
@@ -220,19 +242,21 @@ def from_file(file):
     """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. Where it has
     the UNet's moving average alone, that is the UNet. LoadError for a file of another kind, which it names,
     or with a surplus tensor."""
-    f = open_tensors(file)
-    note, shapes = f.metadata() or {}, {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
+    tensors = Tensors(file)
+    note, shapes = tensors.note, tensors.shapes
     parts = dict(PARTS)
     if not any(key.startswith(PARTS["unet"].prefix) for key in shapes):
         parts["unet"] = PARTS["unet"]._replace(prefix=AVERAGE, name_in_file=compvis.averaged_name)
     prefixes = tuple(part.prefix for part in parts.values())
     lacking = [name for name, part in parts.items() if not any(key.startswith(part.prefix) for key in shapes)]
+    kinds = OTHERS | (ALONE if len(lacking) > 1 else {})
+    what = [what for pattern, what in kinds.items() if any(re.match(pattern, key) for key in shapes)]
+    if len(lacking) == 1:
+        what.append(f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…); {WHOLE}")
     if lacking:
-        kinds = (what for pattern, what in OTHERS.items() if any(re.match(pattern, key) for key in shapes))
-        what = next(kinds, f"no model known here (a tensor of it: {next(iter(shapes), None)}); {WHOLE}")
-        if len(lacking) == 1 and ONLY not in what:  # not of another family
-            what = f"a Stable Diffusion without its {lacking[0]} ({PARTS[lacking[0]].prefix}…); {WHOLE}"
-        raise LoadError(f"{file}: {what}")
+        what.append(f"no model known here (a tensor of it: {next(iter(shapes), None)}); {WHOLE}")
+    if what:
+        raise LoadError(f"{file}: {what[0]}")
     if predicts_v(file, note, shapes):
         raise LoadError(f"{file}: a model that predicts v; only one that predicts the noise is implemented")
     channels = shapes.get("model.diffusion_model.input_blocks.0.0.weight", ())[1:2]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters import LowRank, require_low_rank
-from files.checkpoints import outline, read_tensors, read_text, refusing, write
+from files.checkpoints import Tensors, check_numbers, write
 from files.compvis import unet_to_compvis
+from files.disk import read_text, refusing
 from program.console import UserError
-from files.person import check_numbers
 
 # how names of convolutions end, by their kernel's side
 KERNELS = {1: (".proj_in", ".proj_out", ".conv_shortcut"),
@@ -25,11 +25,13 @@ PREFIXES = {"unet": "unet", "text": "text_encoder"}         # diffusers' names o
 # write it, or our name, to layer:role, by these in order. transformers 5 has no text_model.
 RENAMES = {
     r"\.alpha$": ":alpha", r"[._]lora(_linear_layer)?[._](down|up)\.weight$": r":\2",
-    r"\.lora_A(\.\w+)?\.weight$": ":down", r"\.lora_B(\.\w+)?\.weight$": ":up", r"\.processor\.": ".",
+    r"\.lora_A(\.[^.]+)?\.weight$": ":down", r"\.lora_B(\.[^.]+)?\.weight$": ":up", r"\.processor\.": ".",
+    r"_orig_mod[._]": "",  # of a compiled module
     r"\.to_out:": ".to_out.0:", r"self_attn\.to_(q|k|v|out)(\.0)?:": r"self_attn.\1_proj:",
-    r"^((unet|text|text_encoder|base_model\.model|(model\.)?diffusion_model|text_encoders\.clip_l\.transformer|"
-    r"clip_l)\.|lora_(unet|te1?)_)?"
-    r"(text_model[._])?": "", r"\.": "_"}
+    # any number of wrappers around the two parts
+    r"^((unet|text|text_encoders?|base_model|model|diffusion_model|clip_l|transformer)\.|"
+    r"(lora_unet|lora_te1?|lycoris|unet|wrapped|0|transformer|text_encoder)_)*(text_model[._])?": "",
+    r"\.": "_"}
 FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
     r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|(1|s[._]\d)[._]transformer_blocks[._][1-9]":
         "a LoRA for SDXL",
@@ -39,7 +41,7 @@ FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layer
     r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
     r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
     r"^bundle_emb\.": "a LoRA with an embedding bundled in, which is not implemented",
-    r"^emb_params$|^string_to_param": "a textual inversion, not a LoRA",
+    r"^string_to_param|^[^.]*$": "an embedding, which is given as the person, not a LoRA",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.(?!.*lora)": "a whole model, not a LoRA"}
 # PEFT's settings of what is a plain LoRA on weights that are as they were: others change the base as well
 PLAIN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
@@ -74,7 +76,8 @@ def load_lora(path, model, strength=1.0):
     """Somebody's LoRA for SD 1.x, by kohya's scripts, diffusers or PEFT -> layer -> LowRank, float32, on the
     device of `model`: strength · alpha / r · up · down, alpha = r where none is given. UserError for keys
     that aren't understood or don't fit: they would otherwise be dropped without a word."""
-    tensors, note = outline(path)
+    file = Tensors(path)
+    tensors = file.outlines()
     for pattern, what in FOREIGN.items():
         report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
 
@@ -111,11 +114,11 @@ def load_lora(path, model, strength=1.0):
     report_problems(path, problems)
 
     # only now is read what may be large
-    tensors, adapters = read_tensors(path)[0], {}
+    tensors, adapters = file.all(), {}
     for name, keys in found.items():
         pair = tensors[keys["down"]], tensors[keys["up"]]
         adapters[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
-    scales = peft_scales(path, note, tensors, adapters)
+    scales = peft_scales(path, file.note, tensors, adapters)
     for name, (a, b) in adapters.items():
         if "alpha" in found[name]:
             scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
@@ -188,11 +191,11 @@ def check_plain(config, prefix):
 
 def compiled(patterns):
     """PEFT's patterns, a dict of regular expressions -> value, that mean all of a layer's name or its end
-    after a dot: pairs of the same, compiled. ValueError for what could take for ever to match."""
-    repeats = [len(re.findall(r"[*+?{]", pattern)) for pattern in patterns]
-    for pattern, count in zip(patterns, repeats):
-        if re.search(r"\)[*+?{]", pattern) or count > 2 or len(pattern) > 200:
+    after a dot: pairs of the same, compiled. ValueError for what is more than a name with numbers left open:
+    only what has no choice to take back is matched in no time."""
+    if len(patterns) > 1000:
+        raise ValueError(f"{len(patterns)} patterns are too many")
+    for pattern in patterns:
+        if not re.fullmatch(r"\^?([\w.-]|\\[.d-]|\\d\+(?!\\d)|\[0-9\])*\$?", pattern) or len(pattern) > 200:
             raise ValueError(f"the pattern {pattern[:50]!r} is too involved")
-    if len(patterns) > 1000 or sum(repeats) > 40:
-        raise ValueError(f"{len(patterns)} patterns are too many, or too involved")
     return [(re.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]

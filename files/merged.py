@@ -4,16 +4,15 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from clip import END, START
 from adapters import merge
-from files.checkpoints import read_json, write, write_text
+from files.checkpoints import check_numbers, write
+from files.disk import read_json, whole_files, write_text
 from program.console import UserError
 from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
-from files.person import check_numbers
 from files.tokenizers import write_tokenizer
 
 
@@ -38,9 +37,7 @@ def merge_to_folder(model, adapters, source, out):
               for key, p in layer.named_parameters(recurse=False)}
     check_numbers(merged, out)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as temporary:
-        new = Path(temporary, "new")
+    with whole_files(out) as (new,):
         for folder, part in ("vae", "vae"), ("text_encoder", "text"), ("unet", "unet"):
             weights = getattr(model, part).state_dict()
             weights = {key: merged.get(f"{part}.{key}", t).to(dtype) for key, t in weights.items()}
@@ -48,9 +45,6 @@ def merge_to_folder(model, adapters, source, out):
         for file, config in config_files(model, source).items():
             write_text(json.dumps(config, indent=2) + "\n", new / file)
         write_tokenizer(model.tokenizer, new / "tokenizer")
-        if out.exists():
-            out.rmdir()
-        new.replace(out)
 
 
 def config_files(model, source=None):

@@ -12,7 +12,8 @@ import torch
 
 from clip import IDENTIFIER
 from adapters import scale
-from files.checkpoints import alike, finite, open_tensors, outline, read_tensors, refusing, write
+from files.checkpoints import Tensors, alike, check_numbers, write
+from files.disk import refusing
 from program.console import UserError
 
 FORMAT, VERSION, OURS = "hdb-person", "1", "hyperdreambooth"
@@ -50,6 +51,7 @@ def save_person(person, engine, path, dtype=torch.float16):
                         f"{engine.basis_seed}")
     check_person(tensors, engine, path, person.method, "nothing to write, the person has no such weights")
     check_numbers(tensors, path)
+    check_about(path, person.method, person.identifier, person.scale)
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
     about["scale"] = repr(float(person.scale))
     write(tensors, path, about | belongs_to(engine, person.method, tensors))
@@ -62,7 +64,8 @@ def load_person(path, engine, methods):
     UserError if it is none, is damaged, or belongs to other layers or another basis than the engine's; a
     warning if only the weights, or in a file without their checksums the model's name, are others.
     """
-    outlined, note = outline(path)
+    file = Tensors(path)
+    outlined, note = file.outlines(), file.note
     if note.get("format") != FORMAT:
         raise UserError(f"{path}: not a personal file; a LoRA or a model is given in another place")
     note = {"made_by": OURS} | note  # which older files do not say
@@ -86,12 +89,8 @@ def load_person(path, engine, methods):
     check_person(outlined, engine, path, method, "empty")
     with refusing(f"{path}: damaged metadata"):
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
-        if not -10 <= about["scale"] <= 10 or not method.scalable and about["scale"] != 1:
-            raise ValueError(f"scale {about['scale']}")
-        word = about["identifier"]  # or several, which prompts have room for
-        if not word.strip() or not word.isprintable() or len(word) > LONGEST_WORD:
-            raise ValueError(f"identifier {word[:50]!r}")
-    tensors, _ = read_tensors(path)
+    check_about(path, method, about["identifier"], about["scale"])
+    tensors = file.all()
     check_numbers(tensors, path)
 
     # a model with the same layers can still be another one; files were once written without checksums
@@ -106,7 +105,7 @@ def load_person(path, engine, methods):
 def is_person(path):
     """Whether `path` is a file of save_person, by its header alone. False, and no error, for all else."""
     with suppress(OSError, ValueError):
-        return (open_tensors(path).metadata() or {}).get("format") == FORMAT
+        return Tensors(path).note.get("format") == FORMAT
     return False
 
 
@@ -138,7 +137,8 @@ def check_person(tensors, engine, path, method, empty):
     none."""
     if not tensors:
         raise UserError(f"{path}: {empty}")
-    expected = method.shapes(tensors, engine)
+    with refusing(f"{path}: shapes that no person of {method.name} has"):
+        expected = method.shapes(tensors, engine)
     if absent := expected.keys() - tensors.keys():
         raise UserError(f"{path}: {min(absent)} is missing")
     for key, t in tensors.items():
@@ -147,10 +147,9 @@ def check_person(tensors, engine, path, method, empty):
             raise UserError(f"{path}: {key} has shape {there}, expected {needed}")
 
 
-def check_numbers(tensors, path, empty=None):
-    """UserError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
-    if empty and not tensors:
-        raise UserError(f"{path}: {empty}")
-    for key, t in tensors.items():
-        if not t.is_floating_point() or not finite(t.float()):
-            raise UserError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
+def check_about(path, method, identifier, strength):
+    """UserError for an identifier that no prompt can say, or a default strength that is none."""
+    if not identifier.strip() or not identifier.isprintable() or len(identifier) > LONGEST_WORD:
+        raise UserError(f"{path}: {identifier[:50]!r} cannot be what [V] stands for")
+    if not -10 <= strength <= 10 or not method.scalable and strength != 1:
+        raise UserError(f"{path}: a scale of {strength} is not possible")

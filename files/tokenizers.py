@@ -2,8 +2,13 @@
 import json
 from pathlib import Path
 
-from clip import Tokenizer
-from files.checkpoints import LoadError, read_json, read_text, refusing, whole_files
+from clip import END, START, Tokenizer
+from files.checkpoints import require_settings
+from files.disk import LoadError, read_json, read_text, refusing, whole_files
+
+SETTINGS = "tokenizer_config.json", "special_tokens_map.json"
+FILES = "vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json", *SETTINGS
+IMPLEMENTED = {"pad_token": END, "bos_token": START, "eos_token": END, "do_lower_case": True}
 
 
 def vocabulary_in(folder):
@@ -33,7 +38,23 @@ def read_tokenizer(vocabulary, text_config, name):
     tokens = max(vocab.values()) + 1
     if tokens > text_config.vocab_size:
         raise LoadError(f"{file}: {tokens} tokens, {name}'s text encoder has {text_config.vocab_size}")
+    check_merges(vocab, merges, vocabulary[-1])
+    for file in (folder / name for name in SETTINGS):
+        found = read_json(file) if file.is_file() else {}
+        # a token may be a dictionary that says more of it
+        found |= {key: value["content"] for key, value in found.items()
+                  if isinstance(value, dict) and "content" in value}
+        require_settings({key: found[key] for key in found if found[key] is not None}, IMPLEMENTED, file)
     return tokenizer
+
+
+def check_merges(vocab, merges, file):
+    """LoadError unless these merges make all of this vocabulary: otherwise words would be spelt in letters,
+    which is another prompt."""
+    made = {first + second for first, second in merges} | {START, END}
+    if lost := [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]:
+        raise LoadError(f"{file}: not the merges of its vocabulary, {len(lost)} tokens are made by none "
+                        f"({lost[0][:50]!r}): cut, a git-lfs pointer or a web page; download it again")
 
 
 def read_bpe(file, merges_file=None):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapters import Change, LowRank
 from diffusion import SAMPLERS
-from files.checkpoints import open_tensors
+from files.checkpoints import Tensors
 from files.layouts import model_name
 from files.merged import free_folder
 from files.person import OURS, is_person
@@ -140,7 +140,7 @@ def refusals(args, method):
         free_folder(args.merge)
         new_folder(args.merge)
     for path in args.people:  # what is no person is said here, by its header
-        open_tensors(path)
+        Tensors(path)
 
 
 def check_kinds(args, kinds):

@@ -24,8 +24,8 @@ from methods.textual_inversion import CLASS, only_token
 from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import Change, merge, shared
-from files.checkpoints import (
-    build, checksum, configure, open_tensors, refusing, write)
+from files.checkpoints import Tensors, build, checksum, configure, write
+from files.disk import refusing
 from program.console import UserError
 from files.encoders import load_vit, vit_of
 from files.hypernetwork import load_hypernet, warn_of_other_weights
@@ -226,7 +226,7 @@ def save_domain(domain, model, source, path):
 def load_domain(path, model):
     """The Domain in a file of save_domain, in float32 on the model's device. LoadError if it is none, is
     damaged or for other layers than this model's; a warning where those fit and the weights are others."""
-    note = open_tensors(path).metadata() or {}
+    note = Tensors(path).note
     with refusing(f"{path}: not a file of methods/train_e4t.py"):
         config = configure(EncoderConfig(), json.loads(note["config"]), path)
         source, looked = note["vit"], note["vit_checksum"]

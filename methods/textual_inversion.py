@@ -15,9 +15,9 @@ from clip import IDENTIFIER, with_identifier
 from training.fit import fit_or_take_back
 from diffusion import denoising_loss
 from adapters import shared
-from files.checkpoints import open_tensors, outline, read_tensors, write
+from files.checkpoints import Tensors, check_numbers, write
 from program.console import UserError
-from files.person import Person, check_numbers
+from files.person import Person
 from methods.protocol import Method
 from program.options import Option, number
 from hdb import PROMPT
@@ -150,11 +150,12 @@ def save_embedding(tensors, path, token=TOKEN):
 def load_embedding(path, model):
     """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
     is emb_params; float32, on the device of `model`. UserError for all else."""
-    tensors, _ = outline(path)
+    file = Tensors(path)
+    tensors = file.outlines()
     if len(tensors) != 1:
-        sdxl = {"clip_g", "clip_l"} <= tensors.keys()
-        what = "an embedding for SDXL, with clip_g and clip_l" if sdxl else f"{len(tensors)} tensors"
-        raise UserError(f"{path}: {what}, not one tensor with a word's vectors")
+        names = ", ".join(tensors)[:100]
+        what = "an embedding for SDXL" if "clip_g" in tensors else f"embeddings of {len(tensors)} words"
+        raise UserError(f"{path}: {what} ({names}), not one tensor with a word's vectors")
     (embedding,) = tensors.values()
     width = model.layers[LAYER].embedding_dim
     if embedding.dim() not in (1, 2):
@@ -162,7 +163,7 @@ def load_embedding(path, model):
     if embedding.shape[-1] != width:
         raise UserError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
                         f"width {width}")
-    (embedding,) = read_tensors(path)[0].values()
+    (embedding,) = file.all().values()
     vectors = embedding.reshape(1, -1, width)
     if not 1 <= vectors.shape[1] <= room(model):
         raise UserError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
@@ -172,11 +173,11 @@ def load_embedding(path, model):
 
 
 def is_embedding(path):
-    """Whether `path` is a safetensors file of one embedding, by its header alone. False, and no error, for
-    all else."""
+    """Whether `path` is a safetensors file of embeddings, of one word or several, which have no dots in their
+    names, by its header alone. False, and no error, for all else."""
     with suppress(OSError, ValueError):
-        f = open_tensors(path)
-        parts = [f.get_slice(key) for key in f.keys()]
-        return [len(part.get_shape()) in (1, 2) and "F" in part.get_dtype() for part in parts] == [True]
+        file = Tensors(path)
+        words = len(file.shapes) == 1 or file.shapes and not any("." in name for name in file.shapes)
+        return bool(words) and all(len(shape) in (1, 2) for shape in file.shapes.values())
     return False
 

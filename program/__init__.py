@@ -7,6 +7,8 @@ import signal
 import sys
 import time
 
+if os.name == "nt":
+    sys.exit("Windows is not supported, whose files and signals are others; use its Subsystem for Linux")
 START = time.time()  # what is printed as time should be what a user waits
 
 # Threads that wait for one another spin by default, which starves the one whose core another program is using

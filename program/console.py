@@ -197,11 +197,13 @@ def run(main, arguments):
     except Stopped as stop:
         print(stop)
         sys.exit(128 + stop.signum if stop.signum else 0)
-    except (UserError, OSError, SafetensorError, RuntimeError) as error:
+    except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         reason = str(error)
         # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend
         if distributed.lost(error):
             reason = "another process of this training has ended; the same command goes on"
+        elif isinstance(error, MemoryError):
+            reason = f"memory is full ({reason or 'of the machine'})"
         elif isinstance(error, RuntimeError):
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
                 raise

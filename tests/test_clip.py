@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import clip
 from clip import CLIP, VIT_B32, VIT_B32_TEXT, TextConfig, TextTransformer, Tokenizer, VisionConfig, learn_bpe
-from files.checkpoints import LoadError
+from files.disk import LoadError
 from files.encoders import load_clip
 from files.tokenizers import write_tokenizer
 

@@ -12,7 +12,7 @@ from test_personalize import ROOT
 from tqdm import tqdm
 
 from program import console
-from files.checkpoints import whole_files
+from files.disk import whole_files
 
 
 @pytest.mark.parametrize("error, code, line", [
@@ -20,6 +20,7 @@ from files.checkpoints import whole_files
     (OSError(28, "No space left", "x.png"), 2, "No space left: 'x.png'"),
     (torch.OutOfMemoryError("CUDA out of memory.\nmore"), 2, "memory is full"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), 2, "memory is full"),
+    (MemoryError(), 2, "memory is full"), (MemoryError("Unable to allocate 9 GiB"), 2, "Unable to allocate"),
     (KeyboardInterrupt(), 130, None)])
 def test_errors_are_one_line(capsys, error, code, line):
     def main(arguments):
@@ -29,6 +30,13 @@ def test_errors_are_one_line(capsys, error, code, line):
     printed = capsys.readouterr().err
     assert end.value.code == code
     assert printed.count("\n") == 1 and line in printed if line else printed == ""
+
+
+def test_windows_is_refused_before_any_work():
+    code = "import os; os.name = 'nt'; import program; print('on')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stdout == "" and done.stderr.startswith("Windows is not supported")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("signum, code", [(2, 130), (15, 143)])

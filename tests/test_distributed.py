@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from test_personalize import ROOT
 
 from program import distributed
-from files.checkpoints import LoadError, write
-from program.console import Stopped
+from files.checkpoints import write
+from files.disk import LoadError
+from program.console import Stopped, UserError
 from training.parts import cached, load_all
 
 SCRIPT = """
@@ -82,15 +83,27 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
         return {"x": torch.full((part,), float(part))}
     for rank in 0, 1, 0:
         monkeypatch.setattr(distributed, "rank_and_size", lambda rank=rank: (rank, 2))
-        files = cached(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers")
+        files = cached(tmp_path, [1, 2, 3], {"of": 7}, {"x": ()}, make, "numbers")
     assert made == [1, 3, 2] and load_all(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
     monkeypatch.undo()
     files[1].unlink()
     with pytest.raises(Stopped, match="stopped with numbers, 2 of 3 parts; the same command goes on"):
-        cached(tmp_path, [1, 2, 3], {"of": 7}, make, "numbers", deadline=0)
+        cached(tmp_path, [1, 2, 3], {"of": 7}, {"x": ()}, make, "numbers", deadline=0)
     with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
-        cached(tmp_path, [1, 2, 3], {"of": 8}, make, "numbers")
+        cached(tmp_path, [1, 2, 3], {"of": 8}, {"x": ()}, make, "numbers")
     assert made == [1, 3, 2]
+
+
+@pytest.mark.parametrize("tensors, why", [
+    ({"x": torch.zeros(2, 3)}, "damaged, has tensors"), ({"y": torch.zeros(2)}, "damaged, has tensors"),
+    ({"x": torch.zeros(2), "y": torch.zeros(1)}, "damaged"), ({"x": torch.tensor([1., torch.nan])}, "NaN"),
+    ({"x": torch.zeros(2, dtype=torch.int64)}, "no fractions")])
+def test_a_part_that_is_damaged_is_not_taken(tmp_path, tensors, why):
+    """With the right note."""
+    shapes = {"x": (), "y": ()} if len(tensors) > 1 else {"x": ()}
+    write(tensors, tmp_path / "00000.safetensors", {"of": "7", "parts": "1"})
+    with pytest.raises(UserError, match=f"00000.safetensors: .*{why}"):
+        load_all(cached(tmp_path, [2], {"of": 7}, shapes, None, "numbers"), "x")
 
 
 def test_processes_end_together_and_see_the_same(tmp_path, monkeypatch, capsys):
@@ -98,14 +111,14 @@ def test_processes_end_together_and_see_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "rank_and_size", lambda: (0, 2))
     monkeypatch.setattr(distributed, "greatest", lambda late: True)  # the other one's deadline
     with pytest.raises(Stopped, match="stopped with numbers, 1 of 2 parts") as stop:
-        cached(tmp_path, [1, 2], {"of": 7}, lambda part: {"x": torch.ones(part)}, "numbers")
+        cached(tmp_path, [1, 2], {"of": 7}, {"x": ()}, lambda part: {"x": torch.ones(part)}, "numbers")
     assert stop.value.signum == 0 and "100%" in capsys.readouterr().err
 
     def other(late):
         write({"x": torch.ones(2)}, tmp_path / "00001.safetensors", {"of": "8", "parts": "2"})
     monkeypatch.setattr(distributed, "greatest", other)
     with pytest.raises(LoadError, match=r"00001.safetensors: made for others \(of 8 there, 7 here\)"):
-        cached(tmp_path, [1, 2], {"of": 7}, None, "numbers")
+        cached(tmp_path, [1, 2], {"of": 7}, {"x": ()}, None, "numbers")
 
 
 def test_a_process_may_wait_long_for_another(monkeypatch):
@@ -125,7 +138,7 @@ def test_a_signal_in_the_last_part_is_not_lost(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return {"x": torch.zeros(part)}
     with pytest.raises(Stopped, match="stopped with numbers, 2 of 2 parts") as stop:
-        cached(tmp_path, [1, 2], {}, make, "numbers")
+        cached(tmp_path, [1, 2], {}, {"x": ()}, make, "numbers")
     assert stop.value.signum == signal.SIGTERM and len(list(tmp_path.iterdir())) == 2
 
 

@@ -23,7 +23,7 @@ from diffusion import denoising_loss
 from files import images
 from program import console
 from program.options import add
-from files.checkpoints import LoadError
+from files.disk import LoadError
 from files.layouts import HERE
 from training.photos import Photos
 from nano import people, seeds

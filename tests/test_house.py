@@ -8,7 +8,8 @@ import torch
 
 import hdb
 from files import images
-from files.checkpoints import read_json, write
+from files.checkpoints import write
+from files.disk import read_json
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import VIT, generator, shared_model, tiny_hypernet, tiny_model
 
 from files import encoders
-from files.checkpoints import LoadError, write
+from files.checkpoints import write
+from files.disk import LoadError
 from files.hypernetwork import load_hypernet, save_hypernet
 from hdb import HyperDreamBooth
 from vit import ViT

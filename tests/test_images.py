@@ -1,11 +1,14 @@
+import os
 import struct
 import warnings
+import zlib
+from contextlib import suppress
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, features
 from PIL.TiffImagePlugin import IFDRational
 
 from files import images
@@ -86,7 +89,7 @@ def test_a_large_photo_is_no_bomb(tmp_path, monkeypatch):
     ("LARGEST_JPEG", "CMYK", "a.jpg", {}), ("LARGEST", "RGB", "a.jpg", {"progressive": True}),
     ("LARGEST_RICH", "CMYK", "a.jpg", {"progressive": True})])
 def test_the_most_pixels_of_each_kind(tmp_path, monkeypatch, limit, mode, name, settings):
-    Image.new(mode, (80, 70)).save(tmp_path / name, **settings)
+    Image.new(mode, (80, 70), *["white"] * (mode == "RGBA")).save(tmp_path / name, **settings)
     for other in {"LARGEST", "LARGEST_JPEG", "LARGEST_RICH", "LARGEST_HEAVY"} - {limit}:
         monkeypatch.setattr(images, other, 0)
     images.read(tmp_path / name, 64)
@@ -128,7 +131,7 @@ def test_a_crop_of_a_large_picture_is_made_smaller(tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 65535, (300, 300), np.uint16)
     Image.fromarray(noise).save(tmp_path / "a.png")
     seen, before = [], images.in_srgb
-    monkeypatch.setattr(images, "in_srgb", lambda image, icc: seen.append(image.size) or before(image, icc))
+    monkeypatch.setattr(images, "in_srgb", lambda image, path: seen.append(image.size) or before(image, path))
     images.read(tmp_path / "a.png", 64, (10, 20, 256))
     images.read(tmp_path / "a.png", 64)
     assert seen == [(64, 64), (75, 75)]
@@ -174,8 +177,20 @@ def test_a_jpeg_that_was_cut_off(tmp_path, orientation):
 
 
 def test_transparent_is_white(tmp_path):
-    Image.new("RGBA", (80, 80), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (images.read(tmp_path / "a.png", 64) == 1).all()
+    image = Image.new("RGBA", (80, 80), (255, 0, 0, 0))
+    image.putpixel((0, 79), (255, 0, 0, 255))
+    image.save(tmp_path / "a.png")
+    assert (images.read(tmp_path / "a.png", 64)[..., :60, 9:] == 1).all()
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("RGBA", "a.png"), ("LA", "a.png"), ("RGBA", "a.webp"), ("P", "a.png")])
+def test_a_picture_that_is_all_transparent_shows_its_colours(tmp_path, mode, name):
+    """As programs write it that mean nothing by it."""
+    image = Image.new("RGBA", (80, 80), (120, 120, 120, 0)).convert(mode)
+    image.save(tmp_path / name, **{"lossless": True, "exact": True} if name == "a.webp" else {})
+    with pytest.warns(UserWarning, match=f"{name}: every pixel is transparent"):
+        assert ((images.read(tmp_path / name, 64) + 1) * 127.5 - 120).abs().max() < 1
 
 
 def test_exif_rotation(tmp_path):
@@ -236,8 +251,147 @@ def test_a_profile_of_another_kind_of_picture_is_as_none(tmp_path):
 
 def test_a_heic_photo_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    monkeypatch.setattr(images, "formats", lambda: ["JPEG"])
     with pytest.raises(images.ImageError, match="HEIC photo; pip install pillow-heif"):
         images.read(tmp_path / "a.heic", 64)
+
+
+def chunk(name, body, crc=None):
+    """A PNG's chunk, with its checksum or another."""
+    crc = zlib.crc32(name + body) if crc is None else crc
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", crc)
+
+
+def with_chunks(path, *chunks, after=False, image=None, **options):
+    """A PNG with these chunks before its picture, or after it."""
+    (image or Image.new("RGB", (80, 80), (210, 160, 130))).save(path, "PNG", **options)
+    data = path.read_bytes()
+    at = data.index(b"IEND" if after else b"IDAT") - 4
+    path.write_bytes(data[:at] + b"".join(chunks) + data[at:])
+    return path
+
+
+def colour(path):
+    """The colour in the middle of what is read, in bytes."""
+    return ((images.read(path, 64)[0, :, 32, 32] + 1) * 127.5).round().int().tolist()
+
+
+LONG = zlib.compress(b"x" * 2_000_000)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name, body", [
+    (b"zTXt", b"a\0\0" + LONG), (b"iTXt", b"a\0\1\0\0\0" + LONG), (b"tEXt", b"a\0" + b"x" * 100)])
+def test_text_of_any_length_is_no_reason(tmp_path, name, body, after):
+    assert colour(with_chunks(tmp_path / "a.png", chunk(name, body), after=after)) == [210, 160, 130]
+
+
+@pytest.mark.parametrize("name, body", [
+    (b"tEXt", b"a\0b"), (b"gAMA", struct.pack(">I", 100_000)), (b"pHYs", bytes(9)), (b"iCCP", b"a\0\0bad"),
+    (b"cICP", bytes((12, 13, 0, 1))), (b"eXIf", b"MM"), (b"tRNS", bytes(6))])
+def test_what_has_a_wrong_checksum_and_does_not_matter_is_left_out(tmp_path, name, body):
+    assert colour(with_chunks(tmp_path / "a.png", chunk(name, body, crc=7))) == [210, 160, 130]
+
+
+def test_a_profile_of_more_than_a_megabyte(tmp_path):
+    padded = swapped_profile() + bytes(2 * 10 ** 6)
+    padded = struct.pack(">I", len(padded)) + padded[4:]
+    packed = chunk(b"iCCP", b"a\0\0" + zlib.compress(padded))
+    path = with_chunks(tmp_path / "a.png", packed)
+    assert colour(path) == pytest.approx([160, 210, 130], abs=1)
+    assert images.opened(path, reduced=False)[0].info["icc_profile"] == padded
+
+
+CHROMA = struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)  # Display P3's
+
+
+@pytest.mark.parametrize("chunks, right", [
+    ([(b"cICP", bytes((12, 13, 0, 1)))], [219, 157, 125]),        # Display P3
+    ([(b"cICP", bytes((1, 13, 0, 1)))], [210, 160, 130]),
+    ([(b"cICP", bytes((9, 13, 0, 1)))], [237, 152, 124]),         # BT.2020
+    ([(b"gAMA", struct.pack(">I", 100_000))], [233, 206, 188]),   # linear: (c / 255)^(1 / 2.2)
+    ([(b"gAMA", struct.pack(">I", 45_455))], [210, 160, 130]),
+    ([(b"gAMA", struct.pack(">I", 0))], [210, 160, 130]),
+    ([(b"gAMA", struct.pack(">I", 45_455)), (b"cHRM", CHROMA)], [219, 157, 125]),
+    ([(b"cHRM", bytes(32))], [210, 160, 130]), ([(b"cHRM", b"\xff" * 32)], [210, 160, 130]),
+    ([(b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100_000)), (b"cHRM", CHROMA)], [210, 160, 130]),
+    ([(b"cICP", bytes((1, 13, 0, 1))), (b"gAMA", struct.pack(">I", 100_000))], [210, 160, 130])])
+def test_colours_that_a_png_says(tmp_path, chunks, right):
+    assert colour(with_chunks(tmp_path / "a.png", *(chunk(*one) for one in chunks))) == right
+
+
+def test_another_white_becomes_ours(tmp_path):
+    """ProPhoto's primaries, by published matrices: RGB to XYZ, Bradford's D50 to D65, XYZ to sRGB."""
+    chroma = struct.pack(">8I", 34567, 35850, 73470, 26530, 15960, 84040, 3660, 10)
+    for given, right in ((180, 160, 150), (200, 155, 148)), ((255, 255, 255), (255, 255, 255)):
+        image = Image.new("RGB", (80, 80), given)
+        said = with_chunks(tmp_path / "a.png", chunk(b"cHRM", chroma), image=image)
+        assert colour(said) == pytest.approx(right, abs=1)
+
+
+def test_which_of_two_ways_to_say_colours_goes_before(tmp_path):
+    p3 = chunk(b"cICP", bytes((12, 13, 0, 1)))
+    assert colour(with_chunks(tmp_path / "a.png", p3, icc_profile=swapped_profile())) == [219, 157, 125]
+    gamma = chunk(b"gAMA", struct.pack(">I", 100_000))
+    both = with_chunks(tmp_path / "b.png", gamma, icc_profile=swapped_profile())
+    assert colour(both) == pytest.approx([160, 210, 130], abs=1)
+
+
+def test_colours_that_are_hdr_are_refused(tmp_path):
+    for codes in (9, 16), (9, 18), (99, 13):
+        with pytest.raises(images.ImageError, match=f"H.273's {codes[0]}/{codes[1]}, are not known"):
+            images.read(with_chunks(tmp_path / "a.png", chunk(b"cICP", bytes((*codes, 0, 1)))), 64)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_colours_that_an_avif_says(tmp_path):
+    Image.new("RGB", (80, 80), (210, 160, 130)).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
+    data = (tmp_path / "a.avif").read_bytes()
+    plain, at = colour(tmp_path / "a.avif"), data.index(b"colrnclx") + 8
+    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", 12, 13) + data[at + 4:])
+    assert plain == pytest.approx([210, 160, 130], abs=1)
+    assert colour(tmp_path / "a.avif") == pytest.approx([219, 157, 125], abs=2)
+
+
+@pytest.mark.parametrize("said", [{0xA001: 0xFFFF, 0xA005: {1: "R03", 2: b"0100"}}, {0xA001: 2}])
+def test_exifs_mark_of_adobe_rgb(tmp_path, said):
+    for found, right in (said, [227, 161, 130]), ({0xA001: 1, 0xA005: {1: "R98"}}, [210, 160, 130]):
+        exif = Image.Exif()
+        exif[0x8769] = found
+        Image.new("RGB", (80, 80), (210, 160, 130)).save(tmp_path / "a.png", exif=exif)
+        assert colour(tmp_path / "a.png") == right  # by published matrices: RGB to XYZ, XYZ to sRGB
+
+
+@pytest.mark.parametrize("tags", [{254: 1}, {255: 2}, {50706: b"\1\4\0\0"}, {}])
+def test_a_camera_s_raw_is_not_its_thumbnail(tmp_path, tags):
+    Image.new("RGB", (80, 80)).save(tmp_path / "a.tiff")
+    images.read(tmp_path / "a.tiff", 64)
+    name = "a.tiff" if tags else "a.NEF"
+    Image.new("RGB", (80, 80)).save(tmp_path / name, "TIFF", tiffinfo=tags)
+    with pytest.raises(images.ImageError, match=f"{name}: a camera's RAW, or a picture after its thumbnail"):
+        images.read(tmp_path / name, 64)
+
+
+@pytest.mark.parametrize("name", ["a.webp", "a.jpg", "a.png", "a.tiff"])
+def test_a_file_far_larger_than_its_picture_is_not_read(tmp_path, name):
+    picture(tmp_path / name)
+    os.truncate(tmp_path / name, 3 * 10 ** 9)  # sparse: no disk is used
+    with pytest.raises(images.ImageError, match=f"{name}: .*larger than 300 MB"):
+        images.read(tmp_path / name, 64)
+
+
+def test_damage_is_one_line_wherever_it_shows(tmp_path, capfd):
+    """In the picture's conversion too, and whatever libraries in C print."""
+    palette = Image.effect_noise((80, 80), 60).convert("P")
+    with_chunks(tmp_path / "a.png", chunk(b"tRNS", bytes(range(256)) + b"\1\2"), image=palette)
+    Image.effect_noise((80, 80), 60).convert("1").save(tmp_path / "a.tiff", compression="group4")
+    data = bytearray((tmp_path / "a.tiff").read_bytes())
+    data[20:400] = b"\x55" * 380
+    (tmp_path / "a.tiff").write_bytes(data)
+    for name in "a.png", "a.tiff":
+        with suppress(images.ImageError):
+            images.read(tmp_path / name, 64)
+    assert capfd.readouterr().err == ""
 
 
 def test_centre_and_chosen_crop(tmp_path):
@@ -289,8 +443,8 @@ def test_refusals_are_one_line(tmp_path):
     Image.new("1", (images.LARGEST * 10 ** 6 // 70 + 1, 70)).save(tmp_path / "huge.png")
     for name, why in [
             ("text.png", "cannot be read"), ("empty.jpg", "cannot be read"), ("half.png", "cannot be read"),
-            ("none.png", "no such file"), ("small.png", "too small"), ("huge.png", "too large"),
-            (".", "folder")]:
+            ("none.png", "No such file"), ("small.png", "too small"), ("huge.png", "too large"),
+            (".", "Is a directory")]:
         with pytest.raises(images.ImageError, match=why) as error:
             images.read(tmp_path / name, 64)
         assert "\n" not in str(error.value)

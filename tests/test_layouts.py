@@ -18,8 +18,9 @@ import clip
 import sd
 import unet
 from files import layouts
-from files.checkpoints import LoadError, alike, checksum, open_tensors, read_json, write
+from files.checkpoints import Tensors, alike, checksum, write
 from files.compvis import unet_to_compvis
+from files.disk import LoadError, read_json
 from files.tokenizers import write_tokenizer
 
 CONTEXT = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -224,6 +225,63 @@ def test_single_file_vocabulary(file, monkeypatch, tmp_path_factory):
     assert is_ours(sd.load(file, "cpu"))
 
 
+def shards(folder, part, *names, of=None, index=".safetensors.index.json"):
+    """Put a part's weights, or others, into these shards, in turns, with their index."""
+    stem, tensors = FILE[part], of or state(part)
+    places = {key: stem + names[i % len(names)] for i, key in enumerate(sorted(tensors))}
+    for name in set(places.values()):
+        save_file({key: t.clone() for key, t in tensors.items() if places[key] == name}, folder / part / name)
+    (folder / part / (stem + index)).write_text(json.dumps({"weight_map": places}))
+
+
+TWO = "-00001-of-00002.safetensors", "-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("index", [".safetensors.index.fp16.json", ".fp16.safetensors.index.json"])
+def test_shards_of_a_variant(folder, index):
+    (folder / "unet" / f"{FILE['unet']}.safetensors").unlink()
+    shards(folder, "unet", *(f".fp16{name}" for name in TWO), index=index)
+    assert is_ours(sd.load(folder, "cpu"))
+    (folder / "unet" / f"{FILE['unet']}.fp16{TWO[1]}").unlink()
+    refused(folder, f"{FILE['unet']}.fp16{TWO[1]}", "No such file")
+
+
+def test_shards_are_those_of_the_index(folder):
+    """Others are of an earlier save, a whole file too, which is said."""
+    other = {key: t + 1 for key, t in state("unet").items()}
+    whole = folder / "unet" / f"{FILE['unet']}.safetensors"
+    save_file(other, whole)
+    shards(folder, "unet", "-00001-of-00003.safetensors", "-00002-of-00003.safetensors", of=other)
+    shards(folder, "unet", *TWO)
+    with pytest.warns(UserWarning, match="unet: has a whole file and shards; the shards that .* are read"):
+        assert is_ours(sd.load(folder, "cpu"))
+    whole.unlink()
+    assert is_ours(sd.load(folder, "cpu"))
+    save_file(state("unet"), whole)
+    (folder / "unet" / f"{FILE['unet']}.safetensors.index.json").unlink()
+    with pytest.warns(UserWarning, match=f"unet: has a whole file and shards; {whole.name} are read"):
+        assert is_ours(sd.load(folder, "cpu"))
+
+
+@pytest.mark.parametrize("index", [
+    "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none(folder, index):
+    (folder / "unet" / f"{FILE['unet']}.safetensors.index.json").write_text(index)
+    (folder / "unet" / f"{FILE['unet']}.safetensors").unlink()
+    refused(folder, "index.json", "no")
+
+
+@pytest.mark.parametrize("other", [".bf16.safetensors", ".non_ema.safetensors"])
+def test_weights_of_another_kind_are_named(folder, other):
+    whole = folder / "unet" / f"{FILE['unet']}.safetensors"
+    whole.rename(whole.with_name(FILE["unet"] + other))
+    refused(folder, f"lacks unet/{FILE['unet']}.safetensors (not {FILE['unet']}{other})")
+
+
+def test_a_safetensors_file_of_any_name(file):
+    assert is_ours(sd.load(file.rename(file.with_suffix(".ckpt")), "cpu"))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Strictness
 
@@ -421,8 +479,11 @@ def test_a_folder_with_a_name_like_a_hub_id(monkeypatch, tmp_path):
     (["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"], "a LoRA"),
     (["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"], "a ControlNet"),
     (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.bias"], "a ControlNet"),
-    (["emb_params"], "a textual inversion"),
-    (["<my-cat>"], "a textual inversion"),
+    (["emb_params"], "an embedding of a token"),
+    (["<my-cat>"], "an embedding of a token"),
+    (["clip_g", "clip_l"], "an embedding of a token"),
+    (["control_model.input_blocks.0.0.weight", "model.diffusion_model.out.0.bias", "first_stage_model.x",
+      "cond_stage_model.transformer.x"], "a ControlNet"),
     (["down_blocks.0.resnets.0.conv1.bias", "conv_in.bias"], "a UNet alone"),
     (["model.diffusion_model.input_blocks.0.0.weight"], "a UNet alone"),
     (["encoder.conv_in.bias", "decoder.conv_in.bias"], "a VAE alone"),
@@ -549,7 +610,7 @@ def hub(folder, tmp_path, monkeypatch):
     change(folder / "model_index.json", _class_name="StableDiffusionPipeline")
     (folder / "safety_checker").mkdir()
     for other in ("v1-5-pruned-emaonly.safetensors", "v1-5-pruned.ckpt", "safety_checker/model.safetensors",
-                  "safety_checker/config.json", "README.md", "tokenizer/special_tokens_map.json"):
+                  "safety_checker/config.json", "README.md", "tokenizer/special_tokens_map.json.bak"):
         (folder / other).write_bytes(b"x")
     (tmp_path / "cache").mkdir()
     return Hub(folder, tmp_path / "cache", monkeypatch)
@@ -574,6 +635,14 @@ def test_hub_without_the_best_variant(hub, dtype, variant):
         (hub.source / part / f"{FILE[part]}{other}.safetensors").unlink()
     assert sd.load("owner/name.v1", "cpu", dtype).dtype == dtype
     assert hub.fetched() == NEEDED | {f"{part}/{FILE[part]}{variant}.safetensors" for part in SMALL}
+
+
+def test_hub_with_shards(hub):
+    (hub.source / "unet" / f"{FILE['unet']}.safetensors").unlink()
+    shards(hub.source, "unet", *TWO)
+    assert is_ours(sd.load("owner/name.v1", "cpu"))
+    names = {f"unet/{FILE['unet']}{end}" for end in (*TWO, ".safetensors.index.json")}
+    assert names <= hub.fetched() and not any("fp16" in name for name in hub.fetched())
 
 
 def test_hub_refuses_before_the_weights(hub):
@@ -668,10 +737,9 @@ def test_loading_holds_the_weights_once(folder):
 
 def test_paths_may_be_strings(folder, tmp_path):
     write({"a": torch.ones(3)}, str(tmp_path / "new/a.safetensors"))
-    with open_tensors(str(tmp_path / "new/a.safetensors")) as f:
-        assert torch.equal(f.get_tensor("a"), torch.ones(3))
-    with pytest.raises(LoadError, match="nothing.bin: No such file"):
-        open_tensors("nothing.bin")
+    assert torch.equal(Tensors(str(tmp_path / "new/a.safetensors"))["a"], torch.ones(3))
+    with pytest.raises(LoadError, match=r"nothing.bin: cannot be read \(No such file"):
+        Tensors("nothing.bin")
     assert read_json(str(folder / "vae/config.json"))["scaling_factor"] == .18215
     assert layouts.model_name(str(layouts.HERE / "nano")) == "nano"
     assert is_ours(sd.load(str(folder), "cpu"))

@@ -11,7 +11,7 @@ from test_person import LAYER, equal, lora_inputs, method, output, refused, smal
 
 from adapters import LowRank, join, merge, scale, stack
 from diffusion import guided, lcm
-from files import lora
+from files.checkpoints import Tensors
 from program.console import UserError
 from files.lora import adaptable_layers, export_lora, load_lora
 
@@ -200,7 +200,9 @@ def z(*shape):
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": z(2, 9)}, ["diffusion transformer"]),
     ({"cond_stage_model.transformer.text_model.embeddings.position_ids": z(1, 77)}, ["whole model"]),
     ({"bundle_emb.x.string_to_param.*": z(1, 768)}, ["embedding bundled in"]),
-    ({"emb_params": z(1, 768)}, ["textual inversion"])])
+    ({"emb_params": z(1, 768)}, ["an embedding, which is given as the person"]),
+    ({"<me>": z(768), "<me>_1": z(768)}, ["an embedding, which is given as the person", "<me>_1"]),
+    ({"clip_g": z(1, 1280), "clip_l": z(1, 768)}, ["an embedding, which is given as the person"])])
 def test_a_lora_that_does_not_fit_is_refused_with_its_keys(tmp_path, tensors, words):
     path = tmp_path / "style.safetensors"
     good = {f"{KEY}.lora_down.weight": z(2, 16), f"{KEY}.lora_up.weight": z(16, 2)} if tensors else {}
@@ -228,6 +230,41 @@ def test_names_of_single_files(tmp_path):
         assert torch.allclose(found[name].a[0] @ found[name].b[0], (up @ down).T, atol=1e-5)
 
 
+TEXT_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("text, unet, adapter", [
+    ("lora_te_", "lora_unet_", None), ("lora_te1_", "lora_unet_", None), ("lycoris_", "lycoris_", None),
+    ("lora_te_wrapped_transformer_", "lora_unet_", None), ("lora_te_0_transformer_", "lora_unet_unet_", None),
+    ("text_encoder.", "unet.unet.", "."), ("text_encoder._orig_mod.", "unet._orig_mod.", "."),
+    ("text_encoder.", "unet.", ".my-adapter v1."),
+    ("text_encoders.clip_l.transformer.", "diffusion_model.", "."),
+    ("clip_l.", "model.diffusion_model.", ".default."), ("_orig_mod.text_encoder.", "_orig_mod.unet.", ".")])
+def test_wrappers_that_programs_put_around_a_layer(tmp_path, text, unet, adapter):
+    """Whatever stands before a layer's name, the LoRA is the layer's."""
+    model, theirs = method().model, {}
+    layers = {f"text.{TEXT_LAYER}": text + TEXT_LAYER, LAYER: unet + LAYER.removeprefix("unet.")}
+    for name, called in layers.items():
+        n_out, n_in = model.layers[name].weight.shape
+        for role, shape in ("lora_A", (2, n_in)), ("lora_B", (n_out, 2)):
+            key = f"{called}.{role}{adapter}weight"
+            if adapter is None:
+                kohya = {"lora_A": "lora_down", "lora_B": "lora_up"}[role]
+                key = f"{called.replace('.', '_')}.{kohya}.weight"
+            theirs[key] = torch.randn(shape)
+    save_file(theirs, tmp_path / "x.safetensors")
+    found, (*pairs,) = load_lora(tmp_path / "x.safetensors", model), theirs.values()
+    for name, down, up in zip(layers, pairs[::2], pairs[1::2]):
+        assert torch.equal(found[name].a[0].T, down) and torch.equal(found[name].b[0].T, up)
+    assert len(found) == 2
+
+
+def test_more_tensors_than_any_lora_has_are_refused_at_once(tmp_path):
+    """Looked at one by one they would take long."""
+    save_file({f"lora_unet_{i}.alpha": z(0) for i in range(20_001)}, tmp_path / "x.safetensors")
+    refused(lambda: load_lora(tmp_path / "x.safetensors", method().model), "20001 tensors, more than any")
+
+
 def peft_text(tmp_path, **settings):
     """A PEFT adapter of a text encoder whose names are transformers 5's, with these settings."""
     key = "base_model.model.encoder.layers.0.self_attn.q_proj"
@@ -242,7 +279,8 @@ def peft_text(tmp_path, **settings):
 @pytest.mark.parametrize("pattern, scale", [
     ("^encoder.layers.0.self_attn.q_proj", 5.), ("q_proj", 5.), ("encoder.layers.0.self_attn.q_proj", 5.),
     ("^text_model.encoder.layers.0.self_attn.q_proj", 5.), (r"layers\.\d+\.self_attn\.q_proj", 5.),
-    ("^layers.0.self_attn.q_proj", 1.), ("proj", 1.), ("k_proj", 1.)])
+    (r"^encoder.layers.[0-9].self_attn.q_proj$", 5.), ("^layers.0.self_attn.q_proj", 1.), ("proj", 1.),
+    ("k_proj", 1.)])
 def test_pefts_patterns(tmp_path, pattern, scale):
     found = load_lora(peft_text(tmp_path, alpha_pattern={pattern: 10}), method().model)
     (adapter,) = found.values()
@@ -251,7 +289,8 @@ def test_pefts_patterns(tmp_path, pattern, scale):
 
 @pytest.mark.parametrize("patterns", [
     {"(a+)+$": 1}, {"(.*)*x": 1}, {".*.*.*q": 1}, {"q" * 201: 1}, {".?" * 24 + "!": 1}, {".{1,9}.{1,9}.?": 1},
-    {f".*.*[!]{i}": 1 for i in range(21)}, {f"layer{i}": 1 for i in range(1001)}])
+    {"(.|.)" * 39 + "!": 1}, {"(d|d)(o|o)" * 15: 1}, {"[a-z]*[a-z]*!": 1}, {r"(\d+)+!": 1}, {r"\d+\d+!": 1},
+    {r"(?=.*a)(?=.*b)x": 1}, {f"layer{i}": 1 for i in range(1001)}])
 def test_patterns_that_would_take_for_ever(tmp_path, patterns):
     path = peft_text(tmp_path, alpha_pattern=patterns)
     refused(lambda: load_lora(path, method().model), "too")
@@ -259,9 +298,9 @@ def test_patterns_that_would_take_for_ever(tmp_path, patterns):
 
 def test_a_large_file_is_refused_by_its_header(tmp_path, monkeypatch):
     """Whatever has other names or shapes is not read."""
-    def read(path):
+    def read(file, key):
         raise AssertionError("read")
-    monkeypatch.setattr(lora, "read_tensors", read)
+    monkeypatch.setattr(Tensors, "__getitem__", read)
     for name in f"{LAYER}.lora_A.weight", "model.diffusion_model.out.2.bias", "lora_unet_x.lora_down.weight":
         save_file({name: z(3, 3)}, tmp_path / "large.safetensors")
         with pytest.raises(UserError):

@@ -17,7 +17,7 @@ import sd
 import unet
 import vae
 from adapters import LowRank, fresh_lora, join
-from files import person
+from files.checkpoints import Tensors
 from program.console import UserError
 from files.lora import export_lora, load_lora
 from methods import hyperdreambooth
@@ -175,10 +175,11 @@ LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ({}, {"basis_seed": "7", "basis_checksum": "5"}, ["another basis", "basis_seed 7, here 0"]),
     ({}, {"basis_checksum": "5"}, ["seed 0 made another basis", "altered"]),
     ({}, {"scale": "much"}, ["much", "damaged"]),
-    ({}, {"scale": "nan"}, ["scale nan"]),
-    ({}, {"scale": "1e300"}, ["scale 1e+300"]),
+    ({}, {"scale": "nan"}, ["scale of nan"]),
+    ({}, {"scale": "1e300"}, ["scale of 1e+300"]),
     ({}, {"identifier": None}, ["damaged"]),
-    *(({}, {"identifier": word}, ["damaged metadata"]) for word in ("", " ", "s\x1b[31m", "a\nb", "x" * 501)),
+    *(({}, {"identifier": word}, ["cannot be what [V] stands for"])
+      for word in ("", " ", "s\x1b[31m", "a\nb", "x" * 501)),
     ({"theta": torch.zeros(1, 3, 5)}, {}, ["theta has shape (1, 3, 5)"]),
     ({"theta": torch.zeros(2, 42, 32)}, {}, ["theta has shape (2, 42, 32)"]),
     ({f"{LAYER}.A": torch.zeros(1, 9, 4)}, {}, [f"{LAYER}.A has shape", "expected (1, 16, 4)"]),
@@ -192,10 +193,23 @@ def test_a_file_that_does_not_fit_is_refused(file, tensors, note, words):
     refused(altered(file, tensors, **note), str(file), *words)
 
 
+@pytest.mark.parametrize("made_by", METHODS)
+def test_another_methods_person_of_odd_shapes_is_refused(file, made_by):
+    for name in "photo", "encoder.second.bias", "vectors", "token", f"{LAYER}.A":
+        nothing = dict.fromkeys(load_file(file))
+        refused(altered(file, nothing | {name: torch.zeros(())}, made_by=made_by), str(file))
+
+
+def test_the_same_person_is_the_same_file(tmp_path):
+    for name in "a", "b":
+        save_person(someone(), method(), tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_what_does_not_fit_is_not_read(file, monkeypatch):
-    def read(path):
+    def read(file, key):
         raise AssertionError("read")
-    monkeypatch.setattr(person, "read_tensors", read)
+    monkeypatch.setattr(Tensors, "__getitem__", read)
     for tensors in {"theta": torch.zeros(2, 2, 2)}, {"x": torch.zeros(9)}:
         refused(altered(file, tensors), str(file))
     refused(altered(file, {}, format="pt"), str(file))
@@ -294,6 +308,9 @@ def test_what_cannot_be_kept_is_not_written(tmp_path):
     person = someone()
     person.tensors["theta"][0, 0, 0] = 1e6
     refused(lambda: save_person(person, method(), path), "theta", "infinite")
+    for wrong, why in ({"identifier": ""}, "stands for"), ({"identifier": "a\nb"}, "stands for"), (
+            {"scale": 99.}, "scale of 99"), ({"scale": float("nan")}, "scale of nan"):
+        refused(lambda wrong=wrong: save_person(someone(**wrong), method(), path), why)
     two = hyperdreambooth.person(torch.zeros(2, *method().lidb.shape))
     refused(lambda: save_person(two, method(), path), "theta has shape (2,")
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import generator
 
 from files import images
-from files.checkpoints import read_tensors
+from files.checkpoints import Tensors
 from program.console import UserError
 from nano import faces, seeds, wording
 from nano.photo import avatar, labels, portraits, reader, report, train, views
@@ -217,7 +217,7 @@ def test_labels_are_those_of_the_portraits_that_are_there(tmp_path):
     assert truth["skin"].tolist() == [int(rows[i]["skin"]) for i in (7, 10)]
     assert truth["numbers"][1, NUMBERS.index("jaw")].item() == pytest.approx(float(rows[10]["jaw"]))
     assert (truth["numbers"][:, NUMBERS.index("hair_shade")] == UNKNOWN).all()  # nobody judged it
-    for name, shares in read_tensors(labels.SOFT)[0].items():  # rows in the same order: they mostly agree
+    for name, shares in Tensors(labels.SOFT).all().items():  # rows in the same order: they mostly agree
         known = everybody[name] >= 0
         right = (shares.argmax(1) == everybody[name])[known].float().mean()
         assert right > .55 and torch.equal(soft[name], shares[[7, 10]].float())

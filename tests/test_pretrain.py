@@ -13,7 +13,8 @@ import sd
 import unet
 import vae
 from program import distributed
-from files.checkpoints import read_json, write
+from files.checkpoints import write
+from files.disk import read_json
 from program.console import UserError
 from nano import faces, judge, seeds, wording
 from nano.training import pretrain

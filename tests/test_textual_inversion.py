@@ -349,15 +349,16 @@ def refused(call, *words):
     ({"a": torch.zeros(WIDTH, 0)}, ["width 0"], True),
     ({"a\nb": torch.full((1, WIDTH), torch.nan)}, ["NaN"], True),
     ({"a": torch.full((1, WIDTH), 1e300, dtype=torch.float64)}, ["infinite"], True),
-    ({"a": torch.zeros(1, WIDTH, dtype=torch.int64)}, ["torch.int64", "no fractions"], False),
-    ({"a": torch.zeros(1, WIDTH, dtype=torch.bool)}, ["torch.bool", "no fractions"], False),
+    ({"a": torch.zeros(1, WIDTH, dtype=torch.int64)}, ["torch.int64", "no fractions"], True),
+    ({"a": torch.zeros(1, WIDTH, dtype=torch.bool)}, ["torch.bool", "no fractions"], True),
     ({"a": torch.zeros(11, WIDTH)}, ["11 vectors", "1 to 10"], True),
     ({"a": torch.zeros(0, WIDTH)}, ["0 vectors"], True),
     ({"a": torch.zeros(())}, ["shape ()"], False),
     ({"a": torch.zeros(1, 1, WIDTH)}, ["shape (1, 1, 32)"], False),
-    ({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, 40)}, ["SDXL", "clip_g", "clip_l"], False),
-    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors"], False),
-    ({}, ["0 tensors"], False)])
+    ({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, 40)}, ["SDXL", "clip_g", "clip_l"], True),
+    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["of 2 words (a, b)"], True),
+    ({"a.weight": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["of 2 words (a.weight, b)"], False),
+    ({}, ["of 0 words"], False)])
 def test_what_is_no_embedding_for_this_model_is_refused(tmp_path, tensors, words, one):
     path = tmp_path / "cat.safetensors"
     save_file(tensors, path)

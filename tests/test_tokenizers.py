@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clip import END, TextConfig, Tokenizer, learn_bpe
-from files.checkpoints import LoadError
+from files.disk import LoadError
 from files.tokenizers import read_tokenizer, vocabulary_in, write_tokenizer
 
 VOCAB, MERGES = learn_bpe(["a", "face", "as", "rock", "star"])
@@ -32,6 +32,28 @@ def test_written_and_read_again(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(tokenizer(["qjq face"]), Tokenizer(VOCAB, MERGES, 24)(["qjq face"]))
+
+
+@pytest.mark.parametrize("content", [
+    "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n", "<!DOCTYPE html>\n<p>Not found",
+    "", "\n".join(map(" ".join, MERGES[:-1]))])
+def test_merges_that_are_not_the_vocabularys(folder, content):
+    """Every word would be spelt in letters, without a sign."""
+    (folder / "merges.txt").write_text(content)
+    with pytest.raises(LoadError, match="merges.txt: not the merges of its vocabulary, .* download it again"):
+        read(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_what_a_tokenizers_settings_say(folder, name):
+    for known in END, {"content": END, "lstrip": False}, None:
+        (folder / name).write_text(json.dumps({"model_max_length": 77, "pad_token": known}))
+        assert read(folder).vocab == VOCAB
+    for key, odd in ("pad_token", "!"), ("pad_token", {"content": "!"}), ("do_lower_case", False), (
+            "eos_token", "</s>"):
+        (folder / name).write_text(json.dumps({key: odd}))
+        with pytest.raises(LoadError, match=f"{name}: {key} is .*; only .* is implemented"):
+            read(folder)
 
 
 @pytest.mark.parametrize("merges", [MERGES, [" ".join(pair) for pair in MERGES]])

@@ -20,7 +20,9 @@ import train
 from diffusion import denoising_loss
 from files import images
 from program import console
-from files.checkpoints import LoadError, checksum, write
+from program.console import UserError
+from files.checkpoints import checksum, write
+from files.disk import LoadError
 from training.photos import Photos
 from nano import seeds
 from training.trainer import Trainer
@@ -335,6 +337,20 @@ def test_a_folder_of_photos(runs, tmp_path):
     other.layernorm.bias.data += 1
     with pytest.raises(LoadError, match=rf"\(vit {checksum(vit)} there, {checksum(other)} here\)"):
         Photos(folder, model, other, hdb.PROMPT, cache)
+    # wherever the photos are; and not where what was kept of them is damaged
+    folder.rename(tmp_path / "moved")
+    assert Photos(tmp_path / "moved", model, vit, hdb.PROMPT, cache).count == 4
+    (tmp_path / "moved").rename(folder)
+    whole, note = load_file(file), safe_open(file, "pt").metadata()
+    for name, tensor in ("latents", whole["latents"] * torch.nan), ("features", whole["features"].int()):
+        write(whole | {name: tensor}, file, note)
+        data = Photos(folder, model, vit, hdb.PROMPT, cache)
+        with pytest.raises(UserError, match=f"{name} .* infinite, NaN or no fractions"):
+            data.samples(torch.tensor([0]), torch.Generator())
+    write({"latents": whole["latents"], "features": whole["features"][:, 1:]}, file, note)
+    with pytest.raises(LoadError, match="damaged, has tensors"):
+        Photos(folder, model, vit, hdb.PROMPT, cache)
+    write(whole, file, note)
     # another photo of the same name, and one more, whose name is no text
     (folder / "a.png").write_bytes((folder / "below/deeper/b.png").read_bytes())
     with pytest.raises(LoadError, match=r"\(photos \w+ there, \w+ here\)"):

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 from kill import kill
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import adam_by_hand, generator
 from torch import nn
 
 from program import distributed
-from files import checkpoints
+from files import disk
 from files.checkpoints import write
 from program.console import Stopped, UserError
 from training.parts import differences
@@ -83,6 +83,17 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
         train(tmp_path, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.complex64])
+def test_a_state_of_another_dtype_is_refused(tmp_path, dtype):
+    """Also one in which nothing can be computed."""
+    train(tmp_path, 3)
+    file = tmp_path / "state.safetensors"
+    note = {"step": "3", "of": "{}"}
+    save_file(load_file(file) | {"ema.model.weight": torch.ones(1, 4).to(dtype)}, file, note)
+    with pytest.raises(UserError, match="state.safetensors: (damaged|of another run)"):
+        train(tmp_path, 5)
+
+
 def test_what_differs_in_words():
     assert differences({"a": "1", "b": "2"}, {"a": "1", "b": "2"}) == []
     assert differences({"a": "1"}, {"a": "2", "c": "3"}) == ["a 1 there, 2 here", "c not known there, 3 here"]
@@ -111,12 +122,14 @@ def test_leftovers_of_the_dead_are_swept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in dead.pid, os.getppid(), 10 ** 30:
-        (tmp_path / f"x.safetensors.{pid}.tmp").mkdir()
-        (tmp_path / f"x.safetensors.{pid}.tmp/half").write_text("half")
-    (tmp_path / "x.safetensors.mine.tmp").write_text("not ours")
+        (tmp_path / f".hdb-{pid}-0.tmp").mkdir()
+        (tmp_path / f".hdb-{pid}-0.tmp/half").write_text("half")
+        (tmp_path / f".hdb-{pid}-1.tmp").write_text("half")
+    (tmp_path / ".hdb-mine-0.tmp").write_text("not ours")
     write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"x.safetensors", f"x.safetensors.{os.getppid()}.tmp", "x.safetensors.mine.tmp"}
+    alive = {f".hdb-{os.getppid()}-{i}.tmp" for i in range(2)}
+    assert left == {"x.safetensors", ".hdb-mine-0.tmp"} | alive
 
 
 def some_trainer(folder):
@@ -288,10 +301,10 @@ def test_what_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
     assert mode == usual  # not for the owner alone
     (tmp_path / "y").unlink()
 
-    def disk_full(tensors, path, metadata):
-        path.write_text("half")
+    def disk_full(path):
+        assert path.stat().st_size == 80
         raise OSError("no space left")
-    monkeypatch.setattr(checkpoints, "save_file", disk_full)
+    monkeypatch.setattr(disk, "sync", disk_full)
     with pytest.raises(OSError, match="no space"):
         write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]

@@ -8,7 +8,7 @@ import torch
 from rule import difference, draw, fill
 from safetensors.torch import load_file, save_file
 
-from files.checkpoints import LoadError
+from files.disk import LoadError
 from files.encoders import load_vit
 from vit import DINO_S, VIT_H, ViT, ViTConfig, encode_face
 

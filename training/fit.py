@@ -20,7 +20,10 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
     context() is a context for each loss and its backward: lambda: model.adapted(adapters of the parameters).
     callback(step, loss) is called after every step; if it returns True, that step was the last. inputs() ->
     all tensors that change from step to step, in shapes that don't: a GPU then gets each step in one piece.
+    ValueError inside torch.inference_mode().
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be trained inside torch.inference_mode()")
     step = adam_step(loss, parameters, lr, context)
     if inputs is not tuple and tensors_of(parameters)[0].is_cuda:
         step = recorded(step)

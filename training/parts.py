@@ -7,7 +7,8 @@ import torch
 from tqdm import tqdm
 
 from program import distributed
-from files.checkpoints import LoadError, alike, open_tensors, write
+from files.checkpoints import Tensors, alike, check_numbers, write
+from files.disk import LoadError
 from program.console import Stopped, deferred_stop
 
 
@@ -22,17 +23,18 @@ def split(things, size):
     return [things[i:i + size] for i in range(0, len(things), size)]
 
 
-def cached(folder, parts, depends_on, make, what, deadline=float("inf")):
-    """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors. Each
-    of several processes makes some of them.
+def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf")):
+    """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors.
+    Each of several processes makes some of them.
 
-    depends_on: name -> what they depend on; LoadError where files are of something else. Stopped by a signal,
-    or at the deadline (time.time()), after the part in hand.
+    depends_on: name -> what they depend on; shapes: name -> shape of a row of each tensor; LoadError where
+    files are of something else, or damaged. Stopped by a signal, or at the deadline (time.time()), after the
+    part in hand.
     """
     rank, size = distributed.rank_and_size()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
     depends_on = {name: str(value) for name, value in depends_on.items()} | {"parts": str(len(parts))}
-    refuse_others(files, depends_on)
+    check(files, depends_on, shapes)
 
     def stopped(signum):
         done = sum(file.exists() for file in files)
@@ -48,18 +50,26 @@ def cached(folder, parts, depends_on, make, what, deadline=float("inf")):
                 raise stopped(stop[0])
     if distributed.greatest(late):  # known when all are here
         raise stopped(0)
-    refuse_others(files, depends_on)  # what the others have made meanwhile, of what they see
+    check(files, depends_on, shapes)  # what the others have made meanwhile, of what they see
     return files
 
 
-def refuse_others(files, depends_on):
-    """LoadError where one of those files that are there says that it was made of something else."""
+def check(files, depends_on, shapes):
+    """LoadError where one of those files that are there was made of something else, or has other tensors than
+    these, as many rows of each; without rows it may be without tensors."""
     for file in filter(Path.exists, files):
-        if differ := differences(open_tensors(file).metadata() or {}, depends_on):
+        part = Tensors(file)
+        if differ := differences(part.note, depends_on):
             others = "; ".join(differ)
             raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as before")
+        rows = next(iter(part.shapes.values()), ())[:1]
+        if part.shapes and part.shapes != {name: rows + tuple(row) for name, row in shapes.items()}:
+            raise LoadError(f"{file}: damaged, has tensors {part.shapes}; remove it, and it is made again")
 
 
 def load_all(files, name):
-    """The tensor of this name in all files, one after the other."""
-    return torch.cat([open_tensors(file).get_tensor(name) for file in files])
+    """The tensor of this name in all files, one after the other. UserError for numbers that are none."""
+    parts = {file: Tensors(file)[name] for file in files}
+    for file, tensor in parts.items():
+        check_numbers({name: tensor}, file)
+    return torch.cat([*parts.values()])

@@ -2,29 +2,52 @@
 import os
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from files import images
-from files.checkpoints import checksum, open_tensors
+from files.checkpoints import Tensors, check_numbers, checksum
+from files.disk import regular
 from training.parts import cached, split
 from vit import encode_face
 
 PART = 64  # photos in a file of the cache
 EMPTY = .3  # of the prompts that speak of nobody, the empty ones
+# What programs keep for themselves
+HIDDEN = ".", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found"
 
 
 def photo_files(folder):
-    """Every file in a folder and those below it, by path; a file alone. ImageError for a folder that isn't
-    there or holds none."""
+    """Every file in a folder and those below it, links followed, by path; a file alone. What begins as in
+    HIDDEN is passed over; of a folder that cannot be read a warning. ImageError for one that isn't there or
+    holds no photos."""
     if Path(folder).is_file():
         return [Path(folder)]
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith("."))
-    if not files:
-        raise no_photos(folder)
-    return files
+    found, wrong, been = [], [], set()
+    for path, folders, names in os.walk(folder, onerror=wrong.append, followlinks=True):
+        real = os.path.realpath(path)
+        folders[:] = [] if real in been else sorted(f for f in folders if not f.startswith(HIDDEN))
+        found += [] if real in been else [Path(path, n) for n in names if not n.startswith(HIDDEN)]
+        been.add(real)
+    wrong = [f"{error.filename}: {error.strerror}" for error in wrong]
+    if not found:
+        raise no_photos(folder, wrong)
+    if wrong:
+        warnings.warn(f"{folder}: not all of it can be read{told(wrong)}", stacklevel=2)
+    return sorted(found)
+
+
+def content(files):
+    """8 hex digits of what is in these files, wherever they are."""
+    digits = 0
+    for file in tqdm(files, desc="photos compared", delay=1):
+        with suppress(OSError), regular(file) as data:  # what isn't to be read says so when it is a photo
+            for part in iter(lambda: data.read(2 ** 20), b""):
+                digits = zlib.crc32(part, digits)
+    return f"{digits:08x}"
 
 
 def no_photos(folder, skipped=()):
@@ -64,9 +87,9 @@ class Photos:
 
     def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf"), others=0.):
         self.model, self.prompt, self.others = model, prompt, others
-        files, side = photo_files(folder), 8 * model.unet.config.sample_size
-        sizes = (f"{file.relative_to(folder)} {file.stat().st_size}" for file in files)
-        listed = zlib.crc32(os.fsencode("\n".join(sizes)))
+        files, small = photo_files(folder), model.unet.config.sample_size
+        side = 8 * small
+        self.content = content(files)
 
         @torch.no_grad()
         def encoded(some):
@@ -76,10 +99,13 @@ class Photos:
                 return {}
             return {"features": torch.cat([encode_face(vit, view).half() for view in views]),
                     "latents": torch.cat([model.encode(view) for view in views])}
-        of = {"photos": f"{listed:08x}", "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
-        made = cached(cache, split(files, PART), of, encoded, "photos", deadline)
-        opened = [f for f in map(open_tensors, made) if f.keys()]  # a part may have no photo in it
-        self.rows = [(f, i) for f in opened for i in range(f.get_slice("latents").get_shape()[0])]
+        of = {"photos": self.content, "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
+        seen = vit.config
+        shapes = {"features": (1 + (seen.image_size // seen.patch_size) ** 2, seen.hidden_size),
+                  "latents": (4, small, small)}
+        parts = map(Tensors, cached(cache, split(files, PART), of, shapes, encoded, "photos", deadline))
+        # a part may have no photo in it
+        self.rows = [(part, i) for part in parts if part.shapes for i in range(part.shapes["latents"][0])]
         self.count = len(self.rows)
         if not self.rows:
             raise no_photos(folder)
@@ -105,6 +131,10 @@ class Photos:
         return features, self.read("latents", shown[mine]).to(self.model.dtype), prompts[mine]
 
     def read(self, name, who):
-        """From the files, as all features of 15,000 people would fill most memories."""
-        rows = [self.rows[i] for i in who.tolist()]
-        return torch.cat([f.get_slice(name)[i:i + 1] for f, i in rows]).to(self.model.device)
+        """From the files, as all features of 15,000 people would fill most memories. UserError for numbers
+        that are none."""
+        rows = []
+        for part, i in (self.rows[n] for n in who.tolist()):
+            rows.append(part.row(name, i))
+            check_numbers({name: rows[-1]}, part.path)
+        return torch.cat(rows).to(self.model.device)

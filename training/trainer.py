@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from program import distributed
 from training.fit import backward
-from files.checkpoints import finite, read_tensors, write
+from files.checkpoints import Tensors, finite, write
+from files.disk import refusing
 from program.console import Stopped, UserError, deferred_stop
+from program.lock import locked
 from training.parts import differences
 
 
@@ -76,7 +78,7 @@ class Trainer:
         saved = time.time()
         bar = tqdm(total=self.steps, initial=self.step, desc=self.out.name, mininterval=5,
                    disable=not distributed.is_main())
-        with bar, deferred_stop() as stop:
+        with locked(self.out), bar, deferred_stop() as stop:
             while not self.done and not self.ended(stop):
                 yield self.step
                 bar.update()
@@ -161,16 +163,15 @@ class Trainer:
         write(self.tensors(), self.out / "state.safetensors", note)
 
     def _resume(self, file):
-        try:
-            found, note = read_tensors(file)
+        with refusing(f"{file}: damaged; remove it to begin again"):
+            state = Tensors(file)
+            found, note = state.all(), state.note
             self.step, of = int(note["step"]), note.get("of", "")
             of = dict(json.loads(of)) if of.startswith("{") else {"run": of}
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
             if bad := [key for key, t in found.items() if not finite(t)]:
                 raise ValueError(f"{bad[0]} holds NaN or infinite numbers")
-        except (UserError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(f"{file}: damaged ({error}); remove it to begin again") from None
         ours = self.tensors()
         differ = differences(of, self.depends_on)
         kinds, expected = ({k: (t.shape, t.dtype) for k, t in some.items()} for some in (found, ours))

@@ -6,12 +6,13 @@ among all portraits, like the colours. soft_labels.safetensors has, row by row, 
 classes by probes on features of DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193), fitted without the row.
 """
 import csv
+import math
 from pathlib import Path
 
 import torch
 
 from files import images
-from files.checkpoints import read_tensors
+from files.checkpoints import Tensors
 from nano import faces
 from nano.photo.reader import CLASSES, NUMBERS, STORED
 from program.console import UserError
@@ -37,7 +38,7 @@ def labelled(folder):
         raise UserError(f"{folder}: none of the portraits of labels.csv, which nano/photo/portraits.py gets")
     read = [images.read(Path(folder, rows[i]["file"]), STORED) for i in there]
     pictures = ((torch.cat(read) + 1) * 127.5).round().byte()
-    soft = {name: t[there].float() for name, t in read_tensors(SOFT)[0].items()}
+    soft = {name: t[there].float() for name, t in Tensors(SOFT).all().items()}
     return pictures, truth_of_rows([rows[i] for i in there]), soft, torch.tensor(there) % 5 == 0
 
 
@@ -46,14 +47,21 @@ def truth_of_rows(rows):
     "sun" (N,), whether the glasses are sunglasses."""
     truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in CLASSES}
     truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
-    truth["numbers"] = torch.tensor([[float(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])
+    truth["numbers"] = torch.tensor([[number(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])
     return truth
 
 
+def number(said):
+    """The number that labels.csv says. ValueError for an infinite one, and others that are none."""
+    if not math.isfinite(value := float(said)):
+        raise ValueError(f"{said} is no number")
+    return value
+
+
 def class_of(name, said):
-    """The class that a word of labels.csv is, UNKNOWN if none."""
+    """The class that a word of labels.csv is, UNKNOWN if none; ValueError for a skin that isn't there."""
     if name == "skin":
-        return int(said)
+        return range(CLASSES[name]).index(int(said))
     if name == "eye_colour":
         return EYES.index(said) if said else UNKNOWN
     said = {"sun": "square"}.get(said, said)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from files.checkpoints import read_tensors, write
+from files.checkpoints import Tensors, write
 from files.layouts import device_and_dtype
 from nano import faces, seeds
 from nano.photo.labels import labelled, truth_of
@@ -127,7 +127,7 @@ def train(args, photos, truth, soft):
     targets = targets_of(truth, soft) | {"numbers": numbers}
     pools = pools_of(photos, often, targets, args.drawings, generator)
     model = Reader()
-    tensors, _ = read_tensors(args.start)
+    tensors = Tensors(args.start).all()
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
     for module in (model.stem, model.stages[:3]):
         module.requires_grad_(args.thaw)

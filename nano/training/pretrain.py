@@ -24,7 +24,8 @@ import unet
 import vae
 from program import distributed
 from files import images
-from files.checkpoints import build, checksum, read_json, whole_files, write, write_text
+from files.checkpoints import build, checksum, write
+from files.disk import read_json, whole_files, write_text
 from files.layouts import device_and_dtype
 from files.tokenizers import write_tokenizer
 from nano import faces, seeds, wording

@@ -1,0 +1,90 @@
+"""Colours that a picture says otherwise than by an ICC profile, in sRGB: the codes of ITU-T H.273 in PNG's
+cICP and in the nclx box of AVIF and HEIC, PNG's gAMA and cHRM, EXIF's mark of Adobe RGB.
+
+Numbers go through a curve to linear light v; then v' = M_sRGB⁻¹ · W · M · v, where M is the primaries' matrix
+RGB → XYZ and W takes their white to sRGB's (Bradford).
+"""
+import struct
+from contextlib import suppress
+
+import numpy as np
+from PIL import Image
+
+
+def decoded(v):
+    """sRGB's curve."""
+    return np.where(v <= .04045, v / 12.92, ((v + .055) / 1.055) ** 2.4)
+
+
+def power(exponent):
+    return lambda v: v ** exponent
+
+
+D65 = .3127, .3290
+# White, red, green, blue, x and y each
+SRGB, ADOBE = (*D65, .64, .33, .30, .60, .15, .06), (*D65, .64, .33, .21, .71, .15, .06)
+PRIMARIES = {1: SRGB, 2: SRGB, 4: (.310, .316, .67, .33, .21, .71, .14, .08),
+             5: (*D65, .64, .33, .29, .60, .15, .06), 6: (*D65, .63, .34, .31, .595, .155, .07),
+             7: (*D65, .63, .34, .31, .595, .155, .07), 9: (*D65, .708, .292, .170, .797, .131, .046),
+             11: (.314, .351, .68, .32, .265, .69, .15, .06), 12: (*D65, .68, .32, .265, .69, .15, .06),
+             22: (*D65, .63, .34, .295, .605, .155, .077)}
+# video's are taken for sRGB's, as browsers do; PQ and HLG are not here
+CURVES = dict.fromkeys((1, 2, 6, 13, 14, 15), decoded) | {4: power(2.2), 5: power(2.8), 8: power(1)}
+BRADFORD = np.array([[.8951, .2664, -.1614], [-.7502, 1.7135, .0367], [.0389, -.0685, 1.0296]])
+
+
+def said(image, chunks, head):
+    """(primaries, curve) of a PIL image, whose file begins with `head` and, if it is a PNG, has these
+    `chunks`; None for sRGB. ValueError for codes that aren't in the tables here."""
+    primaries, curve = SRGB, decoded
+    codes, at = chunks.get(b"cICP", b"")[:2], head.find(b"colrnclx")
+    if at >= 0 and image.format in ("AVIF", "HEIF"):
+        codes = struct.unpack_from(">HH", head, at + 8)
+    if len(codes) == 2 and not (codes[0] in PRIMARIES and codes[1] in CURVES):
+        raise ValueError(f"its colours, H.273's {codes[0]}/{codes[1]}, are not known here; save it in sRGB")
+    if len(codes) == 2:
+        primaries, curve = PRIMARIES[codes[0]], CURVES[codes[1]]
+    elif is_adobe(image):
+        primaries, curve = ADOBE, power(563 / 256)
+    elif b"sRGB" not in chunks:
+        # as libpng shows them on a screen, of which 1 / 2.2 is what is usual
+        gamma = int.from_bytes(chunks.get(b"gAMA", b"")[:4]) / 100_000
+        if .01 < gamma < 10 and abs(gamma * 2.2 - 1) > .01:
+            def curve(v):
+                return decoded(v ** (1 / (2.2 * gamma)))
+        white = chunks.get(b"cHRM", b"")
+        if len(white) == 32:
+            primaries = tuple(n / 100_000 for n in struct.unpack(">8I", white))
+    return None if primaries == SRGB and curve is decoded else (primaries, curve)
+
+
+def is_adobe(image):
+    """Whether EXIF says that these are Adobe RGB's numbers: by the colour space, or by rule R03 of DCF."""
+    with suppress(Exception):  # Pillow's parsers raise many kinds for damaged files
+        exif = image.getexif()
+        return exif.get_ifd(0x8769).get(0xA001) == 2 or "R03" in str(exif.get_ifd(0xA005).get(1))
+    return False
+
+
+def in_srgb(image, primaries, curve):
+    """A PIL image in RGB of these primaries and curve, in sRGB. Primaries that are none are sRGB's."""
+    theirs, ours = to_xyz(primaries), to_xyz(SRGB)
+    if theirs is None:
+        theirs = ours
+    whites = [BRADFORD @ m.sum(1) for m in (ours, theirs)]
+    adapted = np.linalg.inv(BRADFORD) @ np.diag(whites[0] / whites[1]) @ BRADFORD @ theirs
+    light = curve(np.linspace(0, 1, 256)).astype(np.float32)[np.asarray(image)]
+    light = (light @ (np.linalg.inv(ours) @ adapted).T.astype(np.float32)).clip(0, 1)
+    encoded = np.where(light <= .0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - .055)
+    return Image.fromarray((encoded * 255).round().astype(np.uint8))
+
+
+def to_xyz(primaries):
+    """The matrix RGB → XYZ of primaries (white, red, green, blue), or None where they make no sense."""
+    with np.errstate(all="ignore"), suppress(np.linalg.LinAlgError):
+        x, y = np.array(primaries).reshape(4, 2).T
+        xyz = np.stack([x / y, np.ones(4), (1 - x - y) / y])
+        matrix = xyz[:, 1:] * np.linalg.solve(xyz[:, 1:], xyz[:, 0])
+        if np.linalg.cond(matrix) < 1000:
+            return matrix
+    return None

@@ -1,0 +1,50 @@
+"""One run in a folder at a time: two would write over one another's state, scores or person."""
+import fcntl
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from program.console import UserError
+
+HELD = set()  # folders that this process has locked
+
+
+def alone(main, folder):
+    """main(args) as a function that has folder(args) locked meanwhile."""
+    def run(args):
+        with locked(folder(args)):
+            main(args)
+    return run
+
+
+@contextmanager
+def locked(folder):
+    """Inside, no other process works in `folder`, which is made and, if it stays empty, removed. Of several
+    that torchrun has started, the first locks it for all. However a process ends, its lock ends with it.
+    UserError where another one has it."""
+    folder, followers = Path(folder), dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
+    key = os.path.realpath(folder)
+    if followers or key in HELD:
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is at work there; wait for its end, or give another "
+                            "folder") from None
+        except OSError:  # a file system without locks
+            pass
+        HELD.add(key)
+        yield
+    finally:
+        HELD.discard(key)
+        os.close(handle)
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()

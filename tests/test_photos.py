@@ -1,0 +1,71 @@
+"""training/photos.py: which files of a folder are photos, and what they are known by."""
+import os
+
+import pytest
+import torch
+
+from files import images
+from training.photos import content, photo_files, read_photos
+
+
+def put(folder, *names):
+    """A photo at each of these names in the folder."""
+    for i, name in enumerate(names):
+        images.save(images.to_pil(torch.full((3, 70, 70), i / 10)), folder / name)
+    return folder
+
+
+def names(folder):
+    return [str(path.relative_to(folder)) for path in photo_files(folder)]
+
+
+def test_what_programs_keep_for_themselves_is_no_photo(tmp_path):
+    put(tmp_path, "b.png", "a/c.png", ".hidden.png", ".ipynb_checkpoints/b-checkpoint.png",
+        ".thumbnails/x.png", "a/@eaDir/c.png", "__MACOSX/x.png", "#recycle/x.png", "$RECYCLE.BIN/x.png")
+    assert names(tmp_path) == ["a/c.png", "b.png"]
+    assert names(put(tmp_path / ".mine", "x.png")) == ["x.png"]  # a folder that was asked for
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    put(tmp_path / "elsewhere", "x.png", "deep/y.png")
+    folder = put(tmp_path / "photos", "z.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (tmp_path / "whole").symlink_to(folder)
+    assert names(folder) == ["again/deep/y.png", "again/x.png", "z.png"]
+    assert len(names(tmp_path / "whole")) == 3
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.warns(UserWarning, match="1 of 4 files are not used; gone.png: .*No such file"):
+        assert len([*read_photos(folder, 64)]) == 3
+
+
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    folder = put(tmp_path / "photos", "x.png", "closed/y.png")
+    walk = os.walk
+
+    def closed(path, onerror, **options):
+        onerror(PermissionError(13, "Permission denied", str(folder / "closed")))
+        for where, folders, files in walk(path, onerror=onerror, **options):
+            folders[:] = [name for name in folders if name != "closed"]
+            yield where, folders, files
+    monkeypatch.setattr(os, "walk", closed)
+    with pytest.warns(UserWarning, match="not all of it can be read; .*closed: Permission denied"):
+        assert names(folder) == ["x.png"]
+    (folder / "x.png").unlink()
+    with pytest.raises(images.ImageError, match="holds no photos; .*closed: Permission denied"):
+        photo_files(folder)
+
+
+def test_photos_are_known_by_what_is_in_them(tmp_path):
+    """Wherever they are, and not by their size."""
+    folder = put(tmp_path / "here", "a.png", "b/c.png")
+    known = content(photo_files(folder))
+    folder.rename(tmp_path / "there")
+    assert content(photo_files(tmp_path / "there")) == known
+    data = bytearray((tmp_path / "there/a.png").read_bytes())
+    data[-20] ^= 1
+    (tmp_path / "there/a.png").write_bytes(data)
+    assert content(photo_files(tmp_path / "there")) != known
