@@ -60,6 +60,8 @@ class HyperNetwork(nn.Module):
 
         iterations: s, config's if None. ValueError for none.
         """
+        if iterations is not None and iterations < 1:
+            raise ValueError(f"{iterations} iterations predict nothing")
         return self.passes(features, iterations)[-1]
 
     def passes(self, features, iterations=None):
@@ -68,8 +70,6 @@ class HyperNetwork(nn.Module):
         tells it how far it has come.
         """
         steps = self.config.iterations if iterations is None else iterations
-        if steps < 1:
-            raise ValueError(f"{steps} iterations predict nothing")
         face = self.face(features)
         estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]
         for _ in range(steps):

@@ -81,7 +81,7 @@ def test_a_sample_that_is_left_early_trains_the_passes_before():
 
 
 def test_the_loop_starts_at_nothing_and_an_untrained_prediction_is_nobody():
-    assert (tiny_hypernet(3, 20).refine(torch.randn(2, 5, 16), 0) == torch.zeros(2, 3, 20)).all()
+    assert (tiny_hypernet(3, 20).passes(torch.randn(2, 5, 16), 0)[-1] == torch.zeros(2, 3, 20)).all()
     theta = untrained()(photos(2))
     assert theta.shape == (2, 3, 20) and (theta == 0).all()
 
