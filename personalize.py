@@ -250,10 +250,19 @@ def write_pictures(predicted, pictures, people, sittings, args, model):
     if args.each:
         shown = [torch.cat([sitting.seen for sitting in sittings])]
     every = torch.cat([x.cpu() for x in (*shown, predicted, pictures) if len(x)])
-    columns = len(every) if sittings and not args.each else len(people)
-    images.save(images.sheet(every, columns), paths[0], prompt=" | ".join(args.prompts),
+    heads = heads_of(sittings[0], predicted, args.prompts) if sittings and not args.each else whose
+    images.save(images.sheet(every, len(heads), heads), paths[0], prompt=" | ".join(args.prompts),
                 person=" | ".join(whose), seed=args.seed, **settings)
     return paths
+
+
+def heads_of(sitting, predicted, prompts):
+    """What the columns of one person's sheet show."""
+    if sitting.shown is None:
+        given = ["photo"] * len(sitting.seen)
+    else:
+        given = ["photo"] * len(sitting.shown) + ["drawn"]
+    return [*given, *["prediction alone"] * len(predicted), *prompts]
 
 
 def write_for_other_programs(person, adapters, args, model):

@@ -21,6 +21,7 @@ from files.person import Person
 from nano import faces, seeds, wording
 
 ROOT = Path(__file__).parents[1]
+HEADS = 33  # pixels over the columns of a sheet
 
 
 def run(*arguments, script="personalize.py", device="cpu"):  # where results are the same to the last bit
@@ -39,7 +40,7 @@ def test_one_photo_to_a_person(tmp_path):
     picture = Image.open(tmp_path / "a/0.png")
     assert picture.size == (128, 128)
     assert picture.text["prompt"] == "[V] face as a rock star" and picture.text["seed"] == "7"
-    assert Image.open(tmp_path / "a/sheet.png").size == (4 * 128, 128)
+    assert Image.open(tmp_path / "a/sheet.png").size == (4 * 128, 128 + HEADS)
     assert (tmp_path / "a/person.safetensors").stat().st_size <= 120_000
     with safe_open(tmp_path / "a/person.safetensors", "pt") as f:
         assert list(f.keys()) == ["theta"]
@@ -50,6 +51,14 @@ def test_one_photo_to_a_person(tmp_path):
     again = run(*common, "--out", tmp_path / "b")
     assert again.returncode == 0
     assert (tmp_path / "a/0.png").read_bytes() == (tmp_path / "b/0.png").read_bytes()
+
+
+def test_columns_of_a_sheet_say_what_they_show():
+    seen = torch.zeros(1, 3, 8, 8)
+    sittings = {None: ["photo", "prediction alone", "a", "b"],
+                torch.zeros(2, 3, 8, 8): ["photo", "photo", "drawn", "prediction alone", "a", "b"]}
+    for shown, heads in sittings.items():
+        assert personalize.heads_of(SimpleNamespace(shown=shown, seen=seen), seen, ["a", "b"]) == heads
 
 
 def test_the_sampler_gets_what_is_asked_for():
@@ -82,8 +91,8 @@ def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "saw: dark skin, a blue bob" in done.stdout.splitlines()
     sheet = Image.open(tmp_path / "sheet.png")  # photo, avatar, prediction, picture
-    assert sheet.size == (4 * 128, 128) and sheet.text["saw"] == "dark skin, a blue bob"
-    photo, avatar = (images.read(tmp_path / "sheet.png", 128, (x, 0, 128)) for x in (0, 128))
+    assert sheet.size == (4 * 128, 128 + HEADS) and sheet.text["saw"] == "dark skin, a blue bob"
+    photo, avatar = (images.read(tmp_path / "sheet.png", 128, (x, HEADS, 128)) for x in (0, 128))
     assert (photo - images.read(ROOT / "nano/example.png", 128)).abs().mean() < .05
     identity = faces.identities([seeds.EXAMPLE])
     assert wording.describe(identity) != [["dark skin", "a blue bob"]] and (avatar - photo).abs().mean() > .1
@@ -199,7 +208,7 @@ def test_several_photos_of_one_person(tmp_path):
     done = run("nano/example.png", tmp_path / "more", "[V] face", "--steps", 1, "--sample-steps", 1,
                "--seed", 7, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "out/sheet.png").size == (5 * 128, 128)  # three photos, prediction, prompt
+    assert Image.open(tmp_path / "out/sheet.png").size == (5 * 128, 128 + HEADS)  # + prediction, prompt
     assert "predicted 7,584 personal weights" in done.stdout and done.stdout.count("likeness") == 2
     assert Image.open(tmp_path / "out/0.png").text["person"] == f"nano/example.png, {tmp_path / 'more'}"
     model = hdb.load("nano", "cpu")
@@ -237,12 +246,12 @@ def test_every_photo_is_another_person(tmp_path):
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert found == {"a", "sheet.png", *(f"{i}.png" for i in range(6)), *(
         f"{name}/{file}" for name in ("a_2", ".._2", "a_3") for file in personalize.PERSONAL)}
-    assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128)
+    assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128 + HEADS)
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
     about = Image.open(out / "5.png").text
     assert about["method"] == personalize.OURS and about["fine-tuning"].startswith("steps 1, rank 4")
     for i, portrait in enumerate(portraits):
-        seen = images.read(out / "sheet.png", 128, (128 * i, 0, 128))[0]
+        seen = images.read(out / "sheet.png", 128, (128 * i, HEADS, 128))[0]
         assert (seen - portrait).abs().max() < .02
     # each is the photo's, and nobody else's: as predicted from it alone
     method = hdb.HyperDreamBooth(model := hdb.load("nano", "cpu"))
