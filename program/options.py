@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from program.console import Parser
+from program.console import Parser, UserError
 
 
 class Option(NamedTuple):
@@ -128,11 +128,21 @@ def early(*names):
     return parser.parse_known_args()[0]
 
 
+def checked(check):
+    """The check, whose UserError argparse shows as it is."""
+    def checking(text):
+        try:
+            return check(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return checking
+
+
 def add(parser, rows, model="nano"):
     """Give the parser these rows' options, with the usual values of the model."""
     for row in rows:
         usual = row.nano if model == "nano" else row.elsewhere
-        check = {"type": row.check} if row.check else {}  # a flag has none
+        check = {"type": checked(row.check)} if row.check else {}  # a flag has none
         flag = "--" + row.name.replace("_", "-")
         parser.add_argument(flag, default=usual, help=row.help, **check, **row.more)
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from test_personalize import ROOT
+from programs import ROOT
 from tqdm import tqdm
 
 from program import console

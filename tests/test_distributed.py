@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_personalize import ROOT
+from programs import ROOT
 
 from program import distributed
 from files.checkpoints import write

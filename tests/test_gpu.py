@@ -5,7 +5,7 @@ python -m pytest -m gpu
 import pytest
 import torch
 from rule import draw, fill
-from test_personalize import ROOT, run
+from programs import ROOT, run
 from test_train import runs  # noqa: F401  (a fixture)
 from torch.nn.functional import interpolate
 

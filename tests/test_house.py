@@ -51,7 +51,8 @@ def test_arrows_point_down_only():
 
 def modules():
     """name -> the names of our own modules that it imports."""
-    files = [file for file in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts)]
+    files = [file for file in ROOT.rglob("*.py")
+             if not {"tests", ".venv"} & set(file.relative_to(ROOT).parts)]
     ours = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
     found = {}
     for name, file in ours.items():

@@ -3,30 +3,24 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import generator, tiny_model
+from tiny import Stage, generator, photo
 
 import diffusion
 import hdb
 import personalize
 from files import images
-from files.person import Person
+from methods import hyperdreambooth, sitting
 from nano import faces, seeds, wording
 
-ROOT = Path(__file__).parents[1]
 HEADS = 33  # pixels over the columns of a sheet
-
-
-def run(*arguments, script="personalize.py", device="cpu"):  # where results are the same to the last bit
-    arguments = [sys.executable, str(ROOT / script), "--device", device, *map(str, arguments)]
-    return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
 def test_one_photo_to_a_person(tmp_path):
@@ -69,7 +63,7 @@ def test_the_sampler_gets_what_is_asked_for():
         return torch.zeros(len(prompts), 3, 8, 8)
     args = SimpleNamespace(prompts=["[V] face"], people=["a"], seed=7, side_by_side=8, sample_steps=3,
                            guidance=4., person_guidance=1.5, negative="blurry", sampler="lcm")
-    personalize.draw(SimpleNamespace(sample=sample), [Person()], [{}], args)
+    personalize.draw([hyperdreambooth.person()], [{}], args, SimpleNamespace(sample=sample))
     options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry",
                "sampler": diffusion.lcm}
     assert asked == [([" sks  face"], [7], options)]
@@ -100,31 +94,30 @@ def test_a_photo_becomes_somebody_in_nanos_world(tmp_path):
 
 def test_what_the_method_sees_of_a_photo_and_of_a_drawing(monkeypatch, capsys):
     """A drawing as it is; of a photograph, whose face is found only then, what nano draws in its place."""
-    asked, args = [], SimpleNamespace(model="nano", look=None, crop="face", photos=["x.png"], saw=None)
+    asked, args = [], SimpleNamespace(model="nano", look=None, crop="face")
     drawing = faces.photos(faces.identities([seeds.EXAMPLE]), generator(1), "cpu")
 
     def read(path, side, crop):
         asked.append((side, crop))
         return drawing
     monkeypatch.setattr(images, "read", read)
-    monkeypatch.setattr(personalize.reader, "drawn", lambda network, pictures: torch.tensor([True]))
-    seen, shown = personalize.sitter(args, 128)
-    assert seen is None and shown is not None and torch.equal(shown, drawing) and args.crop == "center"
-    monkeypatch.setattr(personalize.reader, "drawn", lambda network, pictures: torch.tensor([False]))
-    args.crop = "face"
-    seen, shown = personalize.sitter(args, 128)
-    assert asked == [(128, "center"), (128, "center"), (256, "face")]
-    _, portrait, said = personalize.avatar.avatar(personalize.reader.load_reader(), drawing)
-    assert torch.equal(seen, drawing) and torch.equal(shown, portrait) and args.saw == said
+    monkeypatch.setattr(sitting.reader, "drawn", lambda network, pictures: torch.tensor([True]))
+    who = sitting.look_at(["x.png"], args, 128)
+    assert torch.equal(who.seen, drawing) and (who.shown, who.saw, who.crop) == (None, None, "center")
+    monkeypatch.setattr(sitting.reader, "drawn", lambda network, pictures: torch.tensor([False]))
+    who = sitting.look_at(["x.png"], args, 128)
+    assert asked == [(128, "center"), (128, "center"), (256, "face")] and who.crop == "face"
+    _, portrait, said = sitting.avatar.avatar(sitting.reader.load_reader(), drawing)
+    assert torch.equal(who.shown, drawing) and torch.equal(who.seen, portrait) and who.saw == said
     saw, correct = capsys.readouterr().out.splitlines()
     assert saw == f"saw: {said}" and "--look" in correct and "moustache, goatee" in correct
     args.model = "elsewhere"
-    seen, shown = personalize.sitter(args, 512)
-    assert seen is None and asked[-1] == (512, "face")
+    assert sitting.look_at(["x.png"], args, 512).shown is None and asked[-1] == (512, "face")
 
 
 @pytest.mark.parametrize("given, steps, rank, lr", [
-    (["--model", "x"], 200, 16, 2e-4), (["--model", "x", "--hypernet", "h"], 40, 4, 5e-4), ([], 40, 4, 3e-3),
+    (["--model", "x"], 200, 16, 2e-4), (["--model", "x", "--hypernet", "README.md"], 40, 4, 5e-4),
+    ([], 40, 4, 3e-3),
     (["--model", "x", "--steps", "7", "--lr", "0.001"], 7, 16, 1e-3)])
 def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, lr):
     monkeypatch.setattr(sys, "argv", ["personalize.py", "nano/example.png", "[V]", *given])
@@ -136,9 +129,9 @@ def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, 
 @pytest.mark.parametrize("model, lr, warned", [
     ("x", 3e-3, True), ("x", 5e-4, False), ("nano", 3e-3, False)])
 def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
-    args = SimpleNamespace(model=model, lr=lr, photos=["x.png"], method=personalize.OURS, negative="",
-                           prompts=["[V] face"])
-    personalize.warn(args, tiny_model().tokenizer)
+    engine = SimpleNamespace(hypernet=None, basis_seed=0, fine_tune=lambda *_: {})
+    args = SimpleNamespace(model=model, lr=lr, steps=1, rank=1, batch=1)
+    hyperdreambooth.make(engine, photo()[None], [], args, Stage())
     assert any("is large for this model" in str(w.message) for w in recwarn) == warned
 
 
@@ -181,7 +174,8 @@ def test_what_a_user_did_wrong_is_one_clear_line(refusal, arguments, why):
 
 
 def test_a_mistake_in_a_program_of_its_own():
-    failed = run("none.png", "[V] face", "--out", "out/never")
+    command = [sys.executable, "personalize.py", "none.png", "[V] face", "--out", "out/never"]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert failed.returncode == 2 and failed.stderr == "personalize.py: none.png: no such file\n"
 
 
@@ -239,7 +233,7 @@ def test_every_photo_is_another_person(tmp_path):
                *settings, "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"  not used: {everybody}/notes.txt: cannot be read as a picture" in done.stdout
-    assert "predicted 15,168 personal weights from" in done.stdout
+    assert "predicted 15,168 personal weights" in done.stdout
     assert done.stdout.count("fine-tuned 1 step") == 2
     # a file stays what it is, and an odd name leads nowhere else: the stem of "...png" is ".."
     people = [out / name / "person_tuned.safetensors" for name in ("a_2", ".._2", "a_3")]
@@ -249,7 +243,7 @@ def test_every_photo_is_another_person(tmp_path):
     assert Image.open(out / "sheet.png").size == (3 * 128, 3 * 128 + HEADS)
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "out"}
     about = Image.open(out / "5.png").text
-    assert about["method"] == personalize.OURS and about["fine-tuning"].startswith("steps 1, rank 4")
+    assert about["method"] == "hyperdreambooth" and about["fine-tuning"].startswith("steps 1, rank 4")
     for i, portrait in enumerate(portraits):
         seen = images.read(out / "sheet.png", 128, (128 * i, HEADS, 128))[0]
         assert (seen - portrait).abs().max() < .02

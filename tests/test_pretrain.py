@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_faces import generator, people, photos
-from test_personalize import ROOT
+from programs import ROOT
 
 import clip
 import sd

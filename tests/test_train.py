@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_personalize import ROOT, run
+from programs import ROOT, run
 
 import hdb
 from diffusion import noised
