@@ -179,7 +179,9 @@ def weights(folder, part, dtype):
         if index:
             with refusing(f"{index[0]}: no index of shards"):
                 names = set(read_json(index[0])["weight_map"].values())
-                return [index[0].with_name(name) for name in sorted(names)]
+                whole = [index[0].with_name(name) for name in sorted(names)]
+            if lost := [file.name for file in whole if not file.is_file()]:
+                raise LoadError(f"{index[0]}: names {lost[0]}, which is not there")
         if whole or sharded:
             return whole or sharded
     return []

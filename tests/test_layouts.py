@@ -243,7 +243,7 @@ def test_shards_of_a_variant(folder, index):
     shards(folder, "unet", *(f".fp16{name}" for name in TWO), index=index)
     assert is_ours(sd.load(folder, "cpu"))
     (folder / "unet" / f"{FILE['unet']}.fp16{TWO[1]}").unlink()
-    refused(folder, f"{FILE['unet']}.fp16{TWO[1]}", "No such file")
+    refused(folder, index, f"names {FILE['unet']}.fp16{TWO[1]}, which is not there")
 
 
 def test_shards_are_those_of_the_index(folder):
