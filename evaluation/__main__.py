@@ -27,11 +27,10 @@ from evaluation.scores import Judged, Paper
 from files.checkpoints import checksum
 from files.disk import read_json, write_text
 from files.layouts import HERE, model_name
+from program.options import (Option, early, folder_of_faces, model_rows, new_folder, number, old_file,
+                             parser_of, same)
 from training.parts import differences
 from training.photos import photo_files, read_photos
-
-NUMBERS = {"sample_steps": (15, 30, 1, 999, "of the sampler"),
-           "guidance": (2., 7.5, -100, 100, "of the sampler")}
 
 
 def main(args):
@@ -126,29 +125,27 @@ def able(jobs, nano, method):
 
 
 def arguments():
-    parser = console.model_parser(__doc__, model_name)
-    parser.add_argument("--faces", help="folder of photos, one person each, for a model other than nano")
-    parser.add_argument("--quick", action="store_true", help="1 person, fewer prompts, no curves, and "
-                        "elsewhere than on nano a twentieth of all steps; to runs/quick")
-    parser.add_argument("--people", type=int, help="how many; 32 if not given")
-    parser.add_argument("--rows", nargs="*", help="of the tables; all if not given; of nothing: curves alone")
-    parser.add_argument("--no-curves", dest="curves", action="store_false", help="the tables alone")
-    parser.add_argument("--hypernet", help="file of train.py, to predict with; nano brings its own")
-    console.add_numbers(parser, NUMBERS)
-    parser.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of CLIP-I and CLIP-T")
-    parser.add_argument("--dino", default="facebook/dino-vits16", help="of DINO")
-    parser.add_argument("--out", type=Path, help="folder of the results; if not given, results/ for "
-                        "nano, else runs/evaluation_ and the model's name")
+    model = model_name(early("model").model or "nano")
+    parser = parser_of(__doc__, [
+        *model_rows(model_name), folder_of_faces(model),
+        same("quick", None, False, "1 person, fewer prompts, no curves, and elsewhere than on nano a "
+             "twentieth of all steps; to runs/quick", action="store_true"),
+        same("people", number(int, 1, 10 ** 6), None, "how many; 32, or 1 with --quick, if not given"),
+        same("rows", str, None, "of the tables; all if not given; of nothing: curves alone", nargs="*"),
+        same("no-curves", None, True, "the tables alone", action="store_false", dest="curves"),
+        same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own"),
+        Option("sample_steps", number(int, 1, 999), 15, 30, "of the sampler"),
+        Option("guidance", number(float, -100, 100), 2., 7.5, "of the sampler"),
+        same("clip", str, "openai/clip-vit-large-patch14", "of CLIP-I and CLIP-T"),
+        same("dino", str, "facebook/dino-vits16", "of DINO"),
+        same("out", new_folder, None, "folder of the results; if not given, results/ for nano, else "
+             "runs/evaluation_ and the model's name")], model)
     args = parser.parse_args()
-    console.check_faces(parser, args)
-    console.complete_numbers(parser, args, NUMBERS)
-    console.check_ranges(parser, args, people=(1, 10 ** 6))
     nano = args.model == "nano"
     args.curves = args.curves and nano and not (args.quick or args.rows)
     args.people = args.people or (1 if args.quick else 32)
     named = "results" if nano else f"runs/evaluation_{Path(args.model).stem}"
     args.out = args.out or Path("runs/quick" if args.quick and nano else named + "_quick" * args.quick)
-    console.check_folder(parser, "--out", args.out)
     check_before_loading(parser, args)
     return args
 
@@ -157,8 +154,6 @@ def check_before_loading(parser, args):
     """Errors for what would only be found after gigabytes are loaded: a row, file or folder that isn't there,
     results of another model in --out."""
     chosen(args)
-    if args.hypernet and not Path(args.hypernet).is_file():
-        parser.error(f"--hypernet {args.hypernet}: no such file")
     if args.faces:
         photo_files(args.faces)
     if (args.out / "run.json").exists():

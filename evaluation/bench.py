@@ -10,6 +10,7 @@ multiplications would take at the rate of one large matrix product (possible); t
 the model. Rows f and g compare people side by side with the same people one after the other; rows s and t, by
 the number of steps and of noises a step, become a plot where matplotlib is installed.
 """
+import argparse
 import json
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -36,14 +37,15 @@ from files.merged import config_files
 from files.person import save_person
 from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
+from program.options import Option, early, model_rows, new_folder, number, parser_of, same
 from sd import StableDiffusion
 from training.trainer import seeded
 from vit import NANO_VIT
 
 PROMPT, RANK = "a [V] face", 4
-NUMBERS = {"sample_steps": (15, 30, 1, 999, "of the guided picture"),
-           "batch": (4, 4, 1, 64, "of fine-tuning"),
-           "people": (16, 4, 1, 256, "side by side, rows f and g")}
+SETTINGS = [Option("sample_steps", number(int, 1, 999), 15, 30, "of the guided picture"),
+            same("batch", number(int, 1, 64), 4, "of fine-tuning"),
+            Option("people", number(int, 1, 256), 16, 4, "side by side, rows f and g")]
 
 
 def full_size(device, dtype):
@@ -74,7 +76,7 @@ def main(args):
     print(f"{args.model}, {dtype}, {name}, matrices at {rate / 1e9:,.0f} GFLOP/s")
     print(table([]))
     about = {"model": args.model, "device": name, "dtype": str(dtype), "torch": torch.__version__,
-             "matrices, FLOP/s": rate, "settings": {key: getattr(args, key) for key in NUMBERS}}
+             "matrices, FLOP/s": rate, "settings": {row.name: getattr(args, row.name) for row in SETTINGS}}
     file = args.out / f"bench_{args.model}_{device.type}.json"
     for row in rows(method, others(model), args):
         if args.rows is None or row.key in args.rows:
@@ -250,18 +252,16 @@ class Theirs:
 
 
 def arguments():
-    parser = console.model_parser(__doc__, str)
-    parser.add_argument("--rows", nargs="+", choices=list("abcdefgist"), help="all if not given")
-    parser.add_argument("--repeats", type=int, default=5, help="of every row")
-    console.add_numbers(parser, NUMBERS)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the table and the plot")
-    args = parser.parse_args()
-    if args.model not in ("nano", "random"):
-        parser.error("--model is nano or random, a full-size Stable Diffusion 1.5 of random weights")
-    console.complete_numbers(parser, args, NUMBERS)
-    console.check_ranges(parser, args, repeats=(1, 1000))
-    console.check_folder(parser, "--out", args.out)
-    return args
+    def model(name):
+        if name not in ("nano", "random"):
+            raise argparse.ArgumentTypeError("nano or random, a Stable Diffusion 1.5 of random weights")
+        return name
+    return parser_of(__doc__, [
+        *model_rows(model), *SETTINGS,
+        same("rows", str, None, "all if not given", nargs="+", choices=list("abcdefgist")),
+        same("repeats", number(int, 1, 1000), 5, "of every row"),
+        same("out", new_folder, Path("results"), "folder of the table and the plot")],
+        early("model").model or "nano").parse_args()
 
 
 if __name__ == "__main__":

@@ -115,64 +115,6 @@ def printable(text):
     return text.encode(errors="replace").decode()
 
 
-def model_parser(description, model):
-    """An argument parser with the options that say which model, whose name model() makes, and where."""
-    options = Parser(description)
-    options.add_argument("--model", type=model, default="nano",
-                         help="nano, or a Stable Diffusion 1.x: a hub id, a folder or a .safetensors file")
-    options.add_argument("--device", help="cuda, mps or cpu")
-    options.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the model")
-    return options
-
-
-def add_numbers(parser, table):
-    """Options that are numbers. table: name -> (usual on nano, usual elsewhere, least, most, help)."""
-    for name, (nano, elsewhere, _, _, what) in table.items():
-        usual = f"{nano:g}" if nano == elsewhere else f"{nano:g} on nano, {elsewhere:g} elsewhere"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(nano), default=argparse.SUPPRESS,
-                            help=f"{what} ({usual})")
-
-
-def complete_numbers(parser, args, table):
-    """Give the options of add_numbers that were not given their usual values; argparse's error if one is out
-    of range."""
-    for name, (nano, elsewhere, *_) in table.items():
-        vars(args).setdefault(name, nano if args.model == "nano" else elsewhere)
-    check_ranges(parser, args, **{name: (low, high) for name, (_, _, low, high, _) in table.items()})
-
-
-def check_ranges(parser, args, **ranges):
-    """argparse's error if an option of `args` is not within its (low, high); None and no option pass."""
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
-
-
-def check_faces(parser, args):
-    """argparse's error unless there is a folder of photos for every model but nano, which draws its own."""
-    if (args.model == "nano") == bool(args.faces):
-        parser.error("--faces is for a model other than nano, and needed there")
-
-
-def check_file(parser, option, file):
-    """argparse's error unless this file, if any is given, can be written, as far as can be told."""
-    if file:
-        check_folder(parser, option, Path(file).parent)
-        if Path(file).is_dir():
-            parser.error(f"{option} {file} is a folder, not a file")
-
-
-def check_folder(parser, option, folder):
-    """argparse's error unless this folder can be written, or made, as far as can be told without doing it."""
-    absolute = Path(folder).absolute()
-    there = next(path for path in (absolute, *absolute.parents) if path.exists())
-    if not there.is_dir():
-        parser.error(f"{option} {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        parser.error(f"{option} {folder}: {there} cannot be written")
-
-
 def one_line(text, longest=500):
     """`text`, which may quote a hostile file, with ? for what moves a terminal's cursor or worse, and cut."""
     shown = text if len(text) <= longest else text[:longest - 1] + "…"

@@ -11,7 +11,7 @@ import torch
 from programs import ROOT
 from tqdm import tqdm
 
-from program import console
+from program import console, options
 from files.disk import whole_files
 
 
@@ -95,8 +95,7 @@ def test_a_closed_terminal(monkeypatch):
 
 
 def test_what_is_wrong_with_an_option_is_not_long(capsys):
-    parser = console.model_parser("", str)
-    parser.add_argument("--steps", type=int)
+    parser = options.parser_of("", [options.same("steps", options.number(int, 0, 9), 1, "")])
     with pytest.raises(SystemExit):
         parser.parse_args(["--steps", "9" * 5000])
     assert len(capsys.readouterr().err.splitlines()[-1]) < 550
@@ -104,13 +103,24 @@ def test_what_is_wrong_with_an_option_is_not_long(capsys):
 
 def test_folders_that_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    parser = argparse.ArgumentParser()
-    console.check_folder(parser, "--out", tmp_path / "new/newer")
-    console.check_folder(parser, "--out", str(tmp_path / "new/newer"))
+    assert options.new_folder(str(tmp_path / "new/newer")) == tmp_path / "new/newer"
     assert not (tmp_path / "new").exists()
     for bad in (tmp_path / "file", tmp_path / "file/below"):
-        with pytest.raises(SystemExit):
-            console.check_folder(parser, "--out", bad)
+        with pytest.raises(argparse.ArgumentTypeError, match="is a file, not a folder"):
+            options.new_folder(str(bad))
+
+
+def test_a_number_is_within_its_range():
+    check = options.number(float, 0, 1)
+    assert check("0.25") == .25 and check("1") == 1
+    for text, why in ("1.5", "must be from 0 to 1"), ("nan", "must be from"), ("x", "'x' is no float"):
+        with pytest.raises(argparse.ArgumentTypeError, match=why):
+            check(text)
+
+
+def test_an_option_has_what_is_usual_for_the_model():
+    rows = [options.Option("rate", options.number(float, 0, 9), 2., 7.5, "")]
+    assert [options.parser_of("", rows, model).parse_args([]).rate for model in ("nano", "x")] == [2., 7.5]
 
 
 def test_files_that_belong_together_are_replaced_together(tmp_path):

@@ -475,11 +475,11 @@ def no_model(monkeypatch):
 @pytest.mark.parametrize("arguments, why", [
     (["--rows", "Nobody"], "there are HyperDreamBooth"),
     (["--faces", "photos"], "--faces is for a model other than nano"),
-    (["--model", "somewhere"], "--faces is for a model other than nano, and needed there"),
+    (["--model", "somewhere"], "required: --faces"),
     (["--model", "somewhere", "--faces", "nowhere"], "nowhere: no such folder"),
     (["--model", "somewhere", "--faces", "nano", "--out", "results"], "has results of nano"),
     (["--hypernet", "nowhere.safetensors"], "no such file"),
-    (["--people", 0], "--people must be"),
+    (["--people", 0], "--people: must be"),
     (["--out", "README.md"], "is a file")])
 def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, no_model, arguments, why):
     assert why in refusal(evaluate, "--device", "cpu", *arguments)

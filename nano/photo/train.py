@@ -21,6 +21,7 @@ from nano.photo.reader import CLASSES, FILE, NUMBERS, STORED, Reader, load_reade
 from nano.photo.report import bearded, report
 from nano.photo.views import faceless, looks, together
 from program import console
+from program.options import DEVICE, RUNS, number, old_file, old_folder, parser_of, same
 from training.trainer import Trainer, seeded
 
 SMOOTHING = .03
@@ -162,20 +163,18 @@ def calibrate(model, photos, truth):
 
 
 def arguments():
-    parser = console.Parser(__doc__)
-    parser.add_argument("--photos", required=True, help="folder of the labelled portraits, of which every "
-                        "fifth is kept to measure by")
-    parser.add_argument("--women", help="folder of further portraits, on none of which a beard may be drawn")
-    parser.add_argument("--start", default=str(FILE), help="file of weights to go on from")
-    parser.add_argument("--thaw", action="store_true", help="train the first three stages as well")
-    usual = {"steps": 1000, "batch": 64, "drawings": 1500, "lr": 5e-4, "seed": 0, "runs": "runs"}
-    for option, value in usual.items():
-        parser.add_argument(f"--{option}", type=type(value), default=value, help="of the training")
-    parser.add_argument("--device", help="cuda, mps or cpu")
+    parser = parser_of(__doc__, [
+        same("photos", old_folder, None, "folder of the labelled portraits, of which every fifth is kept to "
+             "measure by", required=True),
+        same("women", old_folder, None, "folder of further portraits, on none of which a beard may be drawn"),
+        same("start", old_file, str(FILE), "file of weights to go on from"),
+        same("thaw", None, False, "train the first three stages as well", action="store_true"),
+        same("steps", number(int, 0, seeds.STEPS), 1000, "of the training; 0: the figures alone"),
+        same("batch", number(int, 32, 4096), 64, "pictures a step"),
+        same("drawings", number(int, 8, 10 ** 6), 1500, "of the renderer beside the portraits"),
+        same("lr", number(float, 0, 1), 5e-4, "learning rate"),
+        same("seed", number(int, 0, seeds.SEEDS), 0, "of all that is drawn at random"), RUNS, DEVICE])
     args = parser.parse_args()
-    console.check_ranges(parser, args, steps=(0, seeds.STEPS), batch=(32, 4096), lr=(0, 1),
-                         drawings=(8, 10 ** 6), seed=(0, seeds.SEEDS))
-    console.check_folder(parser, "--runs", args.runs)
     args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
 
