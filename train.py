@@ -7,8 +7,10 @@ Three stages, each of which goes on where it was stopped, by the same command; -
   1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/training/pretrain.py
      encoder);
   2. --beta above 0: the target θ of Eq. 2, fitted person by person;
-  3. the hypernetwork. The loss and, for the miniature, what is measured of people kept for watching go to
-     runs/<name>/log.jsonl, with pictures beside it.
+  3. the hypernetwork. The loss and, at every --every steps, what is measured of people kept for watching go
+     to runs/<name>/log.jsonl, with pictures beside it: for the miniature the judge's likeness; of photos the
+     denoising loss under their own θ, under another's and under none. The gap between own and another's is
+     what the hypernetwork knows of identity.
 
 Two things go beyond the paper, which is silent on both. Each sample is left after a number of passes of its
 own (left_after), so that every estimate of Eq. 3 is trained and not the last alone. And in a share of the
@@ -61,12 +63,13 @@ def main(args):
         data = people.People(model, hypernet.vit, args.seed)
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
-        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline, people.OTHERS)
-        watched = None
+        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline, people.OTHERS,
+                      args.watch)
+        watched = data.watched
 
     # what θ means, and what the run depends on beside it
     of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
-    own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta")}
+    own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta", "watch")}
     own |= {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)}
     trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
                       depends_on=of | own)
@@ -93,7 +96,8 @@ def main(args):
             trainer.update(loss, **dict(zip(("denoising", "distance"), terms)))
         if watched and distributed.is_main() and (trainer.step % args.every == 0 or trainer.done):
             with trainer.averaged():
-                estimates = hypernet.passes(encode_face(hypernet.vit, watched.photos)).detach()
+                seen = encode_face(hypernet.vit, watched.photos) if nano else watched.features
+                estimates = hypernet.passes(seen).detach()
             watched.watch(model, [method.lidb.adapters(theta) for theta in estimates[1:]], trainer)
     trainer.average()
     file = trainer.result(args.save, "hypernet.safetensors")
@@ -178,6 +182,8 @@ def arguments():
         same("targets", number(int, 1, 10 ** 6), 1024, "nano: people that targets are fitted for"),
         same("target-steps", number(int, 1, 10 ** 6), 150, "of fitting targets"),
         same("target-lr", number(float, 0, 1), .02, "learning rate of that"),
+        Option("watch", refused("--watch is for --faces") if nano else number(int, 0, 64), 0, 8,
+               "photos to keep apart and measure at every --every steps, a quarter of all at most"),
         *run_rows("hypernet", 250)], model)
     args = parser.parse_args()
     if args.start and args.encoder not in (None, FACE_ENCODER):

@@ -12,6 +12,7 @@ from files import images
 from files.checkpoints import Tensors, check_numbers, checksum
 from files.disk import regular
 from training.parts import cached, split
+from training.watched import WatchedPhotos
 from vit import encode_face
 
 PART = 64  # photos in a file of the cache
@@ -82,10 +83,11 @@ def told(skipped):
 
 class Photos:
     """The photos' features (P, n, d), latents (P, 4, h, w) and `prompt`, in files in `cache`, where they are
-    encoded once. A mirrored photo counts as another person's. ImageError for a folder that isn't there or
-    holds no photos; others are skipped."""
+    encoded once. A mirrored photo counts as another person's. The last `apart` photos, a quarter of
+    all at most, are no part of it but in `watched`, or that is None where they are not two. ImageError for a
+    folder that isn't there or holds no photos; others are skipped."""
 
-    def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf"), others=0.):
+    def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf"), others=0., apart=0):
         self.model, self.prompt, self.others = model, prompt, others
         files, small = photo_files(folder), model.unet.config.sample_size
         side = 8 * small
@@ -106,9 +108,16 @@ class Photos:
         parts = map(Tensors, cached(cache, split(files, PART), of, shapes, encoded, "photos", deadline))
         # a part may have no photo in it
         self.rows = [(part, i) for part in parts if part.shapes for i in range(part.shapes["latents"][0])]
-        self.count = len(self.rows)
         if not self.rows:
             raise no_photos(folder)
+        apart = min(apart, len(self.rows) // 8)
+        self.watched, last = None, len(self.rows) - 2 * apart * (apart > 1)
+        if apart > 1:  # without their mirror images
+            which = torch.arange(last, len(self.rows), 2)
+            features, latents = (self.read(name, which) for name in ("features", "latents"))
+            self.watched = WatchedPhotos(features.float(), latents.to(model.dtype), prompt)
+        self.rows = self.rows[:last]
+        self.count = len(self.rows)
 
     def fix(self, count):
         """The people that targets are fitted for: all of them."""

@@ -1,0 +1,41 @@
+"""What a training on photos can be watched by, without a judge: photos that it never sees."""
+import torch
+
+from adapters import LowRank
+from diffusion import denoising_loss, generators
+from files import images
+
+NOISES = 4  # of each picture, the same every time
+
+
+class WatchedPhotos:
+    """People whose photos are kept apart: `features` (P, n, d), `latents` (P, 4, h, w) and the prompt."""
+
+    def __init__(self, features, latents, prompt):
+        self.features, self.latents, self.prompt = features, latents, prompt
+
+    def losses(self, model, adapters):
+        """name -> the mean denoising loss of these photos under their own adapters, those of P people; under
+        another's, the next person's; and under nobody's: all on the same noise. What `another` exceeds `own`
+        by is what the adapters know of the person and not of faces."""
+        another = {name: LowRank(*(t.roll(1, 0) for t in pair)) for name, pair in adapters.items()}
+        found, prompts = {}, [self.prompt] * len(self.latents)
+        for name, applied in ("own", adapters), ("another", another), ("nobody", {}):
+            (generator,) = generators([0])
+            with torch.no_grad(), model.adapted(applied):
+                drawn = [denoising_loss(model, self.latents, prompts, generator) for _ in range(NOISES)]
+            found[name] = torch.cat(drawn).mean().item()
+        return found | {"gap": found["another"] - found["own"]}
+
+    def watch(self, model, estimates, trainer):
+        """Log the losses() under the last of the estimates' adapters, and draw these people: photos above,
+        pictures below."""
+        numbers, pictures = self.losses(model, estimates[-1]), []
+        for i, latent in enumerate(self.latents):
+            one = {name: LowRank(*(t[i:i + 1] for t in pair)) for name, pair in estimates[-1].items()}
+            with torch.no_grad():
+                pictures += [model.decode(latent[None]).float().clamp(-1, 1).cpu(),
+                             model.sample([self.prompt], [i], adapters=one).cpu()]
+        trainer.log(**numbers)
+        sheet = images.sheet(torch.cat(pictures[::2] + pictures[1::2]), len(self.latents))
+        images.save(sheet, trainer.out / f"step_{trainer.step:06d}.png", **numbers)
