@@ -2,6 +2,8 @@
 import copy
 import json
 import os
+import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,10 +11,10 @@ import torch
 
 from clip import END, START
 from adapters import merge
-from files.checkpoints import check_numbers, write
+from files.checkpoints import LoadError, alike, check_numbers, checksum, write
 from files.disk import read_json, whole_files, write_text
 from program.console import UserError
-from files.layouts import IMPLEMENTED, PARTS, SCHEDULE
+from files.layouts import IMPLEMENTED, PARTS, SCHEDULE, load_parts
 from files.tokenizers import write_tokenizer
 
 
@@ -27,9 +29,12 @@ def free_folder(out):
 def merge_to_folder(model, adapters, source, out):
     """Write a model folder in the hub's layout with one person's adapters merged into its weights; the
     model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
-    our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written: a person would
-    hardly survive 8 bits. UserError if out is taken, ValueError if the adapters are not one person's."""
-    out, layers = free_folder(out), model.layers
+    our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written, from its files
+    once more: a person, and what is as it was, would hardly survive 8 bits. UserError if out is taken,
+    ValueError if the adapters are not one person's."""
+    out, parts = free_folder(out), exact_parts(model)
+    layers = {f"{part}.{name}": layer for part, network in parts.items()
+              for name, layer in network.named_modules()}
     copies = {name: copy.deepcopy(layers[name]).float() for name in adapters}
     merge(copies, adapters)
     dtype = torch.float16 if model.dtype == torch.bfloat16 else model.dtype
@@ -39,12 +44,28 @@ def merge_to_folder(model, adapters, source, out):
 
     with whole_files(out) as (new,):
         for folder, part in ("vae", "vae"), ("text_encoder", "text"), ("unet", "unet"):
-            weights = getattr(model, part).state_dict()
+            weights = parts[part].state_dict()
             weights = {key: merged.get(f"{part}.{key}", t).to(dtype) for key, t in weights.items()}
             write(weights, new / folder / f"{PARTS[folder].stem}.safetensors", {"format": "pt"})
         for file, config in config_files(model, source).items():
             write_text(json.dumps(config, indent=2) + "\n", new / file)
         write_tokenizer(model.tokenizer, new / "tokenizer")
+
+
+def exact_parts(model):
+    """Part -> module: the model's own or, of one in bfloat16, the same in float16 from the files that it was
+    read from. A warning where those are gone, or others."""
+    parts = {"unet": model.unet, "text": model.text, "vae": model.vae}
+    if model.dtype != torch.bfloat16:
+        return parts
+    with suppress(LoadError):
+        network, text, _, autoencoder = load_parts(model.name, "cpu", torch.float16)
+        exact = {"unet": network, "text": text, "vae": autoencoder}
+        if all(alike(checksum(exact[part]), checksum(parts[part])) for part in parts):
+            return exact
+    warnings.warn(f"{model.name}: cannot be read again, so all of it is rounded to bfloat16; --dtype float32 "
+                  "would not", stacklevel=3)
+    return parts
 
 
 def config_files(model, source=None):

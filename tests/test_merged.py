@@ -39,12 +39,28 @@ def test_a_person_merged_in_bfloat16_survives(tmp_path):
     for module in (model.unet, model.text, model.vae):
         module.bfloat16()
     before = model.unet.state_dict()
-    merge_to_folder(model, adapters, None, tmp_path / "out")
+    with pytest.warns(UserWarning, match="small: cannot be read again"):
+        merge_to_folder(model, adapters, None, tmp_path / "out")
     after = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
     a, b = adapters[LAYER]
     key = f"{LAYER[5:]}.weight"
     assert after[key].dtype == torch.float16
     assert difference(after[key].float() - before[key].float(), (a[0] @ b[0]).T) < 2e-3
+
+
+def test_what_a_merge_in_bfloat16_leaves_alone_is_as_in_the_files(tmp_path):
+    merge_to_folder(small(), {}, None, tmp_path / "source")
+    adapters = lora_of(someone())
+    merge_to_folder(sd.load(tmp_path / "source", "cpu", torch.bfloat16), adapters, None, tmp_path / "half")
+    full = sd.load(tmp_path / "source", "cpu", torch.float32)
+    merge(full.layers, adapters)
+    for folder, part in ("unet", full.unet), ("text_encoder", full.text), ("vae", full.vae):
+        (file,) = (tmp_path / "half" / folder).glob("*.safetensors")
+        written = load_file(file)
+        for key, p in part.state_dict().items():
+            untouched = f"{folder[:4]}.{key.rpartition('.')[0]}" not in adapters
+            bar = 0 if untouched else 2e-3
+            assert difference(written[key].float(), p.half().float()) <= bar, key
 
 
 def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
