@@ -70,7 +70,8 @@ class HyperDreamBooth:
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
-        features = encode_face(self.hypernet.vit, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
+        encoder = self.hypernet.vit.to(self.model.device)  # from where it waits, see methods/hyperdreambooth.py
+        features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
 

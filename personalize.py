@@ -182,12 +182,12 @@ def turned(person, args, engine):
 # ------------------------------------------------------------------------------------------------------------
 # Pictures
 
-def sample(prompt, people, adapters, seeds, args, engine):
-    """One picture (P, 3, H, W) of each of these people."""
+def sample(prompt, people, adapters, seeds, args, engine, bar):
+    """One picture (P, 3, H, W) of each of these people. The bar moves a step at each of the sampler's."""
     prompts = [with_identifier(prompt, person.identifier) for person in people]
     return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
                          negative=args.negative, person_guidance=args.person_guidance,
-                         sampler=SAMPLERS[args.sampler])
+                         sampler=SAMPLERS[args.sampler], callback=lambda *step: bar.update())
 
 
 def draw_prediction(people, args, engine):
@@ -195,7 +195,8 @@ def draw_prediction(people, args, engine):
     alone = hyperdreambooth.prediction(people[0])
     if not alone.tensors:
         return []
-    return sample(hdb.PROMPT, [alone], alone.adapters(engine), [args.seed], args, engine)
+    with tqdm(total=args.sample_steps, desc="the prediction alone", leave=False) as bar:
+        return sample(hdb.PROMPT, [alone], alone.adapters(engine), [args.seed], args, engine, bar)
 
 
 def draw(people, adapters, args, engine):
@@ -204,11 +205,12 @@ def draw(people, adapters, args, engine):
     groups = [([i], adapters[i]) for i in numbers]
     if all(isinstance(adapter, LowRank) for own in adapters for adapter in own.values()):
         groups = [(few, stack([adapters[i] for i in few])) for few in split(numbers, args.side_by_side)]
-    pictures = []
-    for i, prompt in enumerate(tqdm(args.prompts, desc="sampling", leave=False)):
-        for few, own in groups:
-            seeds = [args.seed + i * len(people) + k for k in few]
-            pictures.append(sample(prompt, [people[k] for k in few], own, seeds, args, engine))
+    pictures, total = [], len(args.prompts) * len(groups) * args.sample_steps
+    with tqdm(total=total, desc="sampling", leave=False) as bar:
+        for i, prompt in enumerate(args.prompts):
+            for few, own in groups:
+                seeds = [args.seed + i * len(people) + k for k in few]
+                pictures.append(sample(prompt, [people[k] for k in few], own, seeds, args, engine, bar))
     pictures = torch.cat(pictures)
     if not pictures.isfinite().all():
         raise UserError("a picture came out as NaN: the personal weights, --strength or --guidance are too "

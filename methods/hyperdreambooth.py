@@ -34,6 +34,7 @@ def make(engine, photos, generators, args, stage):
     theta, lora = None, {}
     if engine.hypernet:
         theta = engine.predict(photos)
+        engine.hypernet.vit.to("cpu")  # what comes next can use a GPU's 2.5 GB that ViT-H takes
         stage(f"predicted {theta.numel():,} personal weights")
     elif not args.steps:
         raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "

@@ -1,15 +1,18 @@
 """The method by numbers, on a tiny model: each step against the same written out with changed weights."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import Changed, deltas, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched
+from tiny import (
+    Changed, Stage, deltas, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched)
 
 import diffusion
 import hdb
 import lidb
 from diffusion import denoising_loss, noised
 from adapters import Change, LowRank, adapted, fastest, fresh_lora, join, merge
+from methods import hyperdreambooth
 from training.fit import fit
 from vit import encode_face
 
@@ -493,3 +496,11 @@ def test_v_becomes_the_identifier(method):
 def test_a_photo_of_another_shape_is_looked_at_whole(method):
     vit = method.hypernet.vit
     assert encode_face(vit, torch.zeros(1, 3, 64, 128)).shape == encode_face(vit, photo()).shape
+
+
+def test_the_encoder_leaves_the_device_once_it_has_looked(method, monkeypatch):
+    places, vit = [], method.hypernet.vit
+    monkeypatch.setattr(vit, "to", lambda place: places.append(torch.device(place)) or vit)
+    args = SimpleNamespace(model="nano", steps=0, lr=1e-3)
+    hyperdreambooth.make(method, photo()[:, None], [generator(0)], args, Stage())
+    assert places == [method.model.device, torch.device("cpu")]

@@ -55,10 +55,13 @@ def test_columns_of_a_sheet_say_what_they_show():
         assert personalize.heads_of(SimpleNamespace(shown=shown, seen=seen), seen, ["a", "b"]) == heads
 
 
-def test_the_sampler_gets_what_is_asked_for():
-    asked = []
+def test_the_sampler_gets_what_is_asked_for_and_moves_a_bar(monkeypatch):
+    asked, moved = [], []
+    monkeypatch.setattr(personalize.tqdm, "update", lambda bar, n=1: moved.append((n, bar.total)))
 
-    def sample(prompts, adapters, seeds, **options):
+    def sample(prompts, adapters, seeds, callback, **options):
+        for i in range(3):
+            callback(i, 7, torch.zeros(1), torch.zeros(1))
         asked.append((prompts, seeds, options))
         return torch.zeros(len(prompts), 3, 8, 8)
     args = SimpleNamespace(prompts=["[V] face"], people=["a"], seed=7, side_by_side=8, sample_steps=3,
@@ -66,7 +69,7 @@ def test_the_sampler_gets_what_is_asked_for():
     personalize.draw([hyperdreambooth.person()], [{}], args, SimpleNamespace(sample=sample))
     options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry",
                "sampler": diffusion.lcm}
-    assert asked == [([" sks  face"], [7], options)]
+    assert asked == [([" sks  face"], [7], options)] and moved == 3 * [(1, 3)]
 
 
 @pytest.mark.parametrize("given, expected", [
