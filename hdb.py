@@ -70,7 +70,7 @@ class HyperDreamBooth:
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
-        encoder = self.hypernet.vit.to(self.model.device)  # from where it waits, see methods/hyperdreambooth.py
+        encoder = self.hypernet.vit.to(self.model.device)  # it may have been moved off it meanwhile
         features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
