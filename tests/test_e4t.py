@@ -20,7 +20,7 @@ import diffusion
 import hdb
 from methods import e4t, train_e4t
 from diffusion import denoising_loss
-from files import images
+from files import encoders, images
 from program import console
 from program.options import add
 from files.disk import LoadError
@@ -459,7 +459,8 @@ def looker(monkeypatch):
     def load_vit(source, device):
         asked.append((source, device))
         return vit
-    monkeypatch.setattr(e4t, "load_vit", load_vit)
+    for module in e4t, encoders:
+        monkeypatch.setattr(module, "load_vit", load_vit)
     return asked
 
 
