@@ -4,7 +4,9 @@ cICP and in the nclx box of AVIF and HEIC, PNG's gAMA and cHRM, EXIF's mark of A
 Numbers go through a curve to linear light v; then v' = M_sRGB⁻¹ · W · M · v, where M is the primaries' matrix
 RGB → XYZ and W takes their white to sRGB's (Bradford).
 """
+import io
 import struct
+import zlib
 from contextlib import suppress
 
 import numpy as np
@@ -31,6 +33,35 @@ PRIMARIES = {1: SRGB, 2: SRGB, 4: (.310, .316, .67, .33, .21, .71, .14, .08),
 # video's are taken for sRGB's, as browsers do; PQ and HLG are not here
 CURVES = dict.fromkeys((1, 2, 6, 13, 14, 15), decoded) | {4: power(2.2), 5: power(2.8), 8: power(1)}
 BRADFORD = np.array([[.8951, .2664, -.1614], [-.7502, 1.7135, .0367], [.0389, -.0685, 1.0296]])
+# PNG's chunks that are the picture, that say how it is shown, and that say its colours
+CRITICAL, SHOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND"), (b"tRNS", b"eXIf")
+COLOURS = b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"
+
+
+def bare_png(data):
+    """What there is to see of a PNG, as a file, and name -> content of the chunks that say its colours. Text
+    of any length and chunks with a wrong checksum are left out."""
+    kept, chunks = [data.read(8)], {}
+    while head := data.read(8):
+        name, body = head[4:], data.read(int.from_bytes(head[:4], "big") + 4)
+        if name in CRITICAL:
+            kept += head, body
+        elif zlib.crc32(name + body[:-4]) == int.from_bytes(body[-4:], "big"):
+            if name in SHOWN:
+                kept += head, body
+            elif name in COLOURS:
+                chunks[name] = body[:-4]
+    return io.BytesIO(b"".join(kept)), chunks
+
+
+def profile(file, chunks):
+    """The ICC profile of a picture, of a PNG with these chunks, as bytes, or None."""
+    if b"cICP" in chunks:  # goes before
+        return None
+    with suppress(zlib.error):
+        packed = chunks.get(b"iCCP", b"").partition(b"\0")[2][1:]
+        return zlib.decompressobj().decompress(packed, 10 ** 7) or file.info.get("icc_profile")
+    return None
 
 
 def said(image, chunks, head):

@@ -2,7 +2,6 @@
 import io
 import os
 import warnings
-import zlib
 from contextlib import contextmanager, suppress
 from functools import cache
 from textwrap import wrap
@@ -33,9 +32,6 @@ LARGEST, LARGEST_JPEG, LARGEST_RICH, LARGEST_HEAVY = 50, 120, 35, 24
 LARGEST_FILE = 6 * LARGEST  # megabytes: two bytes for each of three colours
 SCANS = 40             # of a progressive JPEG, each of which goes through all of it
 ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
-# PNG's chunks that are the picture, that say how it is shown, and that say its colours
-CRITICAL, SHOWN = (b"IHDR", b"PLTE", b"IDAT", b"IEND"), (b"tRNS", b"eXIf")
-COLOURS = b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"
 
 # EXIF's orientation -> what puts the picture upright
 TURNS = dict(zip(range(2, 9), (
@@ -92,7 +88,7 @@ def opened(path, reduced):
         if head[4:12] in HEIC and "HEIF" not in formats():
             raise ImageError(f"{path}: an HEIC photo; pip install pillow-heif to have those read")
         if head.startswith(b"\x89PNG"):
-            data, chunks = bare_png(data)
+            data, chunks = colours.bare_png(data)
         file = Image.open(data, formats=formats())
         check_kind(file, path)
         check_size(file, path, data, reduced)
@@ -105,8 +101,8 @@ def opened(path, reduced):
             if file.format not in ("JPEG", "MPO") or ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise
         else:
-            file.info["icc_profile"] = profile(file, chunks)
-            file.info["colours"] = colours.said(file, chunks, head)
+            icc = colours.profile(file, chunks)
+            file.info |= {"icc_profile": icc, "colours": None if icc else colours.said(file, chunks, head)}
             image = file.convert("I") if file.mode.startswith("I;") else file
             return upright(smaller(image) if reduced else image), True
 
@@ -125,32 +121,6 @@ def formats():
     """Those of FORMATS that Pillow can read here. All its plugins are imported when a photo is looked at."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
-
-
-def bare_png(data):
-    """What there is to see of a PNG, as a file, and name -> content of the chunks that say its colours. Text
-    of any length and chunks with a wrong checksum are left out."""
-    kept, chunks = [data.read(8)], {}
-    while head := data.read(8):
-        name, body = head[4:], data.read(int.from_bytes(head[:4], "big") + 4)
-        if name in CRITICAL:
-            kept += head, body
-        elif zlib.crc32(name + body[:-4]) == int.from_bytes(body[-4:], "big"):
-            if name in SHOWN:
-                kept += head, body
-            elif name in COLOURS:
-                chunks[name] = body[:-4]
-    return io.BytesIO(b"".join(kept)), chunks
-
-
-def profile(file, chunks):
-    """The ICC profile of a picture, of a PNG with these chunks, as bytes, or None."""
-    if b"cICP" in chunks:  # goes before
-        return None
-    with suppress(zlib.error):
-        packed = chunks.get(b"iCCP", b"").partition(b"\0")[2][1:]
-        return zlib.decompressobj().decompress(packed, 10 ** 7) or file.info.get("icc_profile")
-    return None
 
 
 @contextmanager

@@ -344,6 +344,16 @@ def test_colours_that_are_hdr_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_a_profile_goes_before_what_an_avif_says(tmp_path):
+    Image.new("RGB", (80, 80), (40, 120, 60)).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4",
+                                                   icc_profile=swapped_profile())
+    data = (tmp_path / "a.avif").read_bytes()
+    at = data.index(b"colrnclx") + 8
+    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", 9, 16) + data[at + 4:])
+    assert colour(tmp_path / "a.avif") == pytest.approx([120, 40, 60], abs=2)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 def test_colours_that_an_avif_says(tmp_path):
     Image.new("RGB", (80, 80), (210, 160, 130)).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
     data = (tmp_path / "a.avif").read_bytes()
