@@ -17,8 +17,8 @@ PLAIN = .4  # the share of a training's pictures that are in no style
 UNSEEN = "beach"  # the style that no hypernetwork or E4T encoder is trained in, to see what is made of it
 # The share of samples that show another person, whom a prompt without [V] asks for: a person must not be in
 # what is not about them
-OTHERS = .3
-NOBODY = .3  # of these prompts the empty ones
+OTHERS = .35
+NOBODY = .25  # of these prompts the empty ones
 RARE = wording.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
 LOOKS = .25  # the share of samples with one attribute changed, in words and in the picture
 # What is asked for where obedience is measured: attributes and their categories
@@ -78,7 +78,7 @@ class People:
         other, altered = kind < self.others, kind >= 1 - self.looks
         looks, phrases = wording.changed(identity, generator)
         strangers = torch.rand(identity.shape, generator=generator)
-        captions = wording.captions(strangers, style, generator, drop=NOBODY, names=RARE)
+        captions = wording.captions(strangers, style, generator, words=.4, rare=.7, drop=NOBODY, names=RARE)
         target = torch.where(altered[:, None], looks, identity)
         target[other] = strangers[other]
         ours = [wording.caption(s, "[V]", [phrase] if a else [])
