@@ -122,7 +122,7 @@ def make_people(sittings, args, engine, stage):
     for some, outs in zip(split(sittings, together), split(folders, together)):
         photos = torch.stack([sitting.seen for sitting in some]).to(engine.model.device)
         generators = [hdb.seeded(args.seed) for _ in some]
-        noises = args.batch * len(some) * (2 if getattr(args, "prior_weight", 0) else 1)
+        noises = getattr(args, "batch", 1) * len(some) * (2 if getattr(args, "prior_weight", 0) else 1)
         plan_memory(engine.model, noises, Change in method.kinds(args))
         made = method.make(engine, photos, generators, args, stage)
         if not all(map(finite, made.tensors.values())):

@@ -163,8 +163,8 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--seed", 10 ** 30], "--seed: must be"),
     (["nano/example.png", "[V] face", "--device", "meta"], "device meta: not available"),
     (["nano/example.png", "[V] face", "--merge", "nano"], "exists already"),
-    (["nano/example.png", "[V] face", "--merge", "out/never"], "two folders"),
-    (["nano/example.png", "[V] face", "--merge", "out"], "--out not in the other"),
+    (["nano/example.png", "[V] face", "--merge", "never/there"], "two folders"),
+    (["nano/example.png", "[V] face", "--merge", "never"], "--out not in the other"),
     (["nano/example.png", "[V] face", "--device", "privateuseone"], "device privateuseone: not available"),
     (["/dev/null", "[V] face"], "not a file"),
     (["nano/example.png", "[V] face", "nano/example.png"], "stands where a prompt is expected"),
@@ -173,8 +173,8 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png"], "required: prompt"),
 ])
 def test_what_a_user_did_wrong_is_one_clear_line(refusal, arguments, why):
-    assert why in refusal(personalize, "--out", "out/never", "--device", "cpu", *arguments)
-    assert not (ROOT / "out/never").exists()
+    assert why in refusal(personalize, "--out", "never/there", "--device", "cpu", *arguments)
+    assert not (ROOT / "never").exists()
 
 
 def test_a_mistake_in_a_program_of_its_own():

@@ -1,0 +1,184 @@
+"""The figures of README and docs, by matplotlib, which only whoever makes them needs.
+
+    python -m docs.figures          # the same bytes again, from the same commit
+
+pipeline.png, lidb.png, unet.png, world.png, modules.png. The experiment draws its own (python -m evaluation),
+the tour too.
+"""
+import ast
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+import hdb
+from files import images
+from files.layouts import HERE
+from nano import faces, seeds
+
+HERE_DOCS = Path(__file__).parent
+COLOURS = {"given": "#e8e8e8", "frozen": "#cfe3f7", "learnt": "#f9d9b8", "result": "#d5edd0"}
+
+
+def sheet(width, height):
+    """An empty figure of so many inches, and its axes without a frame, one unit an inch."""
+    figure = FigureCanvasAgg(Figure((width, height))).figure
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def box(axes, x, y, width, height, text, kind, size=9):
+    """A labelled box with its lower left corner at (x, y)."""
+    axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=.06",
+                                  fc=COLOURS[kind], ec="#555555", lw=.8))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, linespacing=1.35)
+
+
+def arrow(axes, start, end, text="", above=.1):
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#333333", "lw": 1})
+    middle = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + above
+    axes.text(*middle, text, ha="center", va="bottom", fontsize=7.5)
+
+
+def pipeline():
+    """From a photo to a picture, with the shapes on SD 1.5 and on nano."""
+    figure, axes = sheet(10, 3.6)
+    box(axes, .1, 2.2, 1.2, .8, "photo\n3×512×512\n(3×128×128)", "given", 8)
+    box(axes, 1.9, 2.2, 1.3, .8, "ViT encoder\nonce", "frozen")
+    box(axes, 3.9, 2.2, 1.6, .8, "decoder\na token a layer\ns = 4 passes", "learnt")
+    box(axes, 6.3, 2.2, 1.4, .8, "θ\n192×150 numbers\n(79×96)", "result")
+    box(axes, 8.5, 2.2, 1.4, .8, "LiDB, Eq. 1\nΔW of every\nattention layer", "frozen")
+    for left, right, text in ((1.3, 1.9, ""), (3.2, 3.9, "f"), (5.5, 6.3, "Eq. 3"), (7.7, 8.5, "")):
+        arrow(axes, (left, 2.6), (right, 2.6), text, .03)
+    axes.annotate("", (4.3, 3.0), (5.1, 3.0), arrowprops={"arrowstyle": "-|>", "color": "#333333",
+                                                          "connectionstyle": "arc3,rad=.7"})
+    axes.text(4.7, 3.32, "its own last estimate", ha="center", fontsize=7.5)
+    box(axes, .1, .5, 1.9, .8, "fine-tuning, 40 steps\na LoRA of rank 4\non the photo", "learnt")
+    box(axes, 3.2, .5, 2.5, .8, "Stable Diffusion\nW + ΔW + A·B\nfrozen W", "frozen")
+    box(axes, 7.2, .5, 2.4, .8, "“a [V] face as a rock star”\na picture of the person", "result")
+    arrow(axes, (2.0, .9), (3.2, .9), "A·B", .03)
+    arrow(axes, (5.7, .9), (7.2, .9), "sampler", .03)
+    arrow(axes, (.7, 2.2), (.7, 1.3))
+    axes.plot((9.2, 9.2, 4.4), (2.2, 1.75, 1.75), color="#333333", lw=1)
+    arrow(axes, (4.4, 1.76), (4.4, 1.3))
+    axes.text(6.8, 1.8, "ΔW stays as predicted", ha="center", fontsize=7.5)
+    for i, (kind, text) in enumerate((("frozen", "frozen"), ("learnt", "trained"), ("result", "result"))):
+        axes.add_patch(Rectangle((.1 + i * 1.1, .1), .2, .15, fc=COLOURS[kind], ec="#555555", lw=.6))
+        axes.text(.37 + i * 1.1, .175, text, va="center", fontsize=8)
+    axes.text(9.9, .175, "shapes on SD 1.5, in brackets on nano", ha="right", va="center", fontsize=8)
+    return figure
+
+
+def lidb():
+    """The matrices of Eq. 1 for a layer of 320 by 320, to scale, beside ΔW and a rank-1 LoRA."""
+    figure, axes = sheet(9, 3.2)
+    unit, top = 2.3 / 320, 2.75
+    parts = [("ΔW\n320×320", 320, 320, "given"), ("=", 0, 0, ""), ("A_aux\n320×100", 320, 100, "frozen"),
+             ("·", 0, 0, ""), ("A_train\n100×1", 100, 1, "learnt"), ("·", 0, 0, ""),
+             ("B_train\n1×50", 1, 50, "learnt"), ("·", 0, 0, ""), ("B_aux\n50×320", 50, 320, "frozen")]
+    at = .2
+    for text, rows, columns, kind in parts:
+        if not kind:
+            axes.text(at + .1, top - .5, text, fontsize=14, ha="center", va="center")
+            at += .35
+            continue
+        width, height = max(columns * unit, .03), max(rows * unit, .03)
+        axes.add_patch(Rectangle((at, top - height), width, height, fc=COLOURS[kind], ec="#555555", lw=.8))
+        axes.text(at + width / 2, top + .08, text, ha="center", va="bottom", fontsize=8.5)
+        at += max(width, .5) + .12
+    axes.text(4.2, .9, "frozen (blue): a seed makes them again.  trained (orange): 150 numbers a layer,\n"
+              "28,800 in 192 layers of SD 1.5; a rank-1 LoRA has 385,344.", fontsize=9)
+    return figure
+
+
+def unet():
+    """The levels of nano's UNet: size, channels, personalised layers."""
+    model = hdb.load("nano", "cpu")
+    layers = hdb.HyperDreamBooth(model).layers
+    config = model.unet.config
+    figure, axes = sheet(8, 2.6)
+    wide, side = config.block_out_channels, config.sample_size
+    count = len(wide)
+    for i, channels in enumerate(wide):
+        text = f"{channels} channels\n{side >> i}×{side >> i}"
+        for x, part in ((.2 + i * .35, f"down_blocks.{i}"), (5.2 - i * .35, f"up_blocks.{count - 1 - i}")):
+            here = sum(f"unet.{part}." in name for name in layers)
+            box(axes, x, 1.9 - i * .6, 2.5, .5, f"{part}: {text}\n{here} personalised layers", "frozen", 7.5)
+    middle = sum("unet.mid_block" in name for name in layers)
+    text = sum(name.startswith("text.") for name in layers)
+    axes.text(4, .25, f"middle: {middle} personalised layers;  text encoder: {text};  together {len(layers)}",
+              ha="center", fontsize=9)
+    return figure
+
+
+def world():
+    """What a person, and what a photo, is made of: one attribute, one circumstance at a time."""
+    identity = faces.identities([seeds.EXAMPLE]).repeat(6, 1)
+    calm = torch.full((6, len(faces.NUISANCE)), .5)
+    rows = []
+    for name in ("hair_style", "hair_colour", "skin", "beard", "glasses"):
+        people = identity.clone()
+        people[:, faces.IDENTITY.index(name)] = (torch.arange(6) + .5) / 6
+        rows.append((name.replace("_", " "), people, calm))
+    for name in ("yaw", "smile", "light", "background"):
+        photo = calm.clone()
+        photo[:, faces.NUISANCE.index(name)] = (torch.arange(6) + .5) / 6
+        rows.append((name, identity, photo))
+    figure = FigureCanvasAgg(Figure((6.4, 8.4), layout="constrained")).figure
+    for line, (name, people, photo) in zip(figure.subplots(len(rows), 6), rows):
+        for axes, picture in zip(line, faces.render(people, photo, torch.zeros(6, dtype=torch.long))):
+            axes.imshow(images.to_pil(picture))
+            axes.set(xticks=[], yticks=[])
+        kind = "a person" if people is not identity else "a photo"
+        line[0].set_ylabel(f"{name}\n({kind})", fontsize=8)
+    return figure
+
+
+def modules():
+    """The rooms of tests/test_house.py, floor by floor, and what imports what."""
+    tree = ast.parse((HERE / "tests/test_house.py").read_text(encoding="utf-8"))
+    floors = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
+                  and node.targets[0].id == "ROOMS")
+    order = [sorted(floor) for floor in floors]
+    figure, axes = sheet(8, .62 * len(order) + .3)
+    places = {}
+    for y, names in enumerate(order):
+        for i, name in enumerate(names):
+            x = 4 + (i - (len(names) - 1) / 2) * 1.5
+            x += (-1) ** y * 1.1 * (len(names) == 1)  # in two columns, so that lines are seen
+            places[name] = x, .35 + .62 * y
+    for name, (x, y) in places.items():
+        for other in imported(name) & places.keys() - {name}:
+            axes.plot((x, places[other][0]), (y, places[other][1]), color="#bbbbbb", lw=.6, zorder=0)
+    for name, (x, y) in places.items():
+        folder = (HERE / name).is_dir()
+        box(axes, x - .65, y - .17, 1.3, .34, f"{name}/" if folder else f"{name}.py",
+            "given" if folder else "learnt", 8.5)
+    return figure
+
+
+def imported(room):
+    """The top names that a room's files import."""
+    files = (HERE / room).glob("*.py") if (HERE / room).is_dir() else [HERE / f"{room}.py"]
+    names = set()
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def main():
+    for draw in pipeline, lidb, unet, world, modules:
+        path = HERE_DOCS / f"{draw.__name__}.png"
+        draw().savefig(path, dpi=110, metadata={"Software": None})
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The page that tour.py writes about itself: of every step its text, its picture and what it printed."""
+import inspect
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import ImageDraw, ImageFont
+
+from files import images
+
+HEAD = """# The tour
+
+Read this if you want the paper from end to end, with what each step makes. [tour.py](../tour.py) writes this
+page, numbers and pictures included: run `python tour.py` and compare.
+"""
+
+
+class Page:
+    """tour.md in `folder`, with its pictures in tour/."""
+
+    def __init__(self, folder):
+        self.folder, self.parts = Path(folder), [HEAD]
+        self.pictures = self.folder / "tour"
+        self.pictures.mkdir(parents=True, exist_ok=True)
+
+    def say(self, line):
+        """Print a line, which the page shows too."""
+        print(f"  {line}")
+        self.said.append(line)
+
+    def show(self, title, pictures, heads):
+        """The step's picture: these (B, 3, H, W), under a head for each column."""
+        self.save(title, images.sheet(pictures, len(heads), heads))
+
+    def save(self, title, image):
+        """The step's picture: a PIL image."""
+        path = self.pictures / f"{self.number}.png"
+        images.save(image, path)
+        self.picture = f"![{title}](tour/{path.name})"
+
+    def take(self, number, step):
+        """Run one step, and put its docstring, its picture and what it said on the page."""
+        title, _, text = inspect.getdoc(step).partition("\n\n")
+        self.number, self.said = number, []
+        print(f"{number}. {title}")
+        step(self)
+        said = "\n".join(self.said)
+        self.parts.append(f"## {number}. {title}\n\n{text}\n\n{self.picture}\n\n```\n{said}\n```\n")
+
+    def write(self):
+        """Write the page; its path."""
+        path = self.folder / "tour.md"
+        path.write_text("\n".join(self.parts), encoding="utf-8")
+        return path
+
+
+def to_scale(matrices, pixels=4):
+    """Matrices by name, as grey values, side by side and to scale under their names: a PIL image."""
+    height, padded = 8 + max(map(len, matrices.values())), []
+    for matrix in matrices.values():
+        grey = matrix / matrix.abs().max().clamp(min=1e-9)
+        padded.append(F.pad(grey, (0, 20, 8, height - 8 - len(matrix)), value=1.))
+    large = torch.cat(padded, 1).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+    image, at = images.to_pil(large.expand(3, -1, -1)), 0
+    for name, part in zip(matrices, padded):
+        rows, columns = matrices[name].shape
+        text = f"{name}  {rows}×{columns}"
+        ImageDraw.Draw(image).text((at, 8), text, "black", ImageFont.load_default(13))
+        at += pixels * part.shape[1]
+    return image
