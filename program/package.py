@@ -1,0 +1,64 @@
+"""The build backend of `pip install git+…` (PEP 517): all modules as one package, hyperdreambooth.
+
+    pip install git+https://…/hdb
+    from hyperdreambooth import hdb, lidb, adapters
+
+Here files lie flat, and their names (clip, vae, unet) are also those of others' packages. So the wheel holds them
+under one name, and their imports of each other say so. It needs nothing but Python.
+"""
+import base64
+import hashlib
+import re
+import zipfile
+from pathlib import Path
+
+NAME, VERSION = "hyperdreambooth", "0.1"
+ROOT = Path(__file__).parents[1]
+FOLDERS = "docs", "evaluation", "files", "methods", "nano", "program", "training"
+DATA = ".safetensors", ".json", ".txt", ".csv"
+WHEEL = "Wheel-Version: 1.0\nGenerator: hdb\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+
+
+def ours():
+    """The top names that files here import each other by."""
+    return sorted({*FOLDERS, *(file.stem for file in ROOT.glob("*.py"))})
+
+
+def within(text, names):
+    """Python source whose imports of `names` are of the package's modules."""
+    any_of = "|".join(names)
+    text = re.sub(rf"(?m)^(\s*)from ({any_of})(?=[.\s])", rf"\1from {NAME}.\2", text)
+    return re.sub(rf"(?m)^(\s*)import ({any_of})$", rf"\1from {NAME} import \2", text)
+
+
+def contents():
+    """(path in the wheel, bytes) of everything but the record."""
+    names = ours()
+    yield f"{NAME}/__init__.py", b""
+    files = [*ROOT.glob("*.py"), *(file for name in FOLDERS for file in (ROOT / name).rglob("*"))]
+    for file in sorted(files):
+        path = f"{NAME}/{file.relative_to(ROOT).as_posix()}"
+        if file.suffix == ".py":
+            yield path, within(file.read_text(encoding="utf-8"), names).encode()
+        elif file.suffix in DATA:
+            yield path, file.read_bytes()
+    requires = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    needs = "".join(f"Requires-Dist: {line}\n" for line in requires if line and not line.startswith("pytest"))
+    about = f"{NAME}-{VERSION}.dist-info"
+    yield f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {VERSION}\n{needs}".encode()
+    yield f"{about}/WHEEL", WHEEL.encode()
+    for name in "LICENSE", "NOTICE":
+        yield f"{about}/{name}", (ROOT / name).read_bytes()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """Write the wheel into this folder; its name. pip calls this."""
+    file, record = f"{NAME}-{VERSION}-py3-none-any.whl", []
+    with zipfile.ZipFile(Path(wheel_directory) / file, "w", zipfile.ZIP_DEFLATED) as wheel:
+        for path, data in contents():
+            wheel.writestr(path, data)
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            record.append(f"{path},sha256={digest},{len(data)}\n")
+        path = f"{NAME}-{VERSION}.dist-info/RECORD"
+        wheel.writestr(path, "".join(record) + f"{path},,\n")
+    return file
