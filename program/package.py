@@ -3,8 +3,8 @@
     pip install git+https://…/hdb
     from hyperdreambooth import hdb, lidb, adapters
 
-Here files lie flat, and their names (clip, vae, unet) are also those of others' packages. So the wheel holds them
-under one name, and their imports of each other say so. It needs nothing but Python.
+Here files lie flat, and their names (clip, vae, unet) are also those of others' packages. So the wheel holds
+them under one name, and their imports of each other say so. It needs nothing but Python.
 """
 import base64
 import hashlib
