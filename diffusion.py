@@ -80,16 +80,16 @@ def noised(latent, generator, part=(0, 1)):
     return add_noise(latent, noise, t), t.to(latent.device), noise, weight
 
 
-def denoising_error(unet, context, noisy, t, noise, weight):
+def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
     """Squared error (B,) of the clean latent implied by the UNet's prediction ε̂ in what noised() gives, under
     the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in the
     dtype of `context`, the error is float32.
 
     x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure noise
-    does not dominate.
+    does not dominate. places: weights (h, w) of the latent's places, 1 on average.
     """
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
-    return weight * (predicted.float() - noise.float()).pow(2).mean((1, 2, 3))
+    return weight * (places * (predicted.float() - noise.float()).pow(2)).mean((1, 2, 3))
 
 
 def timesteps(steps, spacing="leading"):

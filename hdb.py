@@ -75,7 +75,8 @@ class HyperDreamBooth:
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
 
-    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None):
+    def fine_tune(self, photo, theta=None, steps=40, rank=4, lr=3e-3, batch=4, generator=None, callback=None,
+                  places=1.):
         """Section 4.3, rank-relaxed fast fine-tuning: photo (P, 3, H, W) in [-1, 1] and the prediction θ̂ (P,
         layers, size) -> the LoRA's adapters alone; join() them with the prediction's.
 
@@ -83,7 +84,8 @@ class HyperDreamBooth:
         loss on the one photo, `batch` noises a step. N photos of a person, (P, N, 3, H, W), take turns.
         generator: a CPU generator, or a list of one for each of P people, who are then trained side by side
         and as they would be alone. theta None: without a prediction; then the text encoder is trained too,
-        since nothing else tells it who [V] is. callback(step, loss) after every step; True ends it.
+        since nothing else tells it who [V] is. callback(step, loss) after every step; True ends it. places:
+        weights (h, w) of the latent's places in the loss (training/views.py).
         """
         photos = photo if photo.dim() == 5 else photo[:, None]
         people, count = photos.shape[:2]
@@ -110,7 +112,7 @@ class HyperDreamBooth:
 
             def loss(*noisy):
                 text = self.model.text(ids) if fixed is None else fixed
-                return denoising_error(self.model.unet, text, *noisy).mean()
+                return denoising_error(self.model.unet, text, *noisy, places).mean()
             fit_or_take_back(loss, factors, steps, lr, lambda: self.model.adapted(fastest(lora, layers)),
                              callback, inputs, replay=generator)
         return detach(lora)

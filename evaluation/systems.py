@@ -26,10 +26,11 @@ class Job(NamedTuple):
     needs: str = ""
 
 
-def ours(method, photo, generators, steps=40, predict=True, iterations=None, **settings):
+def ours(method, photo, generators, steps=40, predict=True, iterations=None, rank=4, lr=3e-3, views=8):
     """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
     theta = method.predict(photo, iterations) if predict else None
-    lora = method.fine_tune(photo, theta, steps, generator=generators, **settings) if steps else {}
+    photos = photo if photo.dim() == 5 else photo[:, None]
+    lora = hyperdreambooth.tune(method, photos, theta, generators, views, steps, rank, lr) if steps else {}
     return hyperdreambooth.person(theta, lora)
 
 
@@ -70,7 +71,7 @@ def rows(nano, quick=False):
     def known(module, *names):
         found = usual(module, nano, "steps", *names)
         return found | {"steps": max(1, found["steps"] // part)}
-    fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4})
+    fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
     passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet") for k in (1, 2, 3)]
     return [
         Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet"),

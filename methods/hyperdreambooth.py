@@ -8,6 +8,7 @@ from files.person import OURS, Person, lora_shapes
 from methods.protocol import Method
 from program.console import UserError
 from program.options import number, old_file, same
+from training.views import crops, face_weights
 
 # nano's were the best of several on validation people. Elsewhere fast fine-tuning takes the rate of LoRAs on
 # one image; without a hypernetwork it has the whole way to go, and takes what is published for those
@@ -23,6 +24,8 @@ def options(model, hypernet):
             same("rank", number(int, 1, 320), rank, "of the LoRA that is fine-tuned"),
             same("lr", number(float, 0, 1), lr, "learning rate of fine-tuning"),
             same("batch", number(int, 1, 1024), 4, "noises of the photo a step of fine-tuning"),
+            same("views", number(int, 1, 64), 8 if model == "nano" else 1, "of the one photo: crops of it, "
+                 "its surroundings weighted down, so that less is copied; 1: the photo as it is"),
             same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own"),
             same("encoder", str, None, "where the ViT is that --hypernet was trained with, if it has moved",
                  dest="face_encoder")]
@@ -47,9 +50,19 @@ def make(engine, photos, generators, args, stage):
     if args.steps:
         with stage.progress(args.steps) as show:
             settings = args.steps, args.rank, args.lr, args.batch
-            lora = engine.fine_tune(photos, theta, *settings, generators, show)
+            lora = tune(engine, photos, theta, generators, args.views, *settings, callback=show)
         stage(f"fine-tuned {args.steps} steps at rank {args.rank}, learning rate {args.lr:g}")
     return person(theta, lora, base=args.model, basis_seed=engine.basis_seed)
+
+
+def tune(engine, photos, theta, generators, views, *settings, callback=None):
+    """engine.fine_tune with its settings, on so many views of the photo where there is one of each person
+    (training/views.py), or on the photos (P, N, 3, H, W) as they are."""
+    if views == 1 or photos.shape[1] > 1:
+        return engine.fine_tune(photos, theta, *settings, generator=generators, callback=callback)
+    side = [length // 8 for length in photos.shape[-2:]]
+    return engine.fine_tune(crops(photos[:, 0], views, generators), theta, *settings, generator=generators,
+                            callback=callback, places=face_weights(*side, photos.device))
 
 
 def person(theta=None, lora=None, basis_seed=0, **about):

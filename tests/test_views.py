@@ -1,0 +1,53 @@
+"""training/views.py by numbers: which crops, whose generator, which places count."""
+import pytest
+import torch
+from tiny import generator, photo, shared_model, tiny_hypernet
+
+import hdb
+from methods import hyperdreambooth
+from training.views import crops, face_weights
+
+
+def test_crops_are_the_photo_zoomed_turned_and_shifted():
+    """Of a picture whose colours are its coordinates: what a crop shows at each place is where it looks."""
+    at = (torch.arange(64) + .5) / 32 - 1
+    picture = torch.stack([at[None].expand(64, 64), at[:, None].expand(64, 64), torch.zeros(64, 64)])
+    whole, *found = crops(picture[None], 4, [generator(3)])[0]
+    assert torch.equal(whole, picture)
+    numbers = 2 * torch.rand(3, 4, generator=generator(3)) - 1
+    middle = slice(24, 40)  # nothing is mirrored there
+    for view, (zoom, angle, x, y) in zip(found, numbers):
+        scale, turn = 1 + .1 * zoom, .12 * angle
+        expected_x = scale * (turn.cos() * picture[0] - turn.sin() * picture[1]) + .1 * x
+        expected_y = scale * (turn.sin() * picture[0] + turn.cos() * picture[1]) + .1 * y
+        for channel, expected in (0, expected_x), (1, expected_y):
+            assert torch.allclose(view[channel, middle, middle], expected[middle, middle], atol=1e-3)
+
+
+def test_nobodys_crops_depend_on_who_is_beside_them():
+    both = crops(photo(2), 3, [generator(1), generator(2)])
+    assert both.shape[:2] == (2, 3) and torch.equal(both[1], crops(photo(2)[1:], 3, [generator(2)])[0])
+
+
+def test_the_middle_counts_and_the_mean_is_one():
+    weights = face_weights(16, 16)
+    assert weights.mean().item() == pytest.approx(1, abs=1e-5) and weights[8, 8] > 1.5 > .1 > weights[0, 0]
+    x, y = (4 + .5) / 8 - 1, (12 + .5) / 8 - 1
+    inside = 1 / (1 + torch.tensor(-6 * (1 - (x / .62) ** 2 - ((y - .03) / .85) ** 2)).exp())
+    assert weights[12, 4] / weights[8, 8] == pytest.approx(inside.item() / .9975, rel=.01)
+
+
+def test_tuning_is_on_the_views_of_one_photo_and_on_several_photos_as_they_are():
+    model = shared_model()
+    engine = hdb.HyperDreamBooth(model)
+    engine.hypernet = tiny_hypernet(*engine.lidb.shape)
+    theta, g = engine.predict(photo()), generator(5)
+    tuned = hyperdreambooth.tune(engine, photo()[:, None], theta, [generator(5)], 3, 2, 2, .01, 3)
+    views = crops(photo(), 3, [g])
+    places = face_weights(*(side // 8 for side in photo().shape[-2:]))
+    expected = engine.fine_tune(views, theta, 2, 2, .01, 3, [g], places=places)
+    assert all(torch.equal(tuned[name].b, expected[name].b) for name in expected)
+    for photos, count in (photo()[:, None], 1), (photo(2)[None], 8):
+        asis = hyperdreambooth.tune(engine, photos, theta, [generator(5)], count, 2, 2, .01, 3)
+        expected = engine.fine_tune(photos, theta, 2, 2, .01, 3, [generator(5)])
+        assert all(torch.equal(asis[name].b, expected[name].b) for name in expected)
