@@ -50,7 +50,7 @@ IMPLEMENTED = {
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": .012,
             "num_train_timesteps": 1000, "trained_betas": None}
 
-LARGE = 500_000_000  # bytes of a UNet's files
+LARGE = 5e8  # bytes of a UNet's files
 AVERAGE = "model_ema.diffusion_model"  # whose keys have no dots
 ONLY = "only Stable Diffusion 1.x is implemented"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"

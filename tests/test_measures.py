@@ -86,14 +86,14 @@ def test_every_measure_of_every_person(monkeypatch):
     asked, options = model.asked
     assert options == {"guidance": 3., "steps": 15}
     assert [prompt for prompt, _ in asked[::2]] == [
-        "a [V] face", *(f"a [V] face with {look}" for look in measures.LOOKS), "a face", "a zwx face"]
+        "a [V] face", *(f"a [V] face with {look}" for look in measures.LOOKS), "a face", "a nqz face"]
     assert [seed for _, seed in asked[:4]] == [2, 0, 1002, 1000]
     likeness = held.judge.likeness
     another = held.more_photos(1)[who, 0]
     expected = likeness(shown.expand(2, -1, -1, -1), another)
     grey = likeness(torch.zeros(2, 3, 128, 128), another)
     assert torch.allclose(found["another photo"], expected, atol=1e-5)
-    for name in "leaked", "leaked: a face", "leaked: a zwx face":
+    for name in "leaked", "leaked: a face", "leaked: a nqz face":
         assert torch.allclose(found[name], expected - grey, atol=1e-5), name
     assert torch.allclose(found["error"], measures.error(read[0].expand(2, -1), held.identity[who]))
     spread = measures.spread(circumstances)

@@ -37,6 +37,6 @@ def test_those_of_a_small_model_always_fit(monkeypatch):
 
 
 def test_what_is_free_on_this_machine_is_more_than_a_test_holds():
-    held = torch.zeros(100_000_000, dtype=torch.uint8) + 1  # so that its pages are there
+    held = torch.zeros(10 ** 8, dtype=torch.uint8) + 1  # so that its pages are there
     before = free_memory(held.device)
     assert before == 0 or 1e8 < before < 1e14  # 0 on systems that don't say
