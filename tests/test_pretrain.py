@@ -134,7 +134,7 @@ def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):
     pretrain.restore(weights, pretrain.VAE)
     weights.encoder.conv_in.bias.data += .1
     write(weights.state_dict(), pretrain.FOLDER / pretrain.VAE)
-    with pytest.raises(UserError, match="of another run .vae [\w-]+ there, [\w-]+ here.; remove it"):
+    with pytest.raises(UserError, match=r"of another run .vae [\w-]+ there, [\w-]+ here.; remove it"):
         train(*options)
 
 
