@@ -1,6 +1,6 @@
 """HyperDreamBooth from end to end on nano, in nine steps: the paper's sections and equations, running.
 
-    python tour.py          # a few minutes on a laptop's CPU; writes docs/tour.md with its pictures
+    python tour.py          # about a minute on two cores; writes docs/tour.md with its pictures
     python tour.py fast     # a few steps of everything, to out/tour/
 
 Every step says what it claims, prints what it measured, asserts it, and draws one picture. docs/tour.md is
@@ -156,7 +156,7 @@ def step_5(tour):
     steps = tour.passes.diff(dim=0).flatten(2)
     cosines = torch.cosine_similarity(steps[1:], steps[:-1], dim=2).mean(1)
     tour.say("cosine between one pass's step and the next: " + ", ".join(f"{c:+.2f}" for c in cosines))
-    assert tour.fast or scores[-1] == max(scores) and scores[-1] > .7
+    assert tour.fast or scores[-1] > scores[0] + .05 and scores[-1] > .8
     heads = ["photo", *(f"pass {k}" for k in range(1, len(tour.passes)))]
     tour.show("people after every pass", torch.stack([tour.photos, *pictures], 1)[:4].flatten(0, 1), heads)
 
@@ -164,8 +164,8 @@ def step_5(tour):
 def step_6(tour):
     """Whose θ is it? (section 4.2)
 
-    θ is about its person: another's θ draws another, everybody's mean draws nobody, half of two is a bit of
-    both. And a person belongs to [V]: a prompt that does not say [V] should draw somebody else.
+    θ is about its person: another's θ draws another, and between two people lies something of both. A person
+    also belongs to [V]: a prompt that does not say [V] draws somebody else.
     """
     theta = tour.passes[-1]
     given = {"own": theta[:1], "another's": theta[1:2], "mean": theta.mean(0, keepdim=True),
@@ -178,6 +178,7 @@ def step_6(tour):
     drawn = [tour.everybody("a face", adapters) for adapters in (tour.method.lidb.adapters(theta), {})]
     leaked, chance = (tour.judge.likeness(x, tour.photos).mean().item() for x in drawn)
     tour.say(f'"a face", without [V]: likeness {leaked:.2f} with the weights, {chance:.2f} without them')
+    assert tour.fast or leaked < scores["own"] / 2
     tour.show("θ of the first person, of the second, and mixtures",
               torch.cat([tour.photos[:2], *pictures.values()]), ["person 1", "person 2", *given])
 

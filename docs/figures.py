@@ -2,8 +2,8 @@
 
     python -m docs.figures          # the same bytes again, from the same commit
 
-pipeline.png, lidb.png, unet.png, world.png, modules.png. The experiment draws its own (python -m evaluation),
-the tour too.
+pipeline.png, lidb.png, unet.png, world.png, modules.png, training.png. The experiment draws its own (python
+-m evaluation), the tour too.
 """
 import ast
 from pathlib import Path
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 import hdb
+from evaluation.figures import training
 from files import images
 from files.layouts import HERE
 from nano import faces, seeds
@@ -90,8 +91,8 @@ def lidb():
         axes.add_patch(Rectangle((at, top - height), width, height, fc=COLOURS[kind], ec="#555555", lw=.8))
         axes.text(at + width / 2, top + .08, text, ha="center", va="bottom", fontsize=8.5)
         at += max(width, .5) + .12
-    axes.text(4.2, .9, "frozen (blue): a seed makes them again.  trained (orange): 150 numbers a layer,\n"
-              "28,800 in 192 layers of SD 1.5; a rank-1 LoRA has 385,344.", fontsize=9)
+    axes.text(4.2, .7, "blue, frozen: a seed makes them again\norange, trained: 150 numbers a layer,\n"
+              "28,800 in 192 layers of SD 1.5;\na rank-1 LoRA has 385,344", fontsize=9)
     return figure
 
 
@@ -178,6 +179,7 @@ def main():
         path = HERE_DOCS / f"{draw.__name__}.png"
         draw().savefig(path, dpi=110, metadata={"Software": None})
         print(path)
+    print(training(HERE / "results/training.jsonl", HERE_DOCS / "training.png"))
 
 
 if __name__ == "__main__":

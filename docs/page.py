@@ -34,14 +34,17 @@ class Page:
 
     def save(self, title, image):
         """The step's picture: a PIL image."""
-        path = self.pictures / f"{self.number}.png"
-        images.save(image, path)
-        self.picture = f"![{title}](tour/{path.name})"
+        images.save(image, self.file)
+        self.picture = f"![{title}](tour/{self.file.name})"
+
+    def start(self, number):
+        """What comes next belongs to the step of this number."""
+        self.file, self.said = self.pictures / f"{number}.png", []
 
     def take(self, number, step):
         """Run one step, and put its docstring, its picture and what it said on the page."""
         title, _, text = inspect.getdoc(step).partition("\n\n")
-        self.number, self.said = number, []
+        self.start(number)
         print(f"{number}. {title}")
         step(self)
         said = "\n".join(self.said)
@@ -59,12 +62,12 @@ def to_scale(matrices, pixels=4):
     height, padded = 8 + max(map(len, matrices.values())), []
     for matrix in matrices.values():
         grey = matrix / matrix.abs().max().clamp(min=1e-9)
-        padded.append(F.pad(grey, (0, 20, 8, height - 8 - len(matrix)), value=1.))
+        padded.append(F.pad(grey, (0, 26, 8, height - 8 - len(matrix)), value=1.))
     large = torch.cat(padded, 1).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
     image, at = images.to_pil(large.expand(3, -1, -1)), 0
     for name, part in zip(matrices, padded):
         rows, columns = matrices[name].shape
-        text = f"{name}  {rows}×{columns}"
+        text = f"{name}  {rows} x {columns}"
         ImageDraw.Draw(image).text((at, 8), text, "black", ImageFont.load_default(13))
         at += pixels * part.shape[1]
     return image

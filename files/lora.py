@@ -44,10 +44,11 @@ FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layer
     r"^string_to_param|^[^.]*$": "an embedding, which is given as the person, not a LoRA",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.(?!.*lora)": "a whole model, not a LoRA"}
 # PEFT's settings of what is a plain LoRA on weights that are as they were: others change the base as well
-PLAIN = {"peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-         "bias": ("none",), **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False,)),
-         **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters", "arrow_config",
-                          "trainable_token_indices", "alora_invocation_tokens"), (None, [], {}))}
+PLAIN: dict[str, tuple] = {
+    "peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+    "bias": ("none",), **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False,)),
+    **dict.fromkeys(("modules_to_save", "layer_replication", "target_parameters", "arrow_config",
+                     "trainable_token_indices", "alora_invocation_tokens"), (None, [], {}))}
 
 
 def export_lora(adapters, path, metadata=None, dtype=torch.float32):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from program.console import UserError
 
-HELD = set()  # folders that this process has locked
+HELD: set[Path] = set()  # folders that this process has locked
 
 
 def alone(main, folder):
