@@ -18,7 +18,7 @@ import diffusion
 import hdb
 from adapters import detach, fresh_lora, join, scale
 from clip import TextConfig, TextTransformer
-from docs.page import Page, to_scale
+from docs.page import Tour, to_scale
 from files.layouts import HERE
 from files.person import load_person, save_person
 from hypernet import HyperNetwork
@@ -285,30 +285,6 @@ def step_9(tour):
 
 
 STEPS = step_1, step_2, step_3, step_4, step_5, step_6, step_7, step_8, step_9
-
-
-class Tour(Page):
-    """What the steps share: the model, the method, and where they write."""
-
-    def __init__(self, folder, fast):
-        super().__init__(folder)
-        self.fast = fast
-        self.count, self.steps = (2, 3) if fast else (8, 15)  # people; of the sampler
-        self.model = hdb.load("nano", "cpu")
-        hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
-        self.method = hdb.HyperDreamBooth(self.model, hypernet)
-
-    def draw(self, prompt, adapters=None):
-        """A picture (1, 3, H, W) of the prompt, always from the same noise."""
-        return self.model.sample([prompt], seeds=[0], steps=self.steps, adapters=adapters or {})
-
-    def everybody(self, prompt, adapters):
-        """A picture of the prompt for each of the people (P, 3, H, W), each from their own noise."""
-        return self.model.sample([prompt] * self.count, steps=self.steps, adapters=adapters)
-
-    def likeness(self, picture):
-        """To the first person's photo."""
-        return self.judge.likeness(picture, self.photos[:1]).item()
 
 
 def main(folder, fast=False):

@@ -1,4 +1,5 @@
-"""The page that tour.py writes about itself: of every step its text, its picture and what it printed."""
+"""What the steps of tour.py share, and the page that it writes about itself: of every step its text, its
+picture and what it printed."""
 import inspect
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageDraw, ImageFont
 
+import hdb
 from files import images
+from files.layouts import HERE
 
 HEAD = """# The tour
 
@@ -55,6 +58,30 @@ class Page:
         path = self.folder / "tour.md"
         path.write_text("\n".join(self.parts), encoding="utf-8")
         return path
+
+
+class Tour(Page):
+    """What the steps share: the model, the method, and where they write."""
+
+    def __init__(self, folder, fast):
+        super().__init__(folder)
+        self.fast = fast
+        self.count, self.steps = (2, 3) if fast else (8, 15)  # people; of the sampler
+        self.model = hdb.load("nano", "cpu")
+        hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
+        self.method = hdb.HyperDreamBooth(self.model, hypernet)
+
+    def draw(self, prompt, adapters=None):
+        """A picture (1, 3, H, W) of the prompt, always from the same noise."""
+        return self.model.sample([prompt], seeds=[0], steps=self.steps, adapters=adapters or {})
+
+    def everybody(self, prompt, adapters):
+        """A picture of the prompt for each of the people (P, 3, H, W), each from their own noise."""
+        return self.model.sample([prompt] * self.count, steps=self.steps, adapters=adapters)
+
+    def likeness(self, picture):
+        """To the first person's photo."""
+        return self.judge.likeness(picture, self.photos[:1]).item()
 
 
 def to_scale(matrices, pixels=4):
