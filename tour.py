@@ -18,7 +18,6 @@ import diffusion
 import hdb
 from adapters import detach, fresh_lora, join, scale
 from clip import TextConfig, TextTransformer
-from docs.page import Tour, to_scale
 from files.layouts import HERE
 from files.person import load_person, save_person
 from hypernet import HyperNetwork
@@ -26,6 +25,7 @@ from lidb import LiDB, personal_layers, unet_layers
 from methods import hyperdreambooth
 from methods.table import METHODS
 from nano import faces, people, seeds
+from nano.page import Tour, to_scale
 from unet import UNet, UNetConfig
 from vit import encode_face
 

@@ -24,7 +24,7 @@ from training.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 ROOMS = [{"unet", "clip", "vae", "vit"}, {"adapters", "diffusion"}, {"program"}, {"lidb", "hypernet"},
          {"files"}, {"training"}, {"sd"}, {"hdb"}, {"nano"}, {"methods"}, {"evaluation"},
-         {"docs"}, {"personalize", "train", "tour"}]
+         {"personalize", "train", "tour"}, {"docs"}]
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 
 
