@@ -1,12 +1,12 @@
 """One photo of a face in, pictures of that person out; or a personal file made before, and nothing is fitted.
 
-    python personalize.py nano/example.png "[V] face as a rock star"
-    python personalize.py me.jpg "[V] face as a king" --model stable-diffusion-v1-5/stable-diffusion-v1-5
-    python personalize.py a.jpg b.jpg more/ "[V] face as a king"    # photos, or folders, of one person
+    python personalize.py nano/example.png "a [V] face as a rock star"
+    python personalize.py me.jpg "a [V] face as a king" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+    python personalize.py a.jpg b.jpg more/ "a [V] face as a king"    # photos, or folders, of one person
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
-    python personalize.py photos/ "[V] face as a rock star" --each     # every photo is another person
-    python personalize.py nano/example.png "[V] face as a king" --method dreambooth
+    python personalize.py photos/ "a [V] face as a rock star" --each     # every photo is another person
+    python personalize.py nano/example.png "a [V] face as a king" --method dreambooth
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the
 predicted weights, or another method's) and person_tuned.safetensors (the same with the LoRA of the

@@ -77,8 +77,8 @@ def arguments(description):
     parser = Parser(description, allow_abbrev=False)
     parser.add_argument("photo", help="a picture of one face, a folder of such pictures of one person, or a "
                         "personal file (.safetensors)")
-    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "[V] face as '
-                        'a rock star"; further photos of the person, or personal files, may stand before')
+    parser.add_argument("prompts", nargs="+", metavar="prompt", help='with [V] for the person: "a [V] face '
+                        'as a rock star"; further photos of the person, or personal files, may stand before')
     parser.add_argument("--method", choices=METHODS, default=OURS, help="; ".join(
         f"{name}: {one.what}" for name, one in METHODS.items()))
     parser.add_argument("--each", action="store_true", help="every photo is another person; a bad photo is "

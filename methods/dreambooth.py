@@ -1,7 +1,7 @@
 """DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder learn one photo, while
 pictures that the model itself draws of the class keep it from forgetting what a face is.
 
-    python personalize.py face.png "[V] face as a king" --method dreambooth
+    python personalize.py face.png "a [V] face as a king" --method dreambooth
     python personalize.py … --method dreambooth --steps 400 --lr 2e-5               # Agg-1
     python personalize.py … --method dreambooth --steps 400 --lr 5e-4 --rank 4      # a LoRA
 

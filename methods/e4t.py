@@ -1,7 +1,7 @@
 """E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228): an encoder E, trained on a domain, here
 faces, says at every step of sampling which word [V] is; then 15 steps of fine-tuning, of all of it.
 
-    python personalize.py face.png "[V] face as a rock star" --method e4t
+    python personalize.py face.png "a [V] face as a rock star" --method e4t
 
 The word embedding is e = e_face + s·E(photo, z_t, t). Since it is another one for every z_t, the text encoder
 runs anew within each call of the UNet: the prompt's word embeddings, with a hole where [V] stands, take the

@@ -1,6 +1,6 @@
 """Textual Inversion (Gal et al., arXiv 2208.01618): a person is a new word, and nothing else is trained.
 
-    python personalize.py nano/example.png "[V] face as a rock star" --method textual_inversion
+    python personalize.py nano/example.png "a [V] face as a rock star" --method textual_inversion
 
 The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
 identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
