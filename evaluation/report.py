@@ -77,7 +77,7 @@ def summary(rows, scores, base=()):
             "styled": of(styled, lambda row: row["another"]),
             "style": of(styled, lambda row: row["style"]),
             "both": of(styled, lambda row: product(row["another"], row["style"])),
-            "unseen style": of([row for row in styled if row["prompt"] == scores.unseen],
+            "beach": of([row for row in styled if row["prompt"] == scores.unseen],
                                lambda row: product(row["another"], row["style"])),
             "missed": of(styled, lambda row: row["another"] and float(row["another"] < MISS)),
             "copied": of(plain, lambda row: row["copied"]),

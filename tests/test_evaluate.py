@@ -219,7 +219,7 @@ def test_a_summary_is_of_people():
     base = [line("0", "a face", .2), line("1", "a face", .2), line("1", "a nqz face", -.1)]
     found = report.summary(rows, scores.Judged, base)
     expected = {"plain": (.7, .1, 2), "styled": (.5, 0, 2), "style": (.75, .25, 2), "both": (.45, .05, 2),
-                "unseen style": (.4, None, 1), "missed": (.25, .25, 2), "copied": (.3, None, 1),
+                "beach": (.4, None, 1), "missed": (.25, .25, 2), "copied": (.3, None, 1),
                 "error": (.25, None, 1), "obeyed": (.5, None, 1), "leaked": (.225, .075, 2),
                 "given, plain": (1., None, 1), "given, both": (.9, None, 1)}
     assert found.keys() == expected.keys()
