@@ -58,6 +58,11 @@ def product(*numbers):
     return None if None in numbers else numbers[0] * numbers[1]
 
 
+def missed(likeness):
+    """1 of somebody else's, None of None."""
+    return None if likeness is None else float(likeness < MISS)
+
+
 def summary(rows, scores, base=()):
     """heading -> over_people() of a system's pictures, all of one setting. base: the model's own rows, which
     `leaked` is counted from."""
@@ -78,8 +83,8 @@ def summary(rows, scores, base=()):
             "style": of(styled, lambda row: row["style"]),
             "both": of(styled, lambda row: product(row["another"], row["style"])),
             "beach": of([row for row in styled if row["prompt"] == scores.unseen],
-                               lambda row: product(row["another"], row["style"])),
-            "missed": of(styled, lambda row: row["another"] and float(row["another"] < MISS)),
+                        lambda row: product(row["another"], row["style"])),
+            "missed": of(styled, lambda row: missed(row["another"])),
             "copied": of(plain, lambda row: row["copied"]),
             "error": of(plain, lambda row: row["error"]),
             "obeyed": of(rows, lambda row: row["obeyed"]),

@@ -27,12 +27,12 @@ OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}
 MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
 
 
-ABOUT = """nano: test people whom no training has seen and nothing was chosen by. Every system gets one photo of
-each. A picture of a person and prompt starts from the same noise in every row. ± is the standard error over
+ABOUT = """nano: test people whom no training has seen and nothing was chosen by. Every system gets one photo
+of each. A picture of a person and prompt starts from the same noise in every row. ± is the standard error over
 people. A number in brackets says how many people a cell is of, where that is not the row's.
 
-* **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts: the judge's cosine of identities to
-  *another* photo of the person, which no system has seen (two photos of one person: .95, strangers: .00).
+* **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts: the judge's cosine of identities
+  to *another* photo of the person, which no system has seen (two photos of one person: .95, strangers: .00).
 * **style**: the share of styled pictures in which the judge recognises the prompt's style.
 * **both**: likeness where the style is right and 0 elsewhere, over the styled prompts. **beach**: the same of
   "a [V] face at the beach" alone, which train.py leaves out (but see the lines under the tables).
@@ -46,9 +46,9 @@ people. A number in brackets says how many people a cell is of, where that is no
 * **given, plain**, **given, both**: plain and both by likeness to the photo given, which rewards copying it.
 * **seconds**: one person, alone, on one core. **KB**: the person's file.
 * **paper**: Face Rec. / DINO / CLIP-I / CLIP-T in the paper's own table, of photographs."""
-SEEN = """Seen before the one photo: by HyperDreamBooth, Only Hyper and k = … other people in all eleven styles,
-with these prompts (the shipped network's weights are older than the rule that the beach is left out), and by
-E4T likewise; by all others nothing but the model."""
+SEEN = """Seen before the one photo: by HyperDreamBooth, Only Hyper and k = … other people in all eleven
+styles, with these prompts (the shipped network's weights are older than the rule that the beach is left out),
+and by E4T likewise; by all others nothing but the model."""
 
 
 class Judged:
