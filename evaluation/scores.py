@@ -28,8 +28,8 @@ MORE = 8  # photos of everybody beside the first; the last is the one that no sy
 
 
 ABOUT = """nano: test people whom no training has seen and nothing was chosen by. Every system gets one photo
-of each. A picture of a person and prompt starts from the same noise in every row. ± is the standard error over
-people. A number in brackets says how many people a cell is of, where that is not the row's.
+of each. A picture of a person and prompt starts from the same noise in every row. ± is the standard error
+over people. A number in brackets says how many people a cell is of, where that is not the row's.
 
 * **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts: the judge's cosine of identities
   to *another* photo of the person, which no system has seen (two photos of one person: .95, strangers: .00).
