@@ -132,8 +132,8 @@ def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, 
 @pytest.mark.parametrize("model, lr, warned", [
     ("x", 3e-3, True), ("x", 5e-4, False), ("nano", 3e-3, False)])
 def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
-    engine = SimpleNamespace(hypernet=None, basis_seed=0, fine_tune=lambda *_: {})
-    args = SimpleNamespace(model=model, lr=lr, steps=1, rank=1, batch=1)
+    engine = SimpleNamespace(hypernet=None, basis_seed=0, fine_tune=lambda *_, **__: {})
+    args = SimpleNamespace(model=model, lr=lr, steps=1, rank=1, batch=1, views=1)
     hyperdreambooth.make(engine, photo()[None], [], args, Stage())
     assert any("is large for this model" in str(w.message) for w in recwarn) == warned
 
