@@ -50,7 +50,7 @@ def sheet(width, height):
 def dots(main, file, across, up, xlabel, ylabel):
     """A dot for each system that has both numbers, ± a standard error; the axes end where the dots do."""
     points = {system: (values[across], values[up]) for system, values in main.items()
-              if values.get(across) and values.get(up)}
+              if values.get(across) and values.get(up) and values[up][2] > 1}  # one person has no error
     points.pop("the model itself", None)  # nobody in particular, far from all others
     if len(points) < 2:
         return None
@@ -71,6 +71,7 @@ def dots(main, file, across, up, xlabel, ylabel):
 def name_dots(axes, points):
     """Write each name at the first place beside its dot where it touches no dot, no bar and no other name, or
     not at all. points: name -> ((x, its error), (y, its error))."""
+    from matplotlib.text import Text
     from matplotlib.transforms import Bbox
     taken = []
     for (x, dx), (y, dy) in points.values():
@@ -87,7 +88,9 @@ def name_dots(axes, points):
                                      ha={1: "left", 0: "center", -1: "right"}[dx],
                                      va={1: "bottom", 0: "center", -1: "top"}[dy],
                                      arrowprops=line if far > 14 else None)
-                box = Bbox.from_extents(*text.get_window_extent(renderer).extents)
+                text.set_in_layout(False)
+                text.update_positions(renderer)
+                box = Bbox.from_extents(*Text.get_window_extent(text, renderer).extents)  # no line
                 held = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
                 if held and not any(box.overlaps(other) for other in taken):
                     break

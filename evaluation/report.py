@@ -203,6 +203,8 @@ def study(pairs, papers):
               "by the photo given: people, ours / theirs / neither, lead"]]
     lines.append(["---"] * len(lines[0]))
     for system, (another, given) in pairs.items():
+        if another is None and given is None:
+            continue
         people, shares, lead = votes(another)
         paper = papers[system] and " / ".join(f"{share:.1f} %" for share in papers[system])
         lines.append([system, people, *shares, lead, paper or "–"])
