@@ -11,9 +11,8 @@ and leave no trace afterwards. HyperDreamBooth's are low-rank (LiDB's, and LoRA)
     LowRank    y + x·A·B,  A (P, in, r), B (P, r, out), so that W' = W + (A·B)ᵀ for each of P people
     Change     y + x·Dᵀ (+ d),  other weights or biases, as one person's differences from the layer's own
 
-Low-rank adapters can be joined (a sum of products is a product of concatenations), scaled, stacked side by
-side for several people, merged into the weights, and exported as a LoRA. A Change can be scaled and merged.
-"""
+Low-rank adapters can be joined, scaled, stacked side by side for several people, merged into the weights,
+and exported as a LoRA. A Change can be scaled and merged."""
 import copy
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -30,9 +29,8 @@ class LowRank(NamedTuple):
     """y + x·A·B, with one person's A (1, in, r) and B (1, r, out), or the factors of P people.
 
     For one person the whole batch is that person; for P people a batch of k·P samples is k groups of them in
-    order (guidance: negatives first, then prompts). The layer is a linear one or a k×k convolution: there
-    `in` counts what the kernel sees, channels · k·k, so that A is a k×k convolution to r channels and B one
-    of 1×1.
+    order (guidance: negatives first, then prompts). The layer is linear, or a k×k convolution, whose `in` is
+    channels · k·k: A is then a k×k convolution to r channels and B one of 1×1.
     """
     a: torch.Tensor
     b: torch.Tensor

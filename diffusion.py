@@ -81,12 +81,12 @@ def noised(latent, generator, part=(0, 1)):
 
 
 def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
-    """Squared error (B,) of the clean latent implied by the UNet's prediction ε̂ in what noised() gives, under
-    the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in the
-    dtype of `context`, the error is float32.
+    """Squared error (B,) of the clean latent implied by the UNet's prediction ε̂ in what noised() gives,
+    under the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in
+    the dtype of `context`, the error is float32.
 
-    x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure noise
-    does not dominate. places: weights (h, w) of the latent's places, 1 on average.
+    x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure
+    noise does not dominate. places: weights (h, w) of the latent's places, 1 on average.
     """
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (places * (predicted.float() - noise.float()).pow(2)).mean((1, 2, 3))
@@ -179,8 +179,8 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
     """Latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3), for a UNet distilled to it or
     with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
 
-    The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²), c_out = s/√(s² + σ²)
-    for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh noise to f.
+    The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²) and
+    c_out = s/√(s² + σ²) for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh noise to f.
     """
     require_generators(generator)
     x, times = x.float(), lcm_timesteps(steps)
