@@ -180,7 +180,8 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
     with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
 
     The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²) and
-    c_out = s/√(s² + σ²) for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh noise to f.
+    c_out = s/√(s² + σ²) for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh
+    noise to f.
     """
     require_generators(generator)
     x, times = x.float(), lcm_timesteps(steps)
