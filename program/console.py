@@ -81,12 +81,19 @@ class Stages:
 
     @contextmanager
     def progress(self, steps):
-        """Gives a callback(step, loss) that moves a bar."""
-        with tqdm(total=steps, desc="fine-tuning", leave=False) as bar:
+        """Gives a callback(step, loss) that moves a bar, and ends a fit (training/fit.py) after the step in
+        which Ctrl-C or SIGTERM came: what has been learnt until then is used, and that is said."""
+        done = 0
+        with tqdm(total=steps, desc="fine-tuning", leave=False) as bar, deferred_stop() as stop:
             def show(step, loss):
+                nonlocal done
                 bar.set_postfix(loss=f"{loss:.4f}")
                 bar.update()
+                done = step + 1
+                return bool(stop)
             yield show
+        if stop:
+            print(f"         stopped after {done} of {steps} steps; what was learnt until then is used")
 
 
 def peak_memory(device):

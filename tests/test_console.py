@@ -12,6 +12,7 @@ from programs import ROOT
 from tqdm import tqdm
 
 from program import console, options
+from training.fit import fit
 from files.disk import whole_files
 
 
@@ -152,3 +153,16 @@ def test_ctrl_c_while_torch_is_imported_says_nothing(script):
     time.sleep(.4)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate()[1] and process.returncode in (-signal.SIGINT, 130)
+
+
+def test_ctrl_c_ends_a_fit_and_what_was_learnt_is_used(capsys):
+    x = torch.zeros(1, requires_grad=True)
+
+    def loss():
+        if x.item() > .15:  # in the third step
+            os.kill(os.getpid(), signal.SIGINT)
+        return 2 - x.sum()
+    with console.Stages(time.time()).progress(9) as show:
+        fit(loss, [x], 9, .1, callback=show)
+    assert x.item() == pytest.approx(.3, abs=1e-5)
+    assert "stopped after 3 of 9 steps; what was learnt until then is used" in capsys.readouterr().out
