@@ -11,9 +11,9 @@ can draw.
 Idea. DreamBooth teaches a model one face in a thousand steps and keeps a gigabyte. HyperDreamBooth looks for
 the person where there is less to find, and starts near it:
 
-    ΔW = A_aux · A_train · B_train · B_aux       Eq. 1 (lidb.py): rank one, in a random subspace, 28,800
-    numbers θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1})               Eq. 3 (hypernet.py): a network predicts them from
-    the photo L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖²       Eq. 2 (train.py): what the network is trained by
+    ΔW = A_aux · A_train · B_train · B_aux       Eq. 1 (lidb.py): 28,800 numbers in a random subspace
+    θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1})               Eq. 3 (hypernet.py): a network predicts them from a photo
+    L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖²       Eq. 2 (train.py): what trains the network
     W' = W + ΔW_θ̂ + A·B                          section 4.3 (here): a LoRA of rank r > 1 on top, 40 steps
 
 Why relax the rank. Rank one in a 100-dimensional subspace is enough for a likeness, not for details. The
