@@ -17,10 +17,11 @@ PLAIN = .4  # the share of a training's pictures that are in no style
 UNSEEN = "beach"  # the style that no hypernetwork or E4T encoder is trained in, to see what is made of it
 # The share of samples that show another person, whom a prompt without [V] asks for: a person must not be in
 # what is not about them
-OTHERS = .35
+OTHERS = .3
 NOBODY = .25  # of these prompts the empty ones
 RARE = wording.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
-LOOKS = .25  # the share of samples with one attribute changed, in words and in the picture
+LOOKS = .2   # the share of samples with one attribute changed, in words and in the picture
+BARE = .25   # the share of prompts that lack their article, as people type them: "[V] face as a king"
 # What is asked for where obedience is measured: attributes and their categories
 ASKED = ("glasses", 1), ("beard", 3), ("hair_colour", 2), ("hair_style", 7)
 
@@ -84,6 +85,8 @@ class People:
         ours = [wording.caption(s, "[V]", [phrase] if a else [])
                 for s, a, phrase in zip(style, altered, phrases)]
         prompts = [theirs if o else our for o, theirs, our in zip(other, captions, ours)]
+        bare = torch.rand(count, generator=generator) < BARE
+        prompts = [prompt.removeprefix("a ") if b else prompt for b, prompt in zip(bare, prompts)]
         # the photo, which is plain, and the picture
         both = torch.stack([identity, target]), circumstances, torch.stack([torch.zeros_like(style), style])
         photo, picture = self.drawn(*(t[:, mine].flatten(0, 1) for t in both)).chunk(2)
