@@ -1,2 +1,1 @@
-"""The paper's experiment: the systems it compares, what is said of a picture, and the tables and plots of
-that; and timing, which bench.py measures speed with."""
+"""For whoever measures: the paper's experiment, systems, scores, tables and figures; and speed (bench.py)."""

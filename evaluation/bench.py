@@ -7,8 +7,7 @@
 Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
 number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
 multiplications would take at the rate of one large matrix product (possible); the memory that it takes beside
-the model. Rows f and g compare people side by side with the same people one after the other; rows s and t, by
-the number of steps and of noises a step, become a plot where matplotlib is installed.
+the model. Rows f and g compare people side by side with the same people one after the other.
 """
 import argparse
 import json
@@ -30,7 +29,7 @@ import vae
 from methods import dreambooth, hyperdreambooth, textual_inversion
 from diffusion import STEPS, noised
 from adapters import join
-from evaluation.timing import Row, matmul_rate, measured, plot, table, ticks, timed
+from evaluation.timing import Row, matmul_rate, measured, table
 from files.disk import write_text
 from files.layouts import HERE, device_and_dtype
 from files.merged import config_files
@@ -84,58 +83,59 @@ def main(args):
             print(table(lines[-1:]).splitlines()[-1], flush=True)
             write_text(json.dumps(about | {"rows": lines}, indent=2) + "\n", file)
     print(file)
-    plot(lines, f"{args.model}, {name}", file.with_suffix(".png"))
 
 
 def rows(method, their, args):
     """All rows, one after the other, so that what one prepares doesn't lie in another's memory."""
     model, device, config = method.model, method.model.device, method.model.unet.config
-    side, people, batch = 8 * config.sample_size, args.people, args.batch
-    photos = torch.randn(people, 3, side, side, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    side, batch = 8 * config.sample_size, args.batch
+    photos = torch.randn(args.people, 3, side, side, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     photos = photos.to(device)
-    photo, theta = photos[:1], method.predict(photos)
+    photo, theta = photos[:1], method.predict(photos[:1])
     x = torch.randn(2, 4, config.sample_size, config.sample_size, device=device, dtype=model.dtype)
     context = model.context([PROMPT, ""]).detach()
-    clock = partial(timed, device=device)
 
-    forward = torch.no_grad()(lambda: model.unet(x, 500, context))
-    yield Row("a", "UNet, a guidance batch", lambda: [clock(forward)],
-              their and (lambda: [clock(lambda: their.forward(x, context))]), forward)
+    def forward():
+        with torch.no_grad():
+            model.unet(x, 500, context)
+    yield Row("a", "UNet, a guidance batch", forward, their and partial(their.forward, x, context), True)
 
-    def tuned(steps, batch=batch, **settings):
-        return method.fine_tune(photo, theta[:1], steps, RANK, batch=batch, **settings)
+    def tuned(steps, **settings):
+        return method.fine_tune(photo, theta, steps, RANK, batch=batch, **settings)
     few = 12 if device.type == "cuda" else 3
-    yield Row("b", f"fine-tuning, a step of {batch}, rank {RANK}", lambda: ticks(tuned, few),
-              their and (lambda: ticks(partial(their.tune, batch=batch), few)), lambda: tuned(1))
-
-    def person():
-        predicted = method.predict(photo)
-        lora = method.fine_tune(photo, predicted, batch=batch)
-        with TemporaryDirectory() as folder:
-            save_person(hyperdreambooth.person(predicted, lora), method, Path(folder, "person"))
-    yield Row("c", "photo to saved person, 40 steps", lambda: [clock(person)])
+    yield Row("b", f"fine-tuning, a step of {batch}, rank {RANK}", tuned,
+              their and partial(their.tune, batch=batch), True, few)
+    yield Row("c", "photo to saved person, 40 steps", partial(person, method, photo, batch))
 
     def picture(adapters):
         return method.sample([PROMPT], adapters, [0], steps=args.sample_steps, guidance=2.)
+    theirs = their and partial(their.picture, context, args.sample_steps)
+    yield Row("d", f"guided picture, {args.sample_steps} steps", partial(picture, {}), theirs, True)
+    adapters = join(method.lidb.adapters(theta), tuned(1))
+    with their.adapted() if their else nullcontext():
+        yield Row("d", "the same of a person", partial(picture, adapters), theirs)
+    yield Row("e", "the hypernetwork's prediction", partial(method.predict, photo), None, True)
+    yield from side_by_side(method, photos)
 
-    def their_picture(inside):
-        with inside:
-            return [clock(lambda: their.picture(context, args.sample_steps))]
-    yield Row("d", f"guided picture, {args.sample_steps} steps", lambda: [clock(lambda: picture({}))],
-              their and (lambda: their_picture(nullcontext())), lambda: picture({}))
-    adapters = join(method.lidb.adapters(theta[:1]), tuned(1))
-    yield Row("d", "the same of a person", lambda: [clock(lambda: picture(adapters))],
-              their and (lambda: their_picture(their.adapted())))
-    yield Row("e", "the hypernetwork's prediction", lambda: [clock(lambda: method.predict(photo))],
-              flops=lambda: method.predict(photo))
+    # the paper's 25 and 125 times are of 1,200 and 5,000 such steps against row c
+    prior = model.encode(photo).detach().float()
+    whole = partial(dreambooth.learn, model, photo, prior=prior)
+    word = partial(textual_inversion.learn, model, photo)
+    yield Row("i", "DreamBooth, a step", whole, steps=few)
+    yield Row("i", "Textual Inversion, a step", word, steps=few)
 
-    for steps in 5, 10, 20, 40:
-        yield Row("s", f"fine-tuning, steps: {steps}", lambda steps=steps: [clock(lambda: tuned(steps))])
-    for noises in 1, 2, 4, 8, 16:
-        yield Row("t", f"a step of fine-tuning, noises: {noises}",
-                  lambda noises=noises: ticks(partial(tuned, batch=noises), few))
 
-    # people side by side, against the same people one by one
+def person(method, photo, batch):
+    """From a photo to the file of the person."""
+    theta = method.predict(photo)
+    lora = method.fine_tune(photo, theta, batch=batch)
+    with TemporaryDirectory() as folder:
+        save_person(hyperdreambooth.person(theta, lora), method, Path(folder, "person"))
+
+
+def side_by_side(method, photos):
+    """The rows of people side by side, against the same people one by one."""
+    model, theta, everybody = method.model, method.predict(photos), slice(0, len(photos))
     latents, generator = model.encode(photos).detach(), torch.Generator().manual_seed(0)
     features = hdb.encode_face(method.hypernet.vit, photos).float()
 
@@ -148,29 +148,16 @@ def rows(method, their, args):
         method.hypernet.zero_grad()
         method.hypernet.requires_grad_(False)
 
-    def each(work):
-        return [clock(lambda: [work(slice(i, i + 1)) for i in range(people)])]
-    everybody = slice(0, people)
-    yield Row("f", f"hypernetwork's training, a step of {people} people",
-              lambda: [clock(lambda: learn(everybody))], lambda: each(learn))
-
-    def fit_targets(who):
-        drawn = latents[who], [PROMPT] * len(latents[who])
-        method.fit_theta(lambda: drawn, len(drawn[1]), 3, .02, generator)
-    yield Row("g", f"targets of {people} people, 3 steps", lambda: [clock(lambda: fit_targets(everybody))],
-              lambda: each(fit_targets))
-
     def tune(who):
         method.fine_tune(photos[who], theta[who], 6, RANK, batch=1)
-    yield Row("g", f"fine-tuning {people} people, 6 steps of 1", lambda: [clock(lambda: tune(everybody))],
-              lambda: each(tune))
 
-    # the paper's 25 and 125 times are of 1,200 and 5,000 such steps against row c
-    prior = latents[:1].float()
-    whole = partial(dreambooth.learn, model, photo, prior=prior)
-    word = partial(textual_inversion.learn, model, photo)
-    yield Row("i", "DreamBooth, a step", lambda: ticks(whole, few))
-    yield Row("i", "Textual Inversion, a step", lambda: ticks(word, few))
+    def each(work):
+        for i in range(len(photos)):
+            work(slice(i, i + 1))
+    yield Row("f", f"hypernetwork's training, a step of {len(photos)} people", partial(learn, everybody),
+              partial(each, learn))
+    yield Row("g", f"fine-tuning {len(photos)} people, 6 steps of 1", partial(tune, everybody),
+              partial(each, tune))
 
 
 def others(model):
@@ -258,9 +245,9 @@ def arguments():
         return name
     return parser_of(__doc__, [
         *model_rows(model), *SETTINGS,
-        same("rows", str, None, "all if not given", nargs="+", choices=list("abcdefgist")),
+        same("rows", str, None, "all if not given", nargs="+", choices=list("abcdefgi")),
         same("repeats", number(int, 1, 1000), 5, "of every row"),
-        same("out", new_folder, Path("results"), "folder of the table and the plot")],
+        same("out", new_folder, Path("results"), "folder of the table")],
         early("model").model or "nano").parse_args()
 
 

@@ -1,6 +1,7 @@
 """The report's figures, by matplotlib, which only whoever makes them needs: dots for the systems, curves for
 the knobs, grids of pictures."""
 import json
+import textwrap
 
 from evaluation.report import TABLES, picture
 from files import images
@@ -16,7 +17,6 @@ CURVES = {("HyperDreamBooth", "steps"): "steps of fine-tuning", ("HyperDreamBoot
 # Of a training's log: what the names of a panel's lines begin with, and what they are
 LEARNT = {"likeness": "likeness", "leaked": "likeness without [V]", "obeyed": "looks drawn when asked for"}
 NAMES = {f"likeness {k}": f"plain, after pass {k}" for k in (1, 2, 3)} | {"likeness photo": "plain, the last"}
-PLACES = [(1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1)]  # of a name, from its dot
 COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "round glasses"
 
 
@@ -62,43 +62,18 @@ def dots(main, file, across, up, xlabel, ylabel):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(.12)
     axes.grid(alpha=.3)
-    figure.canvas.draw()  # fixes where everything is
-    name_dots(axes, {system: (x[:2], y[:2]) for system, (x, y) in points.items()})
+    name_dots(axes, {system: (x[0], y[0]) for system, (x, y) in points.items()})
     figure.savefig(file, dpi=110)
     return file
 
 
 def name_dots(axes, points):
-    """Write each name at the first place beside its dot where it touches no dot, no bar and no other name, or
-    not at all. points: name -> ((x, its error), (y, its error))."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-    taken = []
-    for (x, dx), (y, dy) in points.values():
-        for across, up in (dx or 0, 0), (0, dy or 0):
-            bar = [(x - across, y - up), (x + across, y + up)]
-            taken.append(Bbox(axes.transData.transform(bar)).padded(5))
-    renderer, inside = axes.figure.canvas.get_renderer(), axes.get_window_extent()
-    line = {"arrowstyle": "-", "color": "grey", "lw": .5}
-    for name, ((x, _), (y, _)) in points.items():
-        for far in 7, 14, 24, 36, 50, 70, 95, 125, 160:
-            for dx, dy in PLACES:
-                text = axes.annotate(name, (x, y), (far * dx, far * dy), fontsize=9,
-                                     textcoords="offset points",
-                                     ha={1: "left", 0: "center", -1: "right"}[dx],
-                                     va={1: "bottom", 0: "center", -1: "top"}[dy],
-                                     arrowprops=line if far > 14 else None)
-                text.set_in_layout(False)
-                text.update_positions(renderer)
-                box = Bbox.from_extents(*Text.get_window_extent(text, renderer).extents)  # no line
-                held = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
-                if held and not any(box.overlaps(other) for other in taken):
-                    break
-                text.remove()
-            else:
-                continue
-            taken.append(box)
-            break
+    """Write the names of points, name -> (x, y), in a column beside the axes, each with a line to its dot."""
+    ordered = sorted(points, key=lambda name: points[name][1])
+    for i, name in enumerate(ordered):
+        beside = 1.08, (i + .5) / len(ordered)
+        line = {"arrowstyle": "-", "color": "grey", "lw": .5, "relpos": (0, .5)}
+        axes.annotate(name, points[name], beside, textcoords="axes fraction", va="center", arrowprops=line)
 
 
 def curves(found, file):
@@ -155,16 +130,6 @@ def grid(folder, systems, scores, file, people=2):
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(f"{system}\nperson {who + 1}", rotation=0, ha="right", va="center", fontsize=9)
     for axes, name in zip(panels[0], ("photo given", *(scores.prompts[name] for name in names))):
-        axes.set_title(wrapped(name), fontsize=8)
+        axes.set_title(textwrap.fill(name, 20), fontsize=8)
     figure.savefig(file, dpi=100)
     return file
-
-
-def wrapped(prompt, width=20):
-    """The prompt in lines of about this many letters."""
-    lines = [""]
-    for word in prompt.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)

@@ -13,12 +13,14 @@ from program.console import status
 
 
 class Row(NamedTuple):
-    """A line of the table. ours() and theirs() -> a list of seconds; flops() does once what `ours` times."""
+    """A line of the table: ours() and theirs() are timed, or, where they take `steps`, each step of
+    ours(steps, callback=…). flops: whether the multiplications of ours are counted."""
     key: str
     what: str
     ours: Callable
     theirs: Callable | None = None
-    flops: Callable | None = None
+    flops: bool = False
+    steps: int = 0
 
 
 def matmul_rate(device, dtype):
@@ -48,13 +50,17 @@ def ticks(work, steps):
 
 def measured(row, repeats, rate, device):
     """What a row says, as a dict."""
-    memory = peak(row.ours, device)  # of the first time: a CPU's memory stays with the process
-    if row.theirs:
-        row.theirs()
+    def seconds(work):
+        if work is None:
+            return []
+        return ticks(work, row.steps) if row.steps else [timed(work, device)]
+    # of the first time: a CPU's memory stays with the process
+    memory = peak(lambda: seconds(row.ours), device)
+    seconds(row.theirs)
     ours, theirs = [], []
     for _ in range(repeats):
-        ours += row.ours()
-        theirs += row.theirs() if row.theirs else []
+        ours += seconds(row.ours)
+        theirs += seconds(row.theirs)
     found = {"key": row.key, "what": row.what, "seconds": ours, "against": theirs,
              "peak GB": memory and memory / 1e9}
     if row.flops:
@@ -64,7 +70,7 @@ def measured(row, repeats, rate, device):
                  torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
                      lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
         with FlopCounterMode(display=False, custom_mapping=known) as counter:
-            row.flops()
+            row.ours(1) if row.steps else row.ours()
         found |= {"FLOP": counter.get_total_flops()}
         found["possible"] = found["FLOP"] / rate / statistics.median(ours)
     return found
@@ -102,25 +108,3 @@ def table(lines):
         text.append(f"| {line['key']} | {line['what']} | {span(ours)} | {span(theirs)} | {ratio} | {share} | "
                     f"{memory} |")
     return "\n".join(text)
-
-
-def plot(lines, title, file):
-    """Write a PNG of the costs by steps and by batch, rows s and t, if there are any and matplotlib is."""
-    if not {"s", "t"} <= {line["key"] for line in lines}:
-        return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        print(f"no plot: {error}")
-        return
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for panel, key, what in zip(figure.subplots(1, 2), "st", ("steps", "noises a step")):
-        points = [(int(line["what"].split()[-1]), statistics.median(line["seconds"]))
-                  for line in lines if line["key"] == key]
-        panel.plot(*zip(*points), "o-", label="measured")
-        # a line through the origin and the last point: what is linear
-        panel.plot([0, points[-1][0]], [0, points[-1][1]], "--", color="grey", label="proportional")
-        panel.set(xlabel=what, ylabel="seconds", title=title if key == "s" else "a step", xlim=0, ylim=0)
-        panel.legend()
-    figure.savefig(file, dpi=100)
-    print(file)

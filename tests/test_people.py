@@ -149,6 +149,8 @@ def test_people_are_fixed_where_targets_are_fitted():
 
 def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
     held_out = people.HeldOut(3, "cpu", seeds.VALIDATION)
+    plain = torch.zeros(3, dtype=torch.long)
+    assert torch.equal(held_out.photos, faces.render(held_out.identity, held_out.circumstances, plain))
     pictures, likeness, right = held_out.measure(model, {}, "king", [5, 6], torch.tensor([0, 2]), steps=6)
     assert torch.equal(pictures, model.sample(["a [V] face as a king"] * 2, [5, 6], steps=6))
     assert torch.equal(likeness, held_out.judge.likeness(pictures, held_out.photos[[0, 2]]))
