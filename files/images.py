@@ -8,7 +8,7 @@ from textwrap import wrap
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps, PngImagePlugin
 
 from files import colours
 from files.disk import refusing, regular, whole_files
@@ -32,12 +32,6 @@ LARGEST, LARGEST_JPEG, LARGEST_RICH, LARGEST_HEAVY = 50, 120, 35, 24
 LARGEST_FILE = 6 * LARGEST  # megabytes: two bytes for each of three colours
 SCANS = 40             # of a progressive JPEG, each of which goes through all of it
 ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
-
-# EXIF's orientation -> what puts the picture upright
-TURNS = dict(zip(range(2, 9), (
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90)))
 
 # XMP that says to machines what the EU's AI Act (article 50) wants said, in IPTC's words: not a photograph
 GENERATED = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -90,8 +84,7 @@ def opened(path, reduced):
         if head.startswith(b"\x89PNG"):
             data, chunks = colours.bare_png(data)
         file = Image.open(data, formats=formats())
-        check_kind(file, path)
-        check_size(file, path, data, reduced)
+        check(file, path, data, reduced)
         if reduced:
             file.draft(None, (ENOUGH, ENOUGH))
         try:
@@ -104,7 +97,10 @@ def opened(path, reduced):
             icc = colours.profile(file, chunks)
             file.info |= {"icc_profile": icc, "colours": None if icc else colours.said(file, chunks, head)}
             image = file.convert("I") if file.mode.startswith("I;") else file
-            return upright(smaller(image) if reduced else image), True
+            image = smaller(image) if reduced else image
+            with suppress(Exception):  # Pillow's parsers raise many kinds where EXIF is damaged elsewhere
+                ImageOps.exif_transpose(image, in_place=True)
+            return image, True
 
     # cut off: once more, for as far as it goes
     ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -136,23 +132,18 @@ def muted():
         os.close(nowhere)
 
 
-def check_kind(file, path):
-    """ImageError for an opened file whose first picture is a smaller one than what it is a file of."""
-    tags = getattr(file, "tag_v2", {})
+def check(file, path, data, reduced):
+    """ImageError for a file, opened from `data`, whose first picture is a smaller one than what it is a file
+    of, or that would take too long or too much memory to read."""
+    tags, progressive = getattr(file, "tag_v2", {}), "progressive" in file.info
     thumbnail = 50706 in tags or tags.get(254, 0) & 1 or tags.get(255) == 2
     if thumbnail or str(path).lower().endswith(RAW):
         raise ImageError(f"{path}: a camera's RAW, or a picture after its thumbnail; export it as a JPEG")
-
-
-def check_size(file, path, data, reduced):
-    """ImageError for a file, opened from `data`, that would take too long or too much memory to read."""
-    progressive = "progressive" in file.info
     most = LARGEST if file.mode in ("1", "L", "RGB") else LARGEST_RICH
     if file.format in ("JPEG", "MPO") and reduced and not progressive:
         most = LARGEST_JPEG
     if file.format in ("WEBP", "JPEG2000"):
         most = LARGEST_HEAVY
-    tags = getattr(file, "tag_v2", {})
     tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF, decoded whole
     slow = any(decoder in Image.DECODERS for decoder, *_ in file.tile)  # written in Python
     if progressive:
@@ -210,14 +201,6 @@ def about_face(image, path):
     corner = x + face / 2 - size / 2, y + face / 2 - size * .523
     x, y = (min(max(0, at), whole - size) for at, whole in zip(corner, image.size))
     return int(x), int(y), int(size)
-
-
-def upright(image):
-    """The picture turned as its EXIF says. Only the orientation is looked at: whatever else is damaged there
-    does no harm."""
-    with suppress(Exception):  # Pillow's parsers raise many kinds
-        return image.transpose(TURNS[image.getexif()[0x0112]])
-    return image
 
 
 def in_srgb(image, path):

@@ -2,7 +2,7 @@
 the original (CompVis) layout, the miniature. What is something else is refused in one line that says what."""
 import os
 import re
-import time
+import timeit
 import warnings
 from collections import namedtuple
 from contextlib import suppress
@@ -87,13 +87,8 @@ def bfloat16_is_faster():
     """Whether this CPU multiplies two matrices, of a UNet's sizes, clearly faster in bfloat16 than in
     float32: some do, with instructions for it (avx512_bf16, AMX), and on others it is many times slower."""
     def seconds(dtype):
-        pixels, weights = torch.ones(512, 320, dtype=dtype), torch.ones(320, 640, dtype=dtype)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            pixels @ weights
-            times.append(time.perf_counter() - start)
-        return min(times)
+        matrices = {"a": torch.ones(512, 320, dtype=dtype), "b": torch.ones(320, 640, dtype=dtype)}
+        return min(timeit.repeat("a @ b", globals=matrices, repeat=5, number=1))
     return 1.3 * seconds(torch.bfloat16) < seconds(torch.float32)
 
 

@@ -204,8 +204,11 @@ def test_exif_rotation(tmp_path):
 def test_every_orientation_beside_damaged_exif(tmp_path, orientation):
     """The same picture, stored in eight ways. Another tag has a fraction without a denominator."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 80, 3), np.uint8))
-    back = images.TURNS | {6: images.TURNS[8], 8: images.TURNS[6]}
-    stored = upright if orientation == 1 else upright.transpose(back[orientation])
+    away = dict(zip(range(2, 9), (
+        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90, Image.Transpose.TRANSVERSE,
+        Image.Transpose.ROTATE_270)))
+    stored = upright if orientation == 1 else upright.transpose(away[orientation])
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = orientation, IFDRational(72)
     blob = exif.tobytes()

@@ -339,6 +339,8 @@ def test_a_pool_follows_from_the_step_alone():
     assert set(pool.draw(1, 50, generator(0)).tolist()) == {1, 2, 3, 4}  # of five the last four
     a, b = pool[torch.tensor([4, 1, 4])]
     assert a.tolist() == [4, 1, 4] and b.tolist() == [[8.], [2.], [8.]] and made == [4, 1]
-    pool[torch.tensor([5, 6, 7, 8, 1])]
-    assert made == [4, 1, 5, 6, 7, 8] and len(pool.rows) == 4  # each was made once, the first went
-    assert torch.equal(pool.draw(9, 5, generator(1)), Pool(None, 3, 2, 4).draw(9, 5, generator(1)))
+    pool[torch.tensor([5, 6, 4, 1])]
+    assert made == [4, 1, 5, 6]  # each was made once
+    pool[torch.tensor([7, 8, 4, 1])]
+    assert made == [4, 1, 5, 6, 7, 8] and pool.row.cache_info().currsize == 4  # the longest unused went
+    assert torch.equal(pool.draw(9, 5, generator(1)), Pool(make, 3, 2, 4).draw(9, 5, generator(1)))

@@ -3,6 +3,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -209,7 +210,7 @@ class Pool:
     it is first drawn. There are `first` rows, `fresh` more at every step; the last `size` are drawn from."""
 
     def __init__(self, make, first, fresh, size):
-        self.make, self.first, self.fresh, self.size, self.rows = make, first, fresh, size, {}
+        self.first, self.fresh, self.size, self.row = first, fresh, size, lru_cache(size)(make)
 
     def draw(self, step, count, generator):
         """The numbers (count,) of some of the rows that there are at this step."""
@@ -218,11 +219,4 @@ class Pool:
 
     def __getitem__(self, numbers):
         """The rows with these numbers, a batch of each tensor."""
-        numbers = numbers.tolist()
-        for n in numbers:
-            if n not in self.rows:
-                self.rows[n] = self.make(n)
-        found = [self.rows[n] for n in numbers]
-        while len(self.rows) > self.size:  # those that were made first
-            del self.rows[next(iter(self.rows))]
-        return [torch.stack(column) for column in zip(*found)]
+        return [torch.stack(column) for column in zip(*map(self.row, numbers.tolist()))]
