@@ -46,7 +46,7 @@ from program.options import (Option, early, folder_of_faces, model_rows, number,
 from hypernet import HyperConfig, HyperNetwork
 from nano import people, seeds
 from nano.training import pretrain
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 from vit import encode_face
 
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
@@ -83,7 +83,7 @@ def main(args):
     rank, size = distributed.rank_and_size()
     mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
-        generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
+        generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
         who = torch.randint(data.count, (size * args.batch,), generator=generator)
         features, latents, prompts = data.samples(who, generator, mine)
         # each sample is left after a number of passes of its own, so that every estimate is worth something
@@ -128,7 +128,7 @@ def hypernetwork(args, model, deadline):
             vit = load_vit(encoder, model.device)
         shape = hdb.HyperDreamBooth(model).lidb.shape
         config = HyperConfig(*shape, iterations=args.iterations or 4, vit=vit.config, encoder=encoder)
-        with seeded(args.seed):
+        with global_seed(args.seed):
             hypernet = HyperNetwork(config, vit).to(model.device)
     hypernet.vit.requires_grad_(False)
     return hypernet
@@ -151,7 +151,7 @@ def fit_targets(method, data, args, folder, of, deadline):
     """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU; those in `folder`
     were fitted before (LoadError for another's, as in training.parts)."""
     def fitted(who):
-        generator = torch.Generator().manual_seed(args.seed + who[0].item())
+        generator = hdb.seeded(args.seed + who[0].item())
 
         def pictures():
             """One picture of each of these people."""

@@ -38,7 +38,7 @@ from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
 from program.options import Option, early, model_rows, new_folder, number, parser_of, same
 from sd import StableDiffusion
-from training.trainer import seeded
+from training.trainer import global_seed
 from vit import NANO_VIT
 
 PROMPT, RANK = "a [V] face", 4
@@ -50,7 +50,7 @@ SETTINGS = [Option("sample_steps", number(int, 1, 999), 15, 30, "of the guided p
 def full_size(device, dtype):
     """Stable Diffusion 1.5 with random weights and a vocabulary of a few words."""
     words = clip.learn_bpe(["a", "face", "as", "rock", "star", IDENTIFIER])
-    with seeded(0), torch.device(device):
+    with global_seed(0), torch.device(device):
         parts = unet.UNet(unet.SD15), clip.TextTransformer(clip.SD15), vae.VAE(vae.SD15)
     network, text, autoencoder = (part.to(dtype, memory_format=torch.channels_last) for part in parts)
     return StableDiffusion("random", network, text, clip.Tokenizer(*words), autoencoder)
@@ -64,7 +64,7 @@ def main(args):
     if nano:
         method.hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", model)
     else:
-        with seeded(0):
+        with global_seed(0):
             network = HyperNetwork(HyperConfig(*method.lidb.shape, vit=NANO_VIT))
         method.hypernet = network.to(device).eval().requires_grad_(False)
 

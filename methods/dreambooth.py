@@ -20,7 +20,7 @@ from adapters import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
 from methods.protocol import Method
 from program.options import Option, number
-from hdb import PROMPT
+from hdb import PROMPT, seeded
 from lidb import personal_layers
 from sd import StableDiffusion
 
@@ -39,7 +39,7 @@ def class_pictures(model, count, generator):
 @lru_cache(1)
 def shared_prior(model, count, seed):
     """class_pictures(), drawn once for all people of a run."""
-    return class_pictures(model, count, torch.Generator().manual_seed(seed))
+    return class_pictures(model, count, seeded(seed))
 
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
@@ -66,7 +66,7 @@ def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_
     own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
     batch: noises of the photo a step, with as many class pictures beside them.
     """
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or seeded(0)
     latent = model.encode(photo).detach().float().repeat(batch, 1, 1, 1)
 
     def loss(trained):

@@ -33,7 +33,7 @@ from files.layouts import HERE
 from files.person import Person
 from methods.protocol import Method
 from program.options import Option, number, old_file, same
-from hdb import PROMPT
+from hdb import PROMPT, seeded
 from vit import encode_face
 
 # s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's words are .2 long, as Stable Diffusion's
@@ -170,7 +170,7 @@ def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, call
     """
     if len(photo) > 1:
         raise ValueError("E4T takes one person at a time")
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or seeded(0)
     tuned, encoder = dreambooth.trainable_copy(model), copy.deepcopy(domain.encoder).requires_grad_()
     tuned.text.requires_grad_(False)
     merge(tuned.layers, offsets(tuned, domain.rows, domain.columns))

@@ -37,7 +37,7 @@ from program.console import UserError
 from files.person import Person, load_person
 from methods.protocol import Method
 from program.options import Option, number, old_file, same
-from hdb import PROMPT
+from hdb import PROMPT, seeded
 from nano import faces, seeds, wording
 
 TRAINING, SAMPLING = (.75, .1), (.7, .15)  # β and τ
@@ -99,7 +99,7 @@ def captions(model):
     """What is said to this model: nano's own captions, or else everyday things in everyday prompts."""
     if model.text.config != clip.NANO:
         return [form.format(thing) for form in FORMS for thing in THINGS]
-    generator = torch.Generator().manual_seed(seeds.PRETRAINING)
+    generator = seeded(seeds.PRETRAINING)
     identity = torch.rand(1024, len(faces.IDENTITY), generator=generator)
     style = torch.randint(len(faces.STYLES), (1024,), generator=generator)
     return wording.captions(identity, style, generator)
@@ -159,7 +159,7 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
     loss) after every step. UserError, a ValueError, where the identifier is not one token.
     """
     people, token, prompt = len(photo), only_token(model, identifier), with_identifier(PROMPT, identifier)
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or seeded(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
     face = super_category(model)
     c_inverse = inverse(covariance(model, captions(model))).to(model.device)

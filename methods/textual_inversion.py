@@ -20,7 +20,7 @@ from program.console import UserError
 from files.person import Person
 from methods.protocol import Method
 from program.options import Option, number
-from hdb import PROMPT
+from hdb import PROMPT, seeded
 
 LAYER = "text.text_model.embeddings.token_embedding"
 CLASS = "face"   # the word of PROMPT that the person is one of
@@ -75,7 +75,7 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
         raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = generator or seeded(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
     start = model.layers[LAYER].weight[word].detach().float().repeat(tokens, 1)
     each = generator if isinstance(generator, list) else [generator]

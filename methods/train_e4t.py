@@ -27,7 +27,7 @@ from program.options import (Option, early, folder_of_faces, model_rows, parser_
                              training_rows)
 from training.photos import Photos
 from nano import people, seeds
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 
 WATCHED = 8  # people whose pictures are measured while nano's is trained
 
@@ -66,7 +66,7 @@ def main(args):
         watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
     else:
         data, watched = Photos(args.faces, model, vit, hdb.PROMPT, folder / "photos", deadline), None
-    with seeded(args.seed):
+    with global_seed(args.seed):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
 
@@ -77,7 +77,7 @@ def main(args):
     plan_memory(model, args.batch)
     for step in trainer:
         # train.py's people
-        generator = torch.Generator().manual_seed(seeds.seed(args.seed, step, seeds.HYPERNET))
+        generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
         who = torch.randint(data.count, (args.batch,), generator=generator)
         features, latents, prompts = data.samples(who, generator)
         adapters = in_training(domain, deltas, model, features.mean(1))

@@ -17,7 +17,7 @@ from files.checkpoints import build, write
 from files.layouts import device_and_dtype
 from nano import faces, seeds
 from program.options import DEVICE, RUNS, number, parser_of, same, training_rows
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 
 FILE = Path(__file__).with_name("judge.safetensors")
 WIDTHS = 24, 48, 96, 160
@@ -63,7 +63,7 @@ def train(args):
     pictures = torch.cat([((x + 1) * 127.5).round().byte() for x in drawn]).unflatten(0, styles.shape)
     truth = {k: v.to(args.device) for k, v in faces.attributes(identity).items()}
 
-    with seeded(args.seed):
+    with global_seed(args.seed):
         model = Judge().to(args.device)
     temperature = nn.ParameterDict({"log": nn.Parameter(torch.tensor(2.3, device=args.device))})
     modules, of = {"judge": model, "temperature": temperature}, {"people": args.people, "seed": args.seed}

@@ -19,10 +19,10 @@ CHILD = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from program import console
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 
 def main(_):
-    with seeded(0):
+    with global_seed(0):
         model = torch.nn.Linear(500, 500)
     trainer = Trainer({"m": model}, sys.argv[1], 150, 1e-3)
     for step in trainer:

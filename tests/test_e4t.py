@@ -27,7 +27,7 @@ from files.disk import LoadError
 from files.layouts import HERE
 from training.photos import Photos
 from nano import people, seeds
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 from unet import UNet, UNetConfig
 from vit import encode_face
 
@@ -49,7 +49,7 @@ def published(monkeypatch):
 def tiny_domain(model=None, seed=0, size=.3):
     """One as pre-training might have made it: nothing in it is zero."""
     model = model or shared_model()
-    with seeded(seed):
+    with global_seed(seed):
         domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
         for p in (*domain.rows, *domain.columns):
             torch.nn.init.normal_(p, std=size)
@@ -164,7 +164,7 @@ def test_offsets_are_weights_times_one_plus_delta():
 def test_one_layers_delta_is_the_papers():
     """A rank-one matrix, of which every column and then every row goes through a linear map."""
     layer = shared_model().layers["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]
-    with seeded(1):
+    with global_seed(1):
         offset = train_e4t.Offset(layer)
         torch.nn.init.normal_(offset.along_columns.weight)
         torch.nn.init.normal_(offset.along_columns.bias)
@@ -178,7 +178,7 @@ def test_one_layers_delta_is_the_papers():
 def test_offsets_at_delta_zero_leave_the_model_and_are_no_saddle():
     model, x = shared_model(), some_latent(1)
     context, t = model.context(PEOPLE[:1]), torch.tensor([500])
-    with seeded(0):
+    with global_seed(0):
         deltas = [train_e4t.Offset(layer) for layer in e4t.attention(model).values()]
     factors = list(zip(*(delta() for delta in deltas)))
     fresh = e4t.Domain(e4t.EncoderConfig(), model)
@@ -619,7 +619,7 @@ def test_training_moves_the_encoder_and_the_offsets_alone(train, tmp_path):
     kinds = {tuple(name.split(".")[:2]) for name in state if name.startswith("now.")}
     assert len(steps) == 2 and kinds == {("now", "encoder"), ("now", "offsets")}
     domain = e4t.load_domain(tmp_path / "e4t/e4t.safetensors", shared_model())
-    with seeded(0):
+    with global_seed(0):
         start = e4t.Domain(e4t.EncoderConfig(16), shared_model())
     for name, p in domain.encoder.named_parameters():
         assert not torch.equal(p, start.encoder.get_parameter(name).half().float()), name

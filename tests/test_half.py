@@ -10,7 +10,7 @@ from diffusion import denoising_loss, noised
 from adapters import join
 from hdb import HyperDreamBooth
 from methods import dreambooth, e4t, perfusion, textual_inversion, train_e4t
-from training.trainer import seeded
+from training.trainer import global_seed
 from vit import encode_face
 
 STEPS = {"steps": 2, "batch": 2}
@@ -70,7 +70,7 @@ def gated_values(model):
 
 
 def encoded(model):
-    with seeded(0):
+    with global_seed(0):
         domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
         torch.nn.init.normal_(domain.encoder.word.weight, std=.01)
     learnt = e4t.learn(model, photo(), domain, generator=generator(3), **STEPS)
@@ -109,7 +109,7 @@ def hyper_loss(model):
 
 
 def e4t_loss(model):
-    with seeded(0):
+    with global_seed(0):
         domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model)
         deltas = torch.nn.ModuleList(map(train_e4t.Offset, e4t.attention(model).values()))
     seen = torch.randn(2, 16, generator=generator(5))

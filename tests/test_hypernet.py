@@ -9,12 +9,12 @@ from torch import nn
 from adapters import adapted
 from hypernet import HyperConfig, HyperNetwork
 from lidb import LiDB
-from training.trainer import seeded
+from training.trainer import global_seed
 from vit import NANO_VIT, ViT
 
 
 def untrained(**options):
-    with seeded(0):
+    with global_seed(0):
         options = {"layers": 3, "size": 20, "width": 16, "heads": 2, "vit": VIT, **options}
         return HyperNetwork(HyperConfig(**options))
 

@@ -17,7 +17,7 @@ from files import disk
 from files.checkpoints import write
 from program.console import Stopped, UserError
 from training.parts import differences
-from training.trainer import Pool, Trainer, seeded
+from training.trainer import Pool, Trainer, global_seed
 
 
 def train(out, steps, total=120, **options):
@@ -133,7 +133,7 @@ def test_leftovers_of_the_dead_are_swept(tmp_path):
 
 
 def some_trainer(folder):
-    with seeded(0):
+    with global_seed(0):
         model = nn.Linear(2, 2)
     return model, Trainer({"m": model}, folder, 100, lr=.1)
 
@@ -238,12 +238,12 @@ def test_the_bar_says_how_far_a_run_is(tmp_path, capsys, monkeypatch):
 def test_seeded_modules_leave_the_global_generator_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    with seeded(5):
+    with global_seed(5):
         one = nn.Linear(3, 3)
     assert torch.equal(torch.get_rng_state(), state)
-    with seeded(5):
+    with global_seed(5):
         assert torch.equal(nn.Linear(3, 3).weight, one.weight)
-    with seeded(6):
+    with global_seed(6):
         assert not torch.equal(nn.Linear(3, 3).weight, one.weight)
 
 

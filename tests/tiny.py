@@ -11,7 +11,7 @@ import unet
 import vae
 from hypernet import HyperConfig, HyperNetwork
 from sd import StableDiffusion
-from training.trainer import seeded
+from training.trainer import global_seed
 from vit import ViTConfig
 
 UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -38,7 +38,7 @@ def shared_model():
 
 def tiny_hypernet(layers, size, **options):
     """A hypernetwork that predicts somebody, as its heads are not zero."""
-    with seeded(0):
+    with global_seed(0):
         net = HyperNetwork(HyperConfig(layers, size, width=16, heads=2, vit=VIT, **options))
         torch.nn.init.normal_(net.heads, std=.3)
     return net.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from training.parts import differences
 
 
 @contextmanager
-def seeded(seed):
+def global_seed(seed):
     """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which
     is put back afterwards."""
     with torch.random.fork_rng(devices=[]):

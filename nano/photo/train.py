@@ -22,7 +22,7 @@ from nano.photo.report import bearded, report
 from nano.photo.views import faceless, looks, together
 from program import console
 from program.options import DEVICE, RUNS, number, old_file, old_folder, parser_of, same
-from training.trainer import Trainer, seeded
+from training.trainer import Trainer, global_seed
 
 SMOOTHING = .03
 SOFT = .5            # the soft labels' part in a target, the rest is the hard one's
@@ -140,7 +140,7 @@ def train(args, photos, truth, soft):
         x, targets, *others = batch_of(pools, args.batch, generator)
         x, *others = (t.to(args.device) for t in (x, *others))
         targets = {name: t.to(args.device) for name, t in targets.items()}
-        with seeded(step):  # dropout draws from the global generator
+        with global_seed(step):  # dropout draws from the global generator
             found = model(x.contiguous(memory_format=torch.channels_last))
         each = losses(found, targets, *others)
         shown = {name: each[name] for name in ("hair_style", "glasses", "beard", "frame")}

@@ -31,7 +31,7 @@ from files.tokenizers import write_tokenizer
 from nano import faces, seeds, wording
 from program.options import DEVICE, RUNS, add, number, same, training_rows
 from sd import StableDiffusion
-from training.trainer import Pool, Trainer, seeded
+from training.trainer import Pool, Trainer, global_seed
 from vit import NANO_VIT, ViT
 
 FOLDER = Path(__file__).parents[1]
@@ -102,7 +102,7 @@ def initialise(model):
 def train_vae(args):
     """Squared error + a little absolute error and KL. The decoder may go on alone (--decoder) once a UNet
     lives in the encoder's space."""
-    with seeded(args.seed):
+    with global_seed(args.seed):
         model = initialise(vae.VAE(vae.NANO)).to(args.device)
     if args.decoder or args.warm:
         restore(model, VAE)
@@ -171,7 +171,7 @@ def train_text(args):
     words.)"""
     words = tokenizer()
     kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
-    with seeded(args.seed):
+    with global_seed(args.seed):
         text = initialise(clip.TextTransformer(clip.NANO)).to(args.device)
         heads = torch.nn.Linear(clip.NANO.hidden_size, sum(kinds.values())).to(args.device)
     trainer = begin("text", {"text": text, "heads": heads}, args)
@@ -208,7 +208,7 @@ def train_unet(args):
     text encoder stay as they are."""
     text = build(clip.TextTransformer, clip.NANO, [FOLDER / TEXT], str, args.device, torch.float32)
     autoencoder = build(vae.VAE, vae.NANO, [FOLDER / VAE], str, args.device, torch.float32)
-    with seeded(args.seed):
+    with global_seed(args.seed):
         model = initialise(unet.UNet(unet.NANO))
         torch.nn.init.zeros_(model.conv_out.weight)
     if args.warm:
@@ -273,7 +273,7 @@ def train_encoder(args):
     linear heads read: one sees every patch in its place, which teaches what is small and local (glasses, a
     beard), one their mean, which makes patches compare notes (the face's width)."""
     width, count = NANO_VIT.hidden_size, traits(torch.zeros(1, len(faces.IDENTITY))).shape[1]
-    with seeded(args.seed):
+    with global_seed(args.seed):
         vit = ViT(NANO_VIT).to(args.device)
         sizes = {"mean": width, "places": width * (vit.embeddings.side ** 2 + 1)}
         heads = torch.nn.ModuleDict({name: torch.nn.Linear(size, count) for name, size in sizes.items()})
