@@ -1,7 +1,7 @@
 """One photo of a face in, pictures of that person out; or a personal file made before, and nothing is fitted.
 
     python personalize.py nano/example.png "a [V] face as a rock star"
-    python personalize.py me.jpg "a [V] face as a king" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+    python personalize.py me.jpg "a [V] face" --out me --model stable-diffusion-v1-5/stable-diffusion-v1-5
     python personalize.py a.jpg b.jpg more/ "a [V] face as a king"    # photos, or folders, of one person
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
@@ -10,14 +10,14 @@
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the
 predicted weights, or another method's) and person_tuned.safetensors (the same with the LoRA of the
-fine-tuning). sheet.png shows the photo, the prediction alone, then the prompts. With --each every person's
-files are in a folder of the photo's name, and sheet.png has a column for each. nano knows drawn people alone:
-of a photograph it says what it saw, draws that person, and goes on with the drawing, which the sheet shows
-too.
+fine-tuning). Another person's files there are not replaced. sheet.png shows the photo, the prediction alone,
+then the prompts. With --each every person's files are in a folder of the photo's name, and sheet.png has a
+column for each. nano knows drawn people alone: of a photograph it says what it saw, draws that person, and
+goes on with the drawing, which the sheet shows too.
 """
-import itertools
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from clip import canonical, with_identifier
@@ -38,12 +38,13 @@ from files.merged import merge_to_folder
 from files.person import load_person, save_person
 from methods import command_line, hyperdreambooth, textual_inversion
 from methods.command_line import PERSONAL, check_kinds
-from methods.sitting import sit
+from methods.sitting import folders_of, sit
 from methods.table import METHODS
 from nano.judge import load_judge
 from program.console import UserError
 from program.memory import plan_memory
 from training.parts import split
+from training.photos import known_by, photos_of
 
 
 def main(args):
@@ -127,27 +128,12 @@ def make_people(sittings, args, engine, stage):
         made = method.make(engine, photos, generators, args, stage)
         if not all(map(finite, made.tensors.values())):
             raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
-        for i, out in enumerate(outs):
+        for i, (sitting, out) in enumerate(zip(some, outs)):
             person = made.map(lambda t, i=i: t[i:i + 1].half().float())
+            person.photos = " ".join(sorted(known_by(sitting.paths)))
             written += save(person, engine, out)
             people.append(person)
     return people, written
-
-
-def folders_of(sittings, args):
-    """A folder in --out for everybody, of their photo's name, that leads nowhere else and takes no place of
-    what is written there."""
-    pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
-    taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
-    for sitting in sittings:
-        taken.append(free_name(Path(sitting.paths[0]).stem, taken))
-    return [args.out / name for name in taken[-len(sittings):]]
-
-
-def free_name(stem, taken):
-    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
-    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
-    return next(name for name in names if name.casefold() not in map(str.casefold, taken))
 
 
 def save(person, engine, out):
@@ -165,8 +151,10 @@ def save(person, engine, out):
 def read_person(path, engine):
     """The Person in a personal file, or in an embedding that textual inversion has learnt anywhere."""
     if textual_inversion.is_embedding(path):
-        return textual_inversion.load_embedding(path, engine.model)
-    return load_person(path, engine, METHODS)
+        person = textual_inversion.load_embedding(path, engine.model)
+    else:
+        person = load_person(path, engine, METHODS)
+    return replace(person, photos=" ".join(photos_of(path)))
 
 
 def turned(person, args, engine):
@@ -241,20 +229,20 @@ def settings_of(sittings, args, model):
 def write_pictures(predicted, pictures, people, sittings, args, model):
     """Write every picture, and the sheet of them all, with the settings of the run; return the paths."""
     settings, paths = settings_of(sittings, args, model), [args.out / "sheet.png"]
-    whose = args.photos if args.each else args.people or [", ".join(args.photos)]
-    if args.each:
-        whose = [sitting.paths[0] for sitting in sittings]
+    whose = args.people or [", ".join(sitting.paths) for sitting in sittings]
+    photos = [person.photos for person in people]
     for i, picture in enumerate(pictures):
         paths.append(args.out / f"{i}.png")
-        images.save(images.to_pil(picture), paths[-1], prompt=args.prompts[i // len(people)],
-                    person=whose[i % len(people)], seed=args.seed + i, **settings)
+        who, prompt = i % len(people), args.prompts[i // len(people)]
+        images.save(images.to_pil(picture), paths[-1], prompt=prompt, person=whose[who], photos=photos[who],
+                    seed=args.seed + i, **settings)
     shown = [x for sitting in sittings for x in (sitting.shown, sitting.seen) if x is not None]
     if args.each:
         shown = [torch.cat([sitting.seen for sitting in sittings])]
     every = torch.cat([x.cpu() for x in (*shown, predicted, pictures) if len(x)])
     heads = heads_of(sittings[0], predicted, args.prompts) if sittings and not args.each else whose
     images.save(images.sheet(every, len(heads), heads), paths[0], prompt=" | ".join(args.prompts),
-                person=" | ".join(whose), seed=args.seed, **settings)
+                person=" | ".join(whose), photos=" ".join(photos), seed=args.seed, **settings)
     return paths
 
 
@@ -277,7 +265,7 @@ def write_for_other_programs(person, adapters, args, model):
         export_lora(adapters, paths[0], {"modelspec.trigger_phrase": word})
     if args.export == "embedding":
         word = textual_inversion.TOKEN
-        textual_inversion.save_embedding(person.tensors, paths[0])
+        textual_inversion.save_embedding(person.tensors, paths[0], photos=person.photos)
     if args.merge:
         source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
         merge_to_folder(model, adapters, source, args.merge)

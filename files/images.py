@@ -254,6 +254,13 @@ def save(image, path, generated=True, **settings):
         image.save(temporary, "PNG", pnginfo=info)
 
 
+def settings(path):
+    """The settings that save() wrote into a picture; none where they cannot be read."""
+    with suppress(Exception), regular(path, LARGEST_FILE) as data:  # PIL's have no base in common
+        return dict(Image.open(data, formats=["PNG"]).text)
+    return {}
+
+
 def sheet(pictures, columns, heads=()):
     """Pictures (B, 3, H, W) in [-1, 1] as one PIL image, row by row, the rest of the last row white; over the
     columns stand their `heads`, if there are any, in two lines at most."""

@@ -30,6 +30,7 @@ class Person:
     scale: float = 1.0                           # default strength
     date: str = field(default_factory=lambda: date.today().isoformat())
     basis_seed: int | None = None                # of the LiDB basis that its θ belongs to, if it has one
+    photos: str = ""                             # digits of each photo's file, by which a person is known
 
     def adapters(self, engine):
         """What makes the model of `engine`, an hdb.HyperDreamBooth, draw this person, at the default
@@ -53,6 +54,7 @@ def save_person(person, engine, path, dtype=torch.float16):
     check_numbers(tensors, path)
     check_about(path, person.method, person.identifier, person.scale)
     about = {"base": person.base, "identifier": person.identifier, "date": person.date}
+    about["photos"] = person.photos
     about["scale"] = repr(float(person.scale))
     write(tensors, path, about | belongs_to(engine, person.method, tensors))
 

@@ -17,7 +17,7 @@ from methods.table import METHODS
 from nano import wording
 from program.console import Parser, UserError, printable
 from program.options import SEED, Option, add, early, model_rows, new_folder, number, refused, same
-from training.photos import photo_files
+from training.photos import known_by, photo_files, photos_of
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # the prediction alone, and with the LoRA
 
@@ -131,11 +131,16 @@ def refusals(args, method):
     yield nested, "--merge and --out must be two folders, --out not in the other"
     people = len(args.photos if args.each else args.people) or 1
     outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * people))]
-    outputs += [f"{args.export}.safetensors"] * bool(args.export) + [*PERSONAL] * bool(args.photos)
+    outputs += [f"{args.export}.safetensors"] * bool(args.export)
+    outputs += [*PERSONAL] * bool(args.photos and not args.each)
     written = [real(args.out / name) for name in outputs]
     loras, hypernet = [lora for lora, _ in args.lora], getattr(args, "hypernet", None)
     for path in (*args.photos, *args.people, *loras, hypernet):
         yield path and real(path) in written, f"{path} would be overwritten; give another folder with --out"
+    there = set().union(*map(photos_of, filter(Path.is_file, written)))
+    another = there and not there & (set().union(*map(photos_of, args.people)) | known_by(args.photos))
+    yield another, (f"--out {args.out} holds another person's files; give this one a folder, "
+                    f"such as --out {Path(args.photo).stem}")
     if args.merge:
         free_folder(args.merge)
         new_folder(args.merge)

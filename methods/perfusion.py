@@ -2,8 +2,8 @@
 
     python personalize.py face.png "a [V] face as a rock star" --method perfusion
     python personalize.py out/person.safetensors "a [V] face as a king" --method perfusion --beta .6
-    python personalize.py you.png "a [V] face" --method perfusion --identifier zwx          # a second person
-    python personalize.py out/person.safetensors "a [V] face" --method perfusion --with you.safetensors
+    python personalize.py you.png "a [V] face" --method perfusion --identifier zwx --out you  # another
+    python personalize.py out/person.safetensors "a [V] face" --method perfusion --with you/person.safetensors
 
 A layer W of keys or values gets encodings e of the prompt's tokens. Where e lies along i*, the encoding of
 the person's word, W·i* is replaced by o*, as far as a gate opens:

@@ -1,6 +1,8 @@
 """The photos that a person is made of: what the user shows, what a method gets to see of it, and what nano
 says."""
+import itertools
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from nano import wording
 from nano.photo import avatar, reader
 from program import console
 from program.console import UserError
-from training.photos import read_photos
+from training.photos import known_by, photos_of, read_photos
 
 
 class Sitting(NamedTuple):
@@ -59,3 +61,22 @@ def read(paths, side, crop):
     every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
              for path in paths)
     return torch.cat([photo for some in every for photo in some])
+
+
+def folders_of(sittings, args):
+    """A folder in --out for everybody, of their photo's name, that leads nowhere else and takes no place of
+    what is written there, nor of another person."""
+    pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
+    taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
+    held = {path.parent.name: {*photos_of(path)} for path in args.out.glob("*/person*.safetensors")}
+    for sitting in sittings:
+        own = known_by(sitting.paths)
+        others = [name for name, photos in held.items() if not photos & own]
+        taken.append(free_name(Path(sitting.paths[0]).stem, [*taken, *others]))
+    return [args.out / name for name in taken[-len(sittings):]]
+
+
+def free_name(stem, taken):
+    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
+    names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+    return next(name for name in names if name.casefold() not in map(str.casefold, taken))

@@ -136,15 +136,15 @@ METHOD = Method("textual_inversion", "the embedding of one new word, and nothing
 # ------------------------------------------------------------------------------------------------------------
 # The learned embedding as a file for other programs: one tensor (N, d), its name the word in their prompts
 
-def save_embedding(tensors, path, token=TOKEN):
+def save_embedding(tensors, path, token=TOKEN, photos=""):
     """Write one person's vectors as diffusers' load_textual_inversion, ComfyUI and A1111 read them, in
-    float32. In diffusers' prompts the word is `token`, in the others' the file's name. ValueError for several
-    people, UserError for numbers that are none."""
+    float32. In diffusers' prompts the word is `token`, in the others' the file's name. photos: digits, as in
+    a personal file. ValueError for several people, UserError for numbers that are none."""
     if len(tensors["vectors"]) != 1:
         raise ValueError(f"one person's vectors are needed, not {len(tensors['vectors'])} people's")
     embedding = tensors["vectors"][0].float()
     check_numbers({"the embedding": embedding}, path)
-    write({token: embedding}, path, {"format": "pt"})
+    write({token: embedding}, path, {"format": "pt", "photos": photos})
 
 
 def load_embedding(path, model):

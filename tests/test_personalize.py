@@ -265,10 +265,50 @@ def test_every_photo_is_another_person(tmp_path):
 
 
 def test_everybody_has_a_folder_of_their_own():
-    assert personalize.free_name("a", []) == "a"
-    assert personalize.free_name("a", ["a", "a_2", "A_3"]) == "a_4"
-    assert personalize.free_name("A_2", ["a", "a_2"]) == "A_2_2"
-    assert personalize.free_name("0.png", ["sheet.png", "0.png"]) == "0.png_2"
+    assert sitting.free_name("a", []) == "a"
+    assert sitting.free_name("a", ["a", "a_2", "A_3"]) == "a_4"
+    assert sitting.free_name("A_2", ["a", "a_2"]) == "A_2_2"
+    assert sitting.free_name("0.png", ["sheet.png", "0.png"]) == "0.png_2"
+
+
+def test_a_second_person_takes_nobodys_place(tmp_path, refusal, monkeypatch):
+    """In --out, whatever the photo is called; the same person may, from photos or a file."""
+    a, b, out = tmp_path / "x/a.png", tmp_path / "y/a.png", tmp_path / "out"
+    for i, path in enumerate((a, b)):
+        path.parent.mkdir()
+        shutil.copy(ROOT / "nano/example.png", path)
+        path.write_bytes(path.read_bytes() + bytes(i))
+    quick = "[V]", "--method", "textual_inversion", "--steps", 1, "--sample-steps", 1, "--export", "embedding"
+    assert run(a, *quick, "--out", out).returncode == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    again = str(shutil.copy(a, tmp_path / "renamed.png"))
+
+    def accepted(*given):
+        monkeypatch.setattr("sys.argv", ["personalize.py", *map(str, given), "[V] face", "--out", str(out)])
+        return personalize.arguments()
+    for same in (again,), (b, a), (out / "person.safetensors",), (out / "embedding.safetensors",):
+        accepted(*same)
+    other = tmp_path / "you.safetensors"
+    tensors = load_file(out / "embedding.safetensors")
+    save_file(tensors, other)  # which does not say of whom it is
+    for left in "sheet.png", "0.png", "person.safetensors":
+        for path in set(before) - {out / left}:
+            path.unlink()
+        replacing = (b,), (other,), (b.parent, "--each")
+        for given in replacing[:1] if left == "person.safetensors" else replacing:
+            line = refusal(personalize, *given, "[V] face", "--out", out)
+            assert f"--out {out} holds another person's files; give this one a folder, such as --out" in line
+        for path, data in before.items():
+            path.write_bytes(data)
+    # everybody's folder too
+    each = SimpleNamespace(out=tmp_path / "each", photos=[a, b], prompts=["[V]"])
+    whose = [SimpleNamespace(paths=[str(path)]) for path in (a, b)]
+    for folder in sitting.folders_of(whose, each):
+        folder.mkdir(parents=True)
+    assert {path.name for path in each.out.iterdir()} == {"a", "a_2"}
+    shutil.copy(out / "person.safetensors", each.out / "a")
+    assert sitting.folders_of(whose[1:], each) == [each.out / "a_2"]
+    assert sitting.folders_of(whose[:1], each) == [each.out / "a"]
 
 
 def test_no_photo_that_can_be_used(tmp_path, refusal):

@@ -51,6 +51,21 @@ def content(files):
     return f"{digits:08x}"
 
 
+def known_by(paths):
+    """The digits of every photo in these files and folders: what a person is known by."""
+    return {content([file]) for path in paths for file in photo_files(path)}
+
+
+def photos_of(path):
+    """The digits of the photos that a picture or a personal file was made of; where it does not say, of a
+    personal file its own, of a picture none."""
+    if Path(path).suffix == ".png":
+        return images.settings(path).get("photos", "").split()
+    with suppress(OSError, ValueError):  # what is none is said elsewhere
+        return Tensors(path).note.get("photos", content([path])).split()
+    return []
+
+
 def no_photos(folder, skipped=()):
     """The ImageError for a folder that isn't there or holds none."""
     return images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
