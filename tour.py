@@ -4,7 +4,7 @@
     python tour.py fast     # a few steps of everything, to out/tour/
 
 Every step says what it claims, prints what it measured, asserts it, and draws one picture. docs/tour.md is
-this file's own report: the texts below, the code, and the numbers of the run that wrote it.
+this file's own report: the texts below, and the numbers and pictures of the run that wrote it.
 """
 import sys
 import time
@@ -43,14 +43,13 @@ def step_1(tour):
     held_out = people.HeldOut(tour.count, "cpu", seeds.VALIDATION)  # people whom no training has seen
     tour.photos, tour.judge = held_out.photos, held_out.judge
     others = held_out.more_photos(1)[:, 0]
-    same = tour.judge.likeness(tour.photos, others).mean().item()
-    strangers = tour.judge.likeness(tour.photos, others.roll(1, 0)).mean().item()
+    same, strangers = (tour.likeness(photos) for photos in (others, others.roll(1, 0)))
     tour.say(f"likeness of two photos of one person {same:.2f}, of two people {strangers:.2f}")
     assert same > .8 and (tour.fast or strangers < .4)
 
     styles = torch.arange(len(faces.STYLES))
     rows = [faces.photos(person.expand(len(styles), -1), hdb.seeded(1), "cpu", styles)
-            for person in held_out.identity[:1 if tour.fast else 3]]
+            for person in held_out.identity[:3]]
     tour.show("three people in every style", torch.cat(rows), list(faces.STYLES))
 
 
@@ -70,9 +69,8 @@ def step_2(tour):
     tour.say(f"text -> features {tuple(context.shape)}")
     assert psnr > 25
 
-    times = torch.tensor([250, 500, 999])
     noise = diffusion.seeded_noise(latent.shape, [0])
-    noisy = diffusion.add_noise(latent.expand(3, -1, -1, -1), noise, times)
+    noisy = diffusion.add_noise(latent.expand(3, -1, -1, -1), noise, torch.tensor([250, 500, 999]))
     king = model.sample(["a face as a king"], seeds=[0])
     tour.show("a photo, its latent's picture, the latent with noise, and a sample of the text",
               torch.cat([photo, back, model.decode(noisy).clamp(-1, 1), king]),
@@ -90,25 +88,22 @@ def step_3(tour):
     """
     model, lidb = tour.model, tour.method.lidb
     weights = sum(p.numel() for part in (model.unet, model.text) for p in part.parameters())
-    lora = sum(layer.in_features + layer.out_features for layer in tour.method.layers.values())
-    layers, size = lidb.shape
-    tour.say(f"nano: {weights:,} weights; rank-1 LoRA {lora:,}; "
-             f"LiDB {layers} layers × {size} = {layers * size:,}")
     with torch.device("meta"):  # SD 1.5's shapes, without its weights
-        big = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
-    lora = sum(layer.in_features + layer.out_features for layer in big.values())
-    layers, size = LiDB(big).shape
-    tour.say(f"SD 1.5: rank-1 LoRA {lora:,}; LiDB {layers} layers × {size} = {layers * size:,}")
-    assert (lora, layers * size) == (385_344, 28_800)  # the paper's 386K and 28K
+        large = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
+    for name, layers in (f"nano: {weights:,} weights;", tour.method.layers), ("SD 1.5:", large):
+        lora = sum(layer.in_features + layer.out_features for layer in layers.values())
+        count, size = LiDB(layers).shape
+        tour.say(f"{name} rank-1 LoRA {lora:,}; LiDB {count} layers × {size} = {count * size:,}")
+    assert (lora, count * size) == (385_344, 28_800)  # the paper's 386K and 28K
 
     _, a_aux, b_aux = lidb.basis
     assert all(torch.allclose(a.T @ a, torch.eye(a.shape[1]), atol=1e-5) for a in a_aux)
     theta = torch.zeros(1, *lidb.shape, requires_grad=True)
-    x, t, context = torch.randn(1, 4, 16, 16, generator=hdb.seeded(0)), 500, model.context(["a face"])
+    given = torch.randn(1, 4, 16, 16, generator=hdb.seeded(0)), 500, model.context(["a face"])
     with model.adapted(lidb.adapters(theta)):
-        noise = model.unet(x, t, context)
+        noise = model.unet(*given)
         noise.pow(2).mean().backward()
-    assert torch.allclose(noise, model.unet(x, t, context), atol=1e-5)
+    assert torch.allclose(noise, model.unet(*given), atol=1e-5)
     a, b = theta.grad.split([lidb.a, lidb.b], 2)
     tour.say(f"gradient at θ = 0: of A_train {a.norm():.1e}, of B_train {b.norm():.1e}")
     assert not a.any() and b.norm() > 0
@@ -124,17 +119,13 @@ def step_4(tour):
     DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", with θ alone to train: fewer
     numbers than the photo has pixels, and they hold a face.
     """
-    latent = tour.model.encode(tour.photos[:1])
-
-    def draw():
-        return latent, [hdb.PROMPT]
-    theta = tour.method.fit_theta(draw, 1, 2 if tour.fast else 60, .02, hdb.seeded(0))
-    before, after = tour.draw(hdb.PROMPT), tour.draw(hdb.PROMPT, tour.method.lidb.adapters(theta))
-    low, high = tour.likeness(before), tour.likeness(after)
+    given = tour.model.encode(tour.photos[:1]), [hdb.PROMPT]
+    theta = tour.method.fit_theta(lambda: given, 1, 2 if tour.fast else 60, .02, hdb.seeded(0))
+    pictures = [tour.draw(hdb.PROMPT, adapters) for adapters in ({}, tour.method.lidb.adapters(theta))]
+    low, high = map(tour.likeness, pictures)
     tour.say(f"likeness to the photo: {low:.2f} before, {high:.2f} after the fit")
     assert tour.fast or high > low + .3
-    tour.show("θ fitted to one photo", torch.cat([tour.photos[:1], before, after]),
-              ["photo", "before", "after"])
+    tour.show("θ fitted to one photo", torch.cat([tour.photos[:1], *pictures]), ["photo", "before", "after"])
 
 
 def step_5(tour):
@@ -147,11 +138,9 @@ def step_5(tour):
     hypernet = tour.method.hypernet
     features = encode_face(hypernet.vit, tour.photos)
     tour.passes = hypernet.passes(features).detach()          # (s + 1, people, layers, size)
-    pictures, scores = [], []
-    for theta in tour.passes[1:]:
-        adapters = tour.method.lidb.adapters(theta)
-        pictures.append(tour.everybody(hdb.PROMPT, adapters))
-        scores.append(tour.judge.likeness(pictures[-1], tour.photos).mean().item())
+    drawn = map(tour.method.lidb.adapters, tour.passes[1:])
+    pictures = [tour.draw(hdb.PROMPT, adapters, tour.count) for adapters in drawn]
+    scores = [*map(tour.likeness, pictures)]
     tour.say("mean likeness after each pass: " + ", ".join(f"{score:.2f}" for score in scores))
     steps = tour.passes.diff(dim=0).flatten(2)
     cosines = torch.cosine_similarity(steps[1:], steps[:-1], dim=2).mean(1)
@@ -171,12 +160,12 @@ def step_6(tour):
     given = {"own": theta[:1], "another's": theta[1:2], "mean": theta.mean(0, keepdim=True),
              "half of two": theta[:2].mean(0, keepdim=True)}
     pictures = {name: tour.draw(hdb.PROMPT, tour.method.lidb.adapters(t)) for name, t in given.items()}
-    scores = {name: tour.likeness(picture) for name, picture in pictures.items()}
+    scores = {name: tour.likeness(picture) for name, picture in pictures.items()}  # to the first photo
     tour.say("likeness to the first person: " + ", ".join(f"{name} {s:.2f}" for name, s in scores.items()))
     assert tour.fast or scores["own"] > scores["half of two"] > scores["another's"]
 
-    drawn = [tour.everybody("a face", adapters) for adapters in (tour.method.lidb.adapters(theta), {})]
-    leaked, chance = (tour.judge.likeness(x, tour.photos).mean().item() for x in drawn)
+    drawn = [tour.draw("a face", adapters, tour.count) for adapters in (tour.method.lidb.adapters(theta), {})]
+    leaked, chance = map(tour.likeness, drawn)
     tour.say(f'"a face", without [V]: likeness {leaked:.2f} with the weights, {chance:.2f} without them')
     assert tour.fast or leaked < scores["own"] / 2
     tour.show("θ of the first person, of the second, and mixtures",
@@ -203,12 +192,12 @@ def step_7(tour):
         with tour.model.adapted(tour.method.lidb.adapters(theta)):
             loss, _, _ = hdb.hyper_loss(tour.model, prompts, noisy, theta)
             loss.backward()
-        heads = hypernet.heads.grad.flatten(1).norm(dim=1)
+        reached = hypernet.heads.grad.flatten(1).norm(dim=1) > 0
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     tour.say(f"loss of {tour.count} people: {losses[0]:.4f}, after {len(losses)} steps {losses[-1]:.4f}")
-    assert losses[-1] < losses[0] and (heads > 0).all()
+    assert losses[-1] < losses[0] and reached.all()
     pictures = tour.model.decode(latents).clamp(-1, 1)
     tour.show("the pictures of that batch, and their prompts", pictures, prompts)
 
@@ -292,7 +281,7 @@ def main(folder, fast=False):
     tour = Tour(folder, fast)
     for number, step in enumerate(STEPS, 1):
         tour.take(number, step)
-    print(f"{tour.write()}, {time.time() - START:.0f} s in all")
+    print(f"{folder / 'tour.md'}, {time.time() - START:.0f} s in all")
 
 
 if __name__ == "__main__":

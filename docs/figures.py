@@ -2,10 +2,10 @@
 
     python -m docs.figures          # the same bytes again, from the same commit
 
-pipeline.png, lidb.png, unet.png, world.png, modules.png, training.png. The experiment draws its own (python
+pipeline.png, lidb.png, world.png, modules.png, training.png. The experiment draws its own (python
 -m evaluation), the tour too.
 """
-import ast
+import runpy
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-import hdb
 from evaluation.figures import training
 from files import images
 from files.layouts import HERE
@@ -96,26 +95,6 @@ def lidb():
     return figure
 
 
-def unet():
-    """The levels of nano's UNet: size, channels, personalised layers."""
-    model = hdb.load("nano", "cpu")
-    layers = hdb.HyperDreamBooth(model).layers
-    config = model.unet.config
-    figure, axes = sheet(8, 2.6)
-    wide, side = config.block_out_channels, config.sample_size
-    count = len(wide)
-    for i, channels in enumerate(wide):
-        text = f"{channels} channels\n{side >> i}×{side >> i}"
-        for x, part in ((.2 + i * .35, f"down_blocks.{i}"), (5.2 - i * .35, f"up_blocks.{count - 1 - i}")):
-            here = sum(f"unet.{part}." in name for name in layers)
-            box(axes, x, 1.9 - i * .6, 2.5, .5, f"{part}: {text}\n{here} personalised layers", "frozen", 7.5)
-    middle = sum("unet.mid_block" in name for name in layers)
-    text = sum(name.startswith("text.") for name in layers)
-    axes.text(4, .25, f"middle: {middle} personalised layers;  text encoder: {text};  together {len(layers)}",
-              ha="center", fontsize=9)
-    return figure
-
-
 def world():
     """What a person, and what a photo, is made of: one attribute, one circumstance at a time."""
     identity = faces.identities([seeds.EXAMPLE]).repeat(6, 1)
@@ -141,41 +120,27 @@ def world():
 
 def modules():
     """The rooms of tests/test_house.py, floor by floor, and what imports what."""
-    tree = ast.parse((HERE / "tests/test_house.py").read_text(encoding="utf-8"))
-    floors = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)
-                  and node.targets[0].id == "ROOMS")
-    order = [sorted(floor) for floor in floors]
-    figure, axes = sheet(8, .62 * len(order) + .3)
+    house = runpy.run_path(str(HERE / "tests/test_house.py"))
+    figure, axes = sheet(8, .62 * len(house["ROOMS"]) + .3)
     places = {}
-    for y, names in enumerate(order):
-        for i, name in enumerate(names):
-            x = 4 + (i - (len(names) - 1) / 2) * 1.5
-            x += (-1) ** y * 1.1 * (len(names) == 1)  # in two columns, so that lines are seen
+    for y, floor in enumerate(house["ROOMS"]):
+        for i, name in enumerate(sorted(floor)):
+            x = 4 + (i - (len(floor) - 1) / 2) * 1.5
+            x += (-1) ** y * 1.1 * (len(floor) == 1)  # in two columns, so that lines are seen
             places[name] = x, .35 + .62 * y
     for name, (x, y) in places.items():
-        for other in imported(name) & places.keys() - {name}:
+        files = (HERE / name).glob("*.py") if (HERE / name).is_dir() else [HERE / f"{name}.py"]
+        below = {other for file in files for other in house["imports"](file)}
+        for other in below & places.keys() - {name}:
             axes.plot((x, places[other][0]), (y, places[other][1]), color="#bbbbbb", lw=.6, zorder=0)
-    for name, (x, y) in places.items():
         folder = (HERE / name).is_dir()
         box(axes, x - .65, y - .17, 1.3, .34, f"{name}/" if folder else f"{name}.py",
             "given" if folder else "learnt", 8.5)
     return figure
 
 
-def imported(room):
-    """The top names that a room's files import."""
-    files = (HERE / room).glob("*.py") if (HERE / room).is_dir() else [HERE / f"{room}.py"]
-    names = set()
-    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
-
-
 def main():
-    for draw in pipeline, lidb, unet, world, modules:
+    for draw in pipeline, lidb, world, modules:
         path = HERE_DOCS / f"{draw.__name__}.png"
         draw().savefig(path, dpi=110, metadata={"Software": None})
         print(path)

@@ -53,16 +53,6 @@ def over_people(pairs):
     return mean(means), stdev(means) / len(means) ** .5 if len(means) > 1 else None, len(means)
 
 
-def product(*numbers):
-    """Of two numbers, None if one is None."""
-    return None if None in numbers else numbers[0] * numbers[1]
-
-
-def missed(likeness):
-    """1 of somebody else's, None of None."""
-    return None if likeness is None else float(likeness < MISS)
-
-
 def summary(rows, scores, base=()):
     """heading -> over_people() of a system's pictures, all of one setting. base: the model's own rows, which
     `leaked` is counted from."""
@@ -70,27 +60,29 @@ def summary(rows, scores, base=()):
         return {name: over_people((row["person"], row[name]) for row in rows) for name in scores.names}
     plain = [row for row in rows if row["prompt"] in scores.plain]
     styled = [row for row in rows if row["prompt"] in scores.styles and row["prompt"] not in scores.plain]
+    unseen = [row for row in styled if row["prompt"] == scores.unseen]
+    others = [row for row in rows if row["prompt"] in scores.others]
     own = {(row["person"], row["prompt"]): row["another"] for row in base}
 
-    def of(some, number):
-        return over_people((row["person"], number(row)) for row in some)
+    def of(some, name, number=lambda row, likeness: likeness):
+        """Of rows that have a number of this name, or what number(row, it) makes of that."""
+        return over_people((row["person"], number(row, row[name])) for row in some if row[name] is not None)
 
-    def leak(row):
+    def in_style(row, likeness):
+        return None if row["style"] is None else likeness * row["style"]
+
+    def missed(row, likeness):
+        return float(likeness < MISS)
+
+    def leaked(row, likeness):
         before = own.get((row["person"], row["prompt"]))
-        return None if None in (row["another"], before) else row["another"] - before
-    return {"plain": of(plain, lambda row: row["another"]),
-            "styled": of(styled, lambda row: row["another"]),
-            "style": of(styled, lambda row: row["style"]),
-            "both": of(styled, lambda row: product(row["another"], row["style"])),
-            "beach": of([row for row in styled if row["prompt"] == scores.unseen],
-                        lambda row: product(row["another"], row["style"])),
-            "missed": of(styled, lambda row: missed(row["another"])),
-            "copied": of(plain, lambda row: row["copied"]),
-            "error": of(plain, lambda row: row["error"]),
-            "obeyed": of(rows, lambda row: row["obeyed"]),
-            "leaked": of([row for row in rows if row["prompt"] in scores.others], leak),
-            "given, plain": of(plain, lambda row: row["likeness"]),
-            "given, both": of(styled, lambda row: product(row["likeness"], row["style"]))}
+        return None if before is None else likeness - before
+    return {"plain": of(plain, "another"), "styled": of(styled, "another"), "style": of(styled, "style"),
+            "both": of(styled, "another", in_style), "beach": of(unseen, "another", in_style),
+            "missed": of(styled, "another", missed), "copied": of(plain, "copied"),
+            "error": of(plain, "error"), "obeyed": of(rows, "obeyed"),
+            "leaked": of(others, "another", leaked),
+            "given, plain": of(plain, "likeness"), "given, both": of(styled, "likeness", in_style)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -165,22 +157,25 @@ prompts. One that is out of style loses to one in style; else the one likest to 
 last column has the same by likeness to the photo given, which rewards copying it."""
 
 
+def markdown(heads, lines):
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
+
+
 def table(rows, costs):
     """Markdown of name -> summary, with seconds and size where they are known, and the paper's figures."""
     paper = any(name in PAPER for name in rows)
     names = [name for name in next(iter(rows.values())) if any(values[name] for values in rows.values())]
-    heads = ["", "people", *names, *(["seconds", "KB"] if costs else []), *(["paper"] if paper else [])]
-    lines = [heads, ["---"] * len(heads)]
+    heads = ["", "people", *names] + ["seconds", "KB"] * bool(costs) + ["paper"] * paper
+    lines = []
     for name, values in rows.items():
         people = max(value[2] for value in values.values() if value)
-        line = [name, str(people), *(figure(values[column], people) for column in names)]
+        lines.append([name, str(people), *(figure(values[column], people) for column in names)])
         if costs:
             known = costs.get(name, {"seconds": None, "bytes": None})
-            line += [cost(known["seconds"], 1, "{:.1f}"), cost(known["bytes"], 1e3, "{:,.1f}")]
+            lines[-1] += [cost(known["seconds"], 1, "{:.1f}"), cost(known["bytes"], 1e3, "{:,.1f}")]
         if paper:
-            line.append(" / ".join(f"{value:.3f}".lstrip("0") for value in PAPER.get(name, ())) or "–")
-        lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            lines[-1].append(" / ".join(f"{value:.3f}".lstrip("0") for value in PAPER.get(name, ())) or "–")
+    return markdown(heads, lines)
 
 
 def figure(value, people):
@@ -199,27 +194,24 @@ def cost(number, unit, form):
 
 def study(pairs, papers):
     """Markdown of system -> preferred() by another photo and by the photo given."""
-    lines = [["against", "people", "ours", "theirs", "neither", "lead", "paper: ours / theirs / neither",
-              "by the photo given: people, ours / theirs / neither, lead"]]
-    lines.append(["---"] * len(lines[0]))
-    for system, (another, given) in pairs.items():
-        if another is None and given is None:
-            continue
-        people, shares, lead = votes(another)
-        paper = papers[system] and " / ".join(f"{share:.1f} %" for share in papers[system])
-        lines.append([system, people, *shares, lead, paper or "–"])
-        people, shares, lead = votes(given)
-        lines[-1].append(f"{people}, {' / '.join(shares)}, {lead}")
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    heads = ["against", "people", "ours", "theirs", "neither", "lead", "paper: ours / theirs / neither",
+             "by the photo given: people, ours / theirs / neither, lead"]
+    lines = []
+    for system, found in pairs.items():
+        if any(found):
+            another, (people, *shares, lead) = map(votes, found)
+            paper = " / ".join(f"{share:.1f} %" for share in papers[system] or ()) or "–"
+            lines.append([system, *another, paper, f"{people}, {' / '.join(shares)}, {lead}"])
+    return markdown(heads, lines)
 
 
 def votes(found):
-    """What preferred() gives, in words."""
+    """What preferred() gives, in words: people, ours, theirs, neither, lead."""
     if found is None:
-        return "–", ["–"] * 3, "–"
+        return ["–"] * 5
     shares, interval, people = found
     lead, low, high = (f"{round(100 * part):+d}" for part in interval)
-    return str(people), [f"{share:.1%}" for share in shares], f"{lead} [{low}, {high}]"
+    return [str(people), *(f"{share:.1%}" for share in shares), f"{lead} [{low}, {high}]"]
 
 
 def picture(folder, system, person, prompt):

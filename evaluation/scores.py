@@ -112,17 +112,17 @@ def another_photos(held, count):
 
 
 class Paper:
-    """The paper's metrics: Face Rec., DINO and CLIP-I, cosines of features of picture and photo; CLIP-T, the
-    cosine of picture and prompt, whose [V] is left out as it means nothing to CLIP. Face Rec. is measured
-    where facenet-pytorch is installed."""
+    """The paper's metrics, but for Face Rec., whose network comes as a pickle: DINO and CLIP-I, cosines of
+    features of picture and photo; CLIP-T, the cosine of picture and prompt, whose [V] is left out as it means
+    nothing to CLIP."""
+    names = "DINO", "CLIP-I", "CLIP-T"
     prompts = {prompt: prompt for prompt in PAPERS}
     few, more, about, seen = PAPERS[:6], (), "± is the standard error over people.", ""
 
     def __init__(self, photos, clip_source, dino_source, device):
         self.photos = photos
         self.clip, self.tokenizer = load_clip(clip_source, device)
-        self.dino, self.faces = load_vit(dino_source, device), facenet(device)
-        self.names = (*(["Face Rec."] if self.faces else []), "DINO", "CLIP-I", "CLIP-T")
+        self.dino = load_vit(dino_source, device)
 
     @torch.no_grad()
     def __call__(self, pictures, drawn):
@@ -133,27 +133,4 @@ class Paper:
         said = self.clip.text_features(self.tokenizer(prompts).to(device))
         features = {"DINO": [encode_face(self.dino, x)[:, 0] for x in (pictures, photos)],
                     "CLIP-I": [seen, known], "CLIP-T": [seen, said]}
-        if self.faces:
-            features["Face Rec."] = [self.faces(x) for x in (pictures, photos)]
         return {name: F.cosine_similarity(*features[name]).tolist() for name in self.names}
-
-
-def facenet(device):
-    """Pictures (B, 3, H, W) in [-1, 1] -> face features (B, 512) of VGGFace2's Inception-ResNet, zeros where
-    no face is found; None where facenet-pytorch is not installed."""
-    try:
-        from facenet_pytorch import MTCNN, InceptionResnetV1
-    except ImportError:
-        return None
-    detect = MTCNN(image_size=160, device=device)
-    network = InceptionResnetV1(pretrained="vggface2").eval().to(device)
-
-    def features(pictures):
-        bytes_ = ((pictures + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-        crops = [detect(picture) for picture in bytes_]
-        found = [i for i, crop in enumerate(crops) if crop is not None]
-        out = torch.zeros(len(crops), 512)
-        if found:
-            out[found] = network(torch.stack([crops[i] for i in found]).to(device)).cpu()
-        return out
-    return features

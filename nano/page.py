@@ -18,13 +18,25 @@ page, numbers and pictures included: run `python tour.py` and compare.
 """
 
 
-class Page:
-    """tour.md in `folder`, with its pictures in tour/."""
+class Tour:
+    """The model, the method, and the page: tour.md in `folder`, with its pictures in tour/. Steps leave here
+    what later ones need."""
 
-    def __init__(self, folder):
-        self.folder, self.parts = Path(folder), [HEAD]
-        self.pictures = self.folder / "tour"
-        self.pictures.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder, fast):
+        self.folder, self.parts, self.fast = Path(folder), [HEAD], fast
+        (self.folder / "tour").mkdir(parents=True, exist_ok=True)
+        self.count, self.steps = (2, 3) if fast else (8, 15)  # people; of the sampler
+        self.model = hdb.load("nano", "cpu")
+        hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
+        self.method = hdb.HyperDreamBooth(self.model, hypernet)
+
+    def draw(self, prompt, adapters, count=1):
+        """Pictures (count, 3, H, W) of the prompt, always from the same noises."""
+        return self.model.sample([prompt] * count, steps=self.steps, adapters=adapters)
+
+    def likeness(self, pictures):
+        """Their mean likeness to the photos of the first people, one each."""
+        return self.judge.likeness(pictures, self.photos[:len(pictures)]).mean().item()
 
     def say(self, line):
         """Print a line, which the page shows too."""
@@ -42,7 +54,7 @@ class Page:
 
     def start(self, number):
         """What comes next belongs to the step of this number."""
-        self.file, self.said = self.pictures / f"{number}.png", []
+        self.file, self.said = self.folder / f"tour/{number}.png", []
 
     def take(self, number, step):
         """Run one step, and put its docstring, its picture and what it said on the page."""
@@ -52,36 +64,7 @@ class Page:
         step(self)
         said = "\n".join(self.said)
         self.parts.append(f"## {number}. {title}\n\n{text}\n\n{self.picture}\n\n```\n{said}\n```\n")
-
-    def write(self):
-        """Write the page; its path."""
-        path = self.folder / "tour.md"
-        path.write_text("\n".join(self.parts), encoding="utf-8")
-        return path
-
-
-class Tour(Page):
-    """What the steps share: the model, the method, and where they write."""
-
-    def __init__(self, folder, fast):
-        super().__init__(folder)
-        self.fast = fast
-        self.count, self.steps = (2, 3) if fast else (8, 15)  # people; of the sampler
-        self.model = hdb.load("nano", "cpu")
-        hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
-        self.method = hdb.HyperDreamBooth(self.model, hypernet)
-
-    def draw(self, prompt, adapters=None):
-        """A picture (1, 3, H, W) of the prompt, always from the same noise."""
-        return self.model.sample([prompt], seeds=[0], steps=self.steps, adapters=adapters or {})
-
-    def everybody(self, prompt, adapters):
-        """A picture of the prompt for each of the people (P, 3, H, W), each from their own noise."""
-        return self.model.sample([prompt] * self.count, steps=self.steps, adapters=adapters)
-
-    def likeness(self, picture):
-        """To the first person's photo."""
-        return self.judge.likeness(picture, self.photos[:1]).item()
+        (self.folder / "tour.md").write_text("\n".join(self.parts), encoding="utf-8")
 
 
 def to_scale(matrices, pixels=4):

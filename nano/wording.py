@@ -3,6 +3,7 @@ import re
 
 import torch
 
+import clip
 from nano.faces import ATTRIBUTES, IDENTITY, STYLES, WORDS, attributes, number
 from program.console import UserError
 
@@ -97,3 +98,11 @@ def changed(identity, generator):
         person[IDENTITY.index(name)] = number(name, kind)
         said.append(phrase(name, kind))
     return looks, said
+
+
+def tokenizer():
+    """CLIP's tokenizer, to which every word of the captions is one token and other text is many."""
+    texts = [*STYLES.values(), *(word for words in WORDS.values() for word in words)]
+    words = {word for text in texts for word in text.replace("{}", "").split()}
+    vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *RARE}))
+    return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)

@@ -360,34 +360,6 @@ def test_the_papers_metrics(paper):
         torch.testing.assert_close(torch.tensor(found[name]), value)
 
 
-def test_face_rec_where_facenet_is_installed(paper, monkeypatch):
-    class Detect:
-        def __init__(self, image_size, device):
-            assert image_size == 160
-
-        def __call__(self, picture):  # (H, W, 3) bytes; the second has no face
-            assert picture.shape == (64, 64, 3) and str(picture.dtype) == "uint8"
-            crop = torch.tensor(picture / 255.).float().mean() * torch.ones(3, 160, 160)
-            return crop if picture.mean() > 9 else None
-
-    class Network(torch.nn.Module):
-        def __init__(self, pretrained):
-            super().__init__()
-            assert pretrained == "vggface2"
-
-        def forward(self, crops):
-            return crops.mean((1, 2, 3))[:, None] * torch.ones(512)
-
-    facenet = SimpleNamespace(MTCNN=Detect, InceptionResnetV1=Network)
-    monkeypatch.setitem(sys.modules, "facenet_pytorch", facenet)
-    measure = scores.Paper(photo(2)[:, None], "clip", "dino", "cpu")
-    pictures = photo(2)
-    pictures[1] = -1
-    found = measure(pictures, [("a [V] face", 0), ("a [V] face", 1)])
-    assert list(found) == ["Face Rec.", "DINO", "CLIP-I", "CLIP-T"]
-    assert found["Face Rec."] == pytest.approx([1, 0])
-
-
 def test_the_judges_scores():
     """Of drawings whose everything is known: the photo itself, another photo, a king, somebody with
     glasses."""

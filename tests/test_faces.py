@@ -7,7 +7,6 @@ import torch
 
 import clip
 from nano import faces, seeds, wording
-from nano.training import pretrain
 
 # mean brightness of the quarters of two people's portraits, style after style
 QUARTERS = [
@@ -101,7 +100,7 @@ def test_people_are_described_as_they_are():
 def test_captions_say_what_is_there_and_fit():
     identity = people(0, 300)
     style = torch.randint(len(faces.STYLES), (300,), generator=generator())
-    words = pretrain.tokenizer()
+    words = wording.tokenizer()
     assert len(words.vocab) == clip.NANO.vocab_size
     texts = wording.captions(identity, style, generator(), words=1., rare=1., drop=0.)
     assert max(len(words.tokens(t)) for t in texts) <= clip.NANO.max_position_embeddings - 2

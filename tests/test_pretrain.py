@@ -31,7 +31,7 @@ def test_shipped_weights_are_of_the_documented_shape_and_size(model):
     assert (model.unet.config, model.vae.config, model.text.config) == (unet.NANO, vae.NANO, clip.NANO)
     sizes = [f.stat().st_size for f in pretrain.FOLDER.rglob("*.safetensors")]
     assert max(sizes) <= 15 * 2 ** 20 and sum(sizes) <= 26 * 2 ** 20
-    assert model.tokenizer.vocab == pretrain.tokenizer().vocab
+    assert model.tokenizer.vocab == wording.tokenizer().vocab
 
 
 def test_autoencoder_and_base_draw_faces(model):

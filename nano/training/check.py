@@ -1,15 +1,43 @@
 """Measure the miniature before anybody is in it: its autoencoder, and whether it draws what a caption says.
 
     python -m nano.training.check
+
+Beside that: what pretrain.py looks at meanwhile.
 """
+from copy import deepcopy
 
 import torch
+
 import hdb
-from program import console
-from program.options import number, parser_of, same
+from files import images
 from nano import faces, seeds, wording
 from nano.judge import load_judge
-from nano.training.pretrain import psnr
+from program import console
+from program.options import number, parser_of, same
+from sd import StableDiffusion
+
+
+def random_pictures(count, generator, device):
+    """Random people in random styles: (pictures (count, 3, 128, 128), identity, style)."""
+    identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
+    style = torch.randint(len(faces.STYLES), (count,), generator=generator)
+    return faces.photos(identity, generator, device, style), identity, style
+
+
+def psnr(a, b):
+    """Mean over pictures in [-1, 1] of the peak signal-to-noise ratio, dB."""
+    return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).pow(2).mean((1, 2, 3)))).mean().item()
+
+
+def preview(model, text, words, autoencoder, path):
+    """Two guided samples of every style, one with attribute words."""
+    who = faces.identities(range(seeds.MONITOR, seeds.MONITOR + len(faces.STYLES)))
+    style = torch.arange(len(faces.STYLES))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [p for said in (0., 1.) for p in wording.captions(who, style, generator, said, 0., 0.)]
+    now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # which freezes what it is given
+    sheet = images.sheet(now.sample(prompts, guidance=3., steps=20), len(style))
+    images.save(sheet, path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
 
 
 @torch.no_grad()

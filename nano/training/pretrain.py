@@ -1,7 +1,6 @@
 """Train the miniature Stable Diffusion, and the encoder of its hypernetwork, from nothing.
 
-    python -m nano.training.pretrain vae      then text, unet, encoder; nano/training/rebuild.sh has the
-    settings
+    python -m nano.training.pretrain vae      then text, unet, encoder; rebuild.sh has the settings
 
 Each part checkpoints to --runs every two minutes and goes on from there when called again, on any device. Its
 moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for train.py.
@@ -9,7 +8,6 @@ moving average is written to nano/ in the hub's layout as fp16, the encoder's to
 import json
 import math
 import time
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from program import console
@@ -29,8 +27,9 @@ from files.disk import read_json, whole_files, write_text
 from files.layouts import device_and_dtype
 from files.tokenizers import write_tokenizer
 from nano import faces, seeds, wording
+from nano.training.check import preview, psnr, random_pictures
+from nano.training.weights import initialise, standardise
 from program.options import DEVICE, RUNS, add, number, same, training_rows
-from sd import StableDiffusion
 from training.trainer import Pool, Trainer, global_seed
 from vit import NANO_VIT, ViT
 
@@ -40,18 +39,6 @@ TEXT = "text_encoder/model.safetensors"
 CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAIR_WORDS),
               "eye_colour": len(faces.EYES), "beard": len(faces.BEARD_WORDS),
               "glasses": len(faces.GLASSES_WORDS), "glasses_colour": len(faces.FRAMES)}
-
-
-def random_pictures(count, generator, device):
-    """Random people in random styles: (pictures (count, 3, 128, 128), identity, style)."""
-    identity = torch.rand(count, len(faces.IDENTITY), generator=generator)
-    style = torch.randint(len(faces.STYLES), (count,), generator=generator)
-    return faces.photos(identity, generator, device, style), identity, style
-
-
-def psnr(a, b):
-    """Mean over pictures in [-1, 1] of the peak signal-to-noise ratio, dB."""
-    return (10 * torch.log10(4 / (a.clamp(-1, 1) - b).pow(2).mean((1, 2, 3)))).mean().item()
 
 
 def save(module, file, trainer):
@@ -82,21 +69,6 @@ def begin(name, modules, args, ema=.999, muon=False, **of):
     """The training `name`, which depends on `of` and the seed, begun or resumed."""
     return Trainer(modules, Path(args.runs) / name, args.steps, args.lr, ema=ema, deadline=args.deadline,
                    muon=muon, depends_on={"seed": args.seed, **of})
-
-
-def initialise(model):
-    """The model, made to keep the signal's variance, residual branches starting at zero: PyTorch's default
-    for convolutions shrinks it by √3 a layer, but not the biases, and a small model takes thousands of steps
-    to find the colours again. Token embeddings are small, so that unseen words stay quiet."""
-    last = ("conv2", "proj_out", "to_out.0", "out_proj", "net.2", "fc2")  # of a residual branch
-    for name, m in model.named_modules():
-        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
-            torch.nn.init.normal_(m.weight, std=0 if name.endswith(last) else m.weight[0].numel() ** -.5)
-            if m.bias is not None:
-                torch.nn.init.zeros_(m.bias)
-        elif isinstance(m, torch.nn.Embedding):
-            torch.nn.init.normal_(m.weight, std=.02)
-    return model
 
 
 def train_vae(args):
@@ -142,34 +114,12 @@ def train_vae(args):
         save(model, VAE, trainer)
 
 
-@torch.no_grad()
-def standardise(model, z):
-    """Fold a shift and scale into the 1×1 convolutions beside the latent, by which every channel of latents z
-    (B, 4, h, w) would have mean 0 and variance 1."""
-    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
-    out, back = model.quant_conv, model.post_quant_conv
-    c = len(mean)
-    back.bias += back.weight[:, :, 0, 0] @ mean
-    back.weight *= std[None, :, None, None]
-    out.weight[:c] /= std[:, None, None, None]
-    out.bias[:c] = (out.bias[:c] - mean) / std
-    out.bias[c:] -= 2 * std.log()
-
-
-def tokenizer():
-    """CLIP's tokenizer, to which every word of the captions is one token and other text is many."""
-    texts = [*faces.STYLES.values(), *(word for words in faces.WORDS.values() for word in words)]
-    words = {word for text in texts for word in text.replace("{}", "").split()}
-    vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *wording.RARE}))
-    return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)
-
-
 def train_text(args):
     """Teach the text encoder what captions say, as CLIP has learnt it before Stable Diffusion uses it: from
     the end of the text on, every hidden state must tell the style and, where mentioned, the attributes.
     (Trained with the UNet alone it finds the styles, which change the whole picture, and forgets quieter
     words.)"""
-    words = tokenizer()
+    words = wording.tokenizer()
     kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
     with global_seed(args.seed):
         text = initialise(clip.TextTransformer(clip.NANO)).to(args.device)
@@ -209,12 +159,11 @@ def train_unet(args):
     text = build(clip.TextTransformer, clip.NANO, [FOLDER / TEXT], str, args.device, torch.float32)
     autoencoder = build(vae.VAE, vae.NANO, [FOLDER / VAE], str, args.device, torch.float32)
     with global_seed(args.seed):
-        model = initialise(unet.UNet(unet.NANO))
+        model = initialise(unet.UNet(unet.NANO)).to(args.device)
         torch.nn.init.zeros_(model.conv_out.weight)
     if args.warm:
         restore(model, UNET)
-    model.to(args.device)
-    words = tokenizer()
+    words = wording.tokenizer()
 
     @torch.no_grad()
     def portrait(n):
@@ -246,17 +195,6 @@ def train_unet(args):
         trainer.average()
         preview(model, text, words, autoencoder, trainer.out / "samples.png")
         save(model, UNET, trainer)
-
-
-def preview(model, text, words, autoencoder, path):
-    """Two guided samples of every style, one with attribute words."""
-    who = faces.identities(range(seeds.MONITOR, seeds.MONITOR + len(faces.STYLES)))
-    style = torch.arange(len(faces.STYLES))
-    generator = torch.Generator().manual_seed(0)
-    prompts = [p for said in (0., 1.) for p in wording.captions(who, style, generator, said, 0., 0.)]
-    now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # which freezes what it is given
-    sheet = images.sheet(now.sample(prompts, guidance=3., steps=20), len(style))
-    images.save(sheet, path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
 
 
 def traits(identity):
