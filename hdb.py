@@ -117,13 +117,13 @@ class HyperDreamBooth:
                              callback, inputs, replay=generator)
         return detach(lora)
 
-    def fit_theta(self, draw, people, steps, lr, generator):
+    def fit_theta(self, draw, people, steps, lr, generator, callback=None):
         """Target θ (P, layers, size) of Eq. 2 for P people side by side, all from the one shared start, by
         the denoising loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P
         prompts."""
         theta = torch.zeros(people, *self.lidb.shape, device=self.model.device, requires_grad=True)
         fit(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
-            lambda: self.model.adapted(self.lidb.adapters(theta)))
+            lambda: self.model.adapted(self.lidb.adapters(theta)), callback)
         return theta.detach()
 
     def sample(self, prompts, adapters=None, seeds=None, **options):

@@ -124,7 +124,9 @@ def make_people(sittings, args, engine, stage):
         photos = torch.stack([sitting.seen for sitting in some]).to(engine.model.device)
         generators = [hdb.seeded(args.seed) for _ in some]
         noises = getattr(args, "batch", 1) * len(some) * (2 if getattr(args, "prior_weight", 0) else 1)
-        plan_memory(engine.model, noises, Change in method.kinds(args))
+        plan = plan_memory(engine.model, noises, Change in method.kinds(args))
+        if args.model != "nano":
+            print(f"         {plan}")
         made = method.make(engine, photos, generators, args, stage)
         if not all(map(finite, made.tensors.values())):
             raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
@@ -175,7 +177,7 @@ def sample(prompt, people, adapters, seeds, args, engine, bar):
     prompts = [with_identifier(prompt, person.identifier) for person in people]
     return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
                          negative=args.negative, person_guidance=args.person_guidance,
-                         sampler=SAMPLERS[args.sampler], callback=lambda *step: bar.update())
+                         sampler=SAMPLERS[args.sampler], callback=lambda *step: console.advance(bar))
 
 
 def draw_prediction(people, args, engine):

@@ -29,12 +29,12 @@ from types import SimpleNamespace
 from program import console
 
 import torch
+from tqdm import tqdm
 
 import hdb
 from diffusion import noised
 from program import distributed
 from program.lock import alone
-from program.memory import plan_memory
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
@@ -42,11 +42,11 @@ from files.layouts import model_name
 from training.parts import cached, load_all
 from training.photos import Photos
 from program.options import (Option, early, folder_of_faces, model_rows, number, old_file, parser_of, refused,
-                             run_rows, same, training_rows)
+                             run_rows, same, training_rows, usual_steps)
 from hypernet import HyperConfig, HyperNetwork
 from nano import people, seeds
 from nano.training import pretrain
-from training.trainer import Trainer, global_seed
+from training.trainer import Trainer, say_start, global_seed
 from vit import encode_face
 
 WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
@@ -71,16 +71,17 @@ def main(args):
     of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
     own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta", "watch")}
     own |= {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)}
-    trainer = Trainer({"hypernet": hypernet}, folder, args.steps, args.lr, deadline=deadline, muon=True,
+    rank, size = distributed.rank_and_size()
+    steps = args.steps or usual_steps(data.count, args.batch * size)
+    trainer = Trainer({"hypernet": hypernet}, folder, steps, args.lr, deadline=deadline, muon=True,
                       depends_on=of | own)
-    plan_memory(model, args.batch)
+    say_start(trainer, model, data, args.batch)
     targets = None
     if args.beta:
         data.fix(args.targets)
         targets = fit_targets(method, data, args, folder / "targets", of, deadline)
 
     # of several processes each has --batch people of a larger batch
-    rank, size = distributed.rank_and_size()
     mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
         generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
@@ -156,7 +157,10 @@ def fit_targets(method, data, args, folder, of, deadline):
         def pictures():
             """One picture of each of these people."""
             return data.pictures(who, generator)
-        return {"theta": method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator)}
+        with tqdm(total=args.target_steps, desc="steps of a part", leave=False) as bar:
+            theta = method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator,
+                                     lambda *step: console.advance(bar))
+        return {"theta": theta}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}
     shapes = {"theta": method.lidb.shape}
@@ -170,12 +174,13 @@ def fit_targets(method, data, args, folder, of, deadline):
 def arguments():
     model = model_name(early("model").model or "nano")
     nano = model == "nano"
+    usual = (3000, 24, 6e-4, seeds.STEPS, seeds.SEEDS) if nano else (None, 16, 3e-4)
     own = "--encoder cannot be chosen for nano or with --start, which bring their own"
     parser = parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
         Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
         same("start", old_file, None, "hypernetwork to go on from, with its encoder", metavar="FILE"),
-        *training_rows(3000, 24, 6e-4, *((seeds.STEPS, seeds.SEEDS) if nano else ())),
+        *training_rows(*usual),
         same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, that of --start, or else 4"),
         same("alpha", number(float, 0, 10 ** 6), 1., "weight of Eq. 2's denoising term"),
         same("beta", number(float, 0, 10 ** 6), 0., "weight of Eq. 2's distance to fitted targets"),

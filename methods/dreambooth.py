@@ -19,6 +19,7 @@ from diffusion import denoising_loss
 from adapters import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
 from methods.protocol import Method
+from program.console import advance
 from program.options import Option, number
 from hdb import PROMPT, seeded
 from lidb import personal_layers
@@ -30,10 +31,13 @@ CLASS_PROMPT = "a face"
 @torch.no_grad()
 def class_pictures(model, count, generator):
     """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved."""
-    seeds = torch.randint(2 ** 31, (count,), generator=generator).split(8)
-    pictures = (model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.)
-                for few in tqdm(seeds, desc="class pictures", leave=False))
-    return torch.cat([model.encode(some) for some in pictures]).float()
+    seeds, latents = torch.randint(2 ** 31, (count,), generator=generator).split(8), []
+    with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
+        for few in seeds:
+            pictures = model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.,
+                                    callback=lambda *step: advance(bar))
+            latents.append(model.encode(pictures))
+    return torch.cat(latents).float()
 
 
 @lru_cache(1)

@@ -8,7 +8,6 @@ photo of a person, and another picture of them to denoise, under its prompt. It 
 by the same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as
 well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
 """
-import os
 import time
 from pathlib import Path
 
@@ -19,15 +18,15 @@ import hdb
 from methods import e4t
 from diffusion import denoising_loss
 from program import console
-from program.memory import plan_memory
+from program.lock import alone
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER
 from files.layouts import model_name
 from program.options import (Option, early, folder_of_faces, model_rows, parser_of, refused, run_rows,
-                             training_rows)
+                             training_rows, usual_steps)
 from training.photos import Photos
 from nano import people, seeds
-from training.trainer import Trainer, global_seed
+from training.trainer import Trainer, global_seed, say_start
 
 WATCHED = 8  # people whose pictures are measured while nano's is trained
 
@@ -70,11 +69,12 @@ def main(args):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
 
-    of = model.checksums | {"faces": args.faces and os.path.abspath(args.faces), "vit": checksum(vit)}
+    steps = args.steps or usual_steps(data.count, args.batch)
+    of = model.checksums | {"faces": None if watched else data.content, "vit": checksum(vit)}
     of |= {name: getattr(args, name) for name in ("lr", "batch", "seed")}
-    trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, args.steps, args.lr, warmup=20,
+    trainer = Trainer({"encoder": domain.encoder, "offsets": deltas}, folder, steps, args.lr, warmup=20,
                       deadline=deadline, muon=True, depends_on=of)
-    plan_memory(model, args.batch)
+    say_start(trainer, model, data, args.batch)
     for step in trainer:
         # train.py's people
         generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
@@ -108,12 +108,13 @@ def in_training(domain, deltas, model, seen):
 def arguments():
     model = model_name(early("model").model or "nano")
     nano = model == "nano"
+    usual = (600, 16, 3e-3, seeds.STEPS, seeds.SEEDS) if nano else (None, 16, 3e-3)
     own = refused("--encoder cannot be chosen for nano, which brings its own")
     return parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
         Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
-        *training_rows(600, 16, 3e-3, seeds.STEPS, seeds.SEEDS), *run_rows("e4t", 100)], model).parse_args()
+        *training_rows(*usual), *run_rows("e4t", 100)], model).parse_args()
 
 
 if __name__ == "__main__":
-    console.run(main, arguments)
+    console.run(alone(main, lambda args: Path(args.out, args.name)), arguments)

@@ -40,7 +40,7 @@ class People:
 
     def __init__(self, model, vit, seed=0, others=OTHERS, looks=LOOKS):
         self.model, self.vit, self.seed, self.others, self.looks = model, vit, seed, others, looks
-        self.count = seeds.ROWS
+        self.count, self.told = seeds.ROWS, "people whom nano draws"
 
     def fix(self, count):
         """`count` people and no others from now on: those that targets are fitted for."""

@@ -19,6 +19,9 @@ from tqdm import tqdm
 from program import distributed
 
 
+MEASURED, LONG = 3, 600  # steps, and seconds of a wait that is said beforehand
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the description's lines and adds every option's default, where there is one to tell."""
 
@@ -88,12 +91,21 @@ class Stages:
             def show(step, loss):
                 nonlocal done
                 bar.set_postfix(loss=f"{loss:.4f}")
-                bar.update()
+                advance(bar)
                 done = step + 1
                 return bool(stop)
             yield show
         if stop:
             print(f"         stopped after {done} of {steps} steps; what was learnt until then is used")
+
+
+def advance(bar):
+    """Move a tqdm bar by a step, and say once, when a few are measured, how long a long wait will be."""
+    bar.update()
+    done = bar.n - bar.initial
+    left = bar.format_dict["elapsed"] / max(1, done) * (bar.total - bar.n)
+    if done == MEASURED and left > LONG:
+        bar.write(f"         about {left / 3600:.1f} hours for the {bar.total - bar.n:,} steps that are left")
 
 
 def peak_memory(device):

@@ -26,11 +26,14 @@ def free_memory(device):
 def plan_memory(model, samples, whole=False):
     """Before a training whose step has so many samples side by side: have the UNet compute its activations
     twice (a third more time) where they would not fit, and only there. whole: a copy of the model's own
-    weights is trained, in float32. Returns whether it will."""
+    weights is trained, in float32. Returns what is needed and free, in words."""
     parameters = [p for part in (model.unet, model.text) for p in part.parameters()]
     count = sum(p.numel() for p in parameters)
     side, itemsize = 8 * model.unet.config.sample_size, 4 if whole else parameters[0].element_size()
-    needed = samples * (side / 512) ** 2 * KEPT[itemsize]
-    free = free_memory(parameters[0].device) - (COPY * count if whole else 0)
-    model.unet.gradient_checkpointing = count > LARGE and needed > SHARE * free
-    return model.unet.gradient_checkpointing
+    kept, copies = samples * (side / 512) ** 2 * KEPT[itemsize], COPY * count if whole else 0
+    free = free_memory(parameters[0].device)
+    model.unet.gradient_checkpointing = count > LARGE and kept > SHARE * (free - copies)
+    words = f"{free / 1e9:.1f} GB of memory are free"
+    if count > LARGE:
+        words += f", a step needs about {(kept + copies) / 1e9:.1f} GB beside the model"
+    return words + ", so activations are computed twice" * model.unet.gradient_checkpointing

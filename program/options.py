@@ -95,6 +95,7 @@ def model_rows(check):
             DEVICE, DTYPE]
 
 
+SEEN = 100  # times that a training sees each photo, and its mirror image
 DEVICE = same("device", str, None, "cuda, mps or cpu; the fastest that is there, if not given")
 DTYPE = same("dtype", str, None, "of the model; what the device is fast in, if not given",
              choices=["float32", "float16", "bfloat16"])
@@ -105,11 +106,17 @@ RUNS = same("runs", new_folder, Path("runs"), "folder of all runs")
 
 def training_rows(steps, batch, lr, most_steps=10 ** 9, most_seed=2 ** 40):
     """The rows of a training, with these usual values. nano's people come from ranges that must not meet, so
-    there `most_steps` and `most_seed` are less."""
-    return [same("steps", number(int, 1, most_steps), steps, "of the training"),
+    there `most_steps` and `most_seed` are less. steps None: usual_steps(), of the photos."""
+    usual = "" if steps else f"; if not given, enough to see each photo {SEEN} times"
+    return [same("steps", number(int, 1, most_steps), steps, "of the training" + usual),
             same("batch", number(int, 1, 4096), batch, "samples a step"),
             same("lr", number(float, 0, 1), lr, "learning rate"),
             same("seed", number(int, 0, most_seed), 0, SEED.help), MINUTES]
+
+
+def usual_steps(photos, batch):
+    """Steps of a training on so many photos, `batch` of them in each."""
+    return -(-SEEN * photos // batch)
 
 
 def run_rows(name, every):

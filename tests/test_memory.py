@@ -1,4 +1,5 @@
 """program/memory.py: when activations are computed twice, by what is free and what a step would hold."""
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,12 @@ def test_activations_that_would_not_fit_are_computed_twice(monkeypatch, dtype, s
     for free, expected in (least * 1.01, False), (least * .99, True):
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free * 1e9)
         model = large(dtype, side)
-        assert plan_memory(model, samples, whole) is expected is model.unet.gradient_checkpointing
+        said = plan_memory(model, samples, whole)
+        needed = re.fullmatch(r"([\d.]+) GB of memory are free, a step needs about ([\d.]+) GB beside the "
+                              r"model(, so activations are computed twice)?", said)
+        assert bool(needed[3]) is expected is model.unet.gradient_checkpointing
+        assert float(needed[2]) == pytest.approx(.8 * (least - whole * 15.7) + whole * 15.7, abs=.06)
+        assert float(needed[1]) == pytest.approx(free, abs=.06)
 
 
 def test_those_of_a_small_model_always_fit(monkeypatch):
@@ -33,7 +39,7 @@ def test_those_of_a_small_model_always_fit(monkeypatch):
     model = large()
     model.unet.weight = torch.nn.Parameter(model.unet.weight[:100])
     model.text.weight = torch.nn.Parameter(model.text.weight[:1])
-    assert plan_memory(model, 1000) is False
+    assert plan_memory(model, 1000) == "0.0 GB of memory are free" and not model.unet.gradient_checkpointing
 
 
 def test_what_is_free_on_this_machine_is_more_than_a_test_holds():

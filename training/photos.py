@@ -71,24 +71,27 @@ def no_photos(folder, skipped=()):
     return images.ImageError(f"{folder}: no such folder, or it holds no photos{told(skipped)}")
 
 
-def read_photos(folder, side, crop="center", files=None):
+def read_photos(folder, side, crop="face", files=None):
     """Every picture in a folder and those below it, by path, or of these `files`, as images.read gives it,
-    all cut alike: yields (1, 3, side, side). Names what it skipped in a warning at the end. ImageError for a
-    folder that isn't there or holds none."""
+    all cut alike: yields (1, 3, side, side). What it skipped, and what images.read warns of, is named in a
+    warning each at the end. ImageError for a folder that isn't there or holds none."""
     some = photo_files(folder) if files is None else files
-    skipped = []
-    for file in tqdm(some, desc="photos", delay=1, disable=files is not None):
+    skipped, odd = [], []
+    for file in tqdm(some, desc="photos", delay=1, leave=files is None):
         try:
-            photo = images.read(file, side, crop)
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                photo = images.read(file, side, crop)
         except images.ImageError as error:
             skipped.append(str(error).removeprefix(f"{folder}{os.sep}"))
         else:
+            odd += [str(warning.message) for warning in noted[:1]]
             yield photo
     if files is None and len(skipped) == len(some):
         raise no_photos(folder, skipped)
-    if skipped:
-        count = f"{len(skipped)} of {len(some)} files are not used"
-        warnings.warn(f"{folder}: {count}{told(skipped)}", stacklevel=2)
+    for found, what in (skipped, "files are not used"), (odd, "photos are used, but"):
+        if found:
+            warnings.warn(f"{folder}: {len(found)} of {len(some)} {what}{told(found)}", stacklevel=2)
 
 
 def told(skipped):
@@ -110,13 +113,14 @@ class Photos:
 
         @torch.no_grad()
         def encoded(some):
-            photos = [photo.to(model.device) for photo in read_photos(folder, side, files=some)]
-            views = [view for photo in photos for view in (photo, photo.flip(3))]
-            if not views:
-                return {}
-            return {"features": torch.cat([encode_face(vit, view).half() for view in views]),
-                    "latents": torch.cat([model.encode(view) for view in views])}
-        of = {"photos": self.content, "side": side, "vit": checksum(vit), "vae": checksum(model.vae)}
+            features, latents = [], []
+            for photo in read_photos(folder, side, files=some):
+                for view in photo, photo.flip(3):
+                    features.append(encode_face(vit, view.to(model.device)).half())
+                    latents.append(model.encode(view))
+            return {"features": torch.cat(features), "latents": torch.cat(latents)} if features else {}
+        of = {"photos": self.content, "side": side, "vit": checksum(vit), "vae": checksum(model.vae),
+              "crop": "face" if images.detector() else "center"}
         seen = vit.config
         shapes = {"features": (1 + (seen.image_size // seen.patch_size) ** 2, seen.hidden_size),
                   "latents": (4, small, small)}
@@ -133,6 +137,8 @@ class Photos:
             self.watched = WatchedPhotos(features.float(), latents.to(model.dtype), prompt)
         self.rows = self.rows[:last]
         self.count = len(self.rows)
+        kept = f" and {apart} to be watched" if self.watched else ""
+        self.told = f"{self.count // 2:,} photos, their mirror images{kept}"
 
     def fix(self, count):
         """The people that targets are fitted for: all of them."""

@@ -13,8 +13,9 @@ from program import distributed
 from training.fit import backward
 from files.checkpoints import Tensors, finite, write
 from files.disk import refusing
-from program.console import Stopped, UserError, deferred_stop
+from program.console import Stopped, UserError, advance, deferred_stop
 from program.lock import locked
+from program.memory import plan_memory
 from training.parts import differences
 
 
@@ -25,6 +26,14 @@ def global_seed(seed):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def say_start(trainer, model, data, batch):
+    """Plan the memory of a training's steps, and print what it starts with."""
+    plan, dtype = plan_memory(model, batch), str(model.dtype).removeprefix("torch.")
+    if distributed.is_main():
+        print(f"{model.name} on {model.device}, {dtype}; {data.told}; {trainer.steps:,} steps of {batch}")
+        print(plan)
 
 
 class Trainer:
@@ -82,7 +91,7 @@ class Trainer:
         with locked(self.out), bar, deferred_stop() as stop:
             while not self.done and not self.ended(stop):
                 yield self.step
-                bar.update()
+                advance(bar)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
                 if time.time() - saved > 120:
                     self.save()

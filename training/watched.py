@@ -1,11 +1,13 @@
 """What a training on photos can be watched by, without a judge: photos that it never sees."""
 import torch
+from tqdm import tqdm
 
 from adapters import LowRank
 from diffusion import denoising_loss, generators
 from files import images
 
 NOISES = 4  # of each picture, the same every time
+STEPS = 15  # of the sampler
 
 
 class WatchedPhotos:
@@ -31,11 +33,12 @@ class WatchedPhotos:
         """Log the losses() under the last of the estimates' adapters, and draw these people: photos above,
         pictures below."""
         numbers, pictures = self.losses(model, estimates[-1]), []
-        for i, latent in enumerate(self.latents):
-            one = {name: LowRank(*(t[i:i + 1] for t in pair)) for name, pair in estimates[-1].items()}
-            with torch.no_grad():
-                pictures += [model.decode(latent[None]).float().clamp(-1, 1).cpu(),
-                             model.sample([self.prompt], [i], adapters=one).cpu()]
+        with tqdm(total=STEPS * len(self.latents), desc="watched", leave=False) as bar, torch.no_grad():
+            for i, latent in enumerate(self.latents):
+                one = {name: LowRank(*(t[i:i + 1] for t in pair)) for name, pair in estimates[-1].items()}
+                drawn = model.sample([self.prompt], [i], STEPS, adapters=one,
+                                     callback=lambda *step: bar.update())
+                pictures += [model.decode(latent[None]).float().clamp(-1, 1).cpu(), drawn.cpu()]
         trainer.log(**numbers)
         sheet = images.sheet(torch.cat(pictures[::2] + pictures[1::2]), len(self.latents))
         images.save(sheet, trainer.out / f"step_{trainer.step:06d}.png", **numbers)
