@@ -5,6 +5,8 @@
     with model.adapted(adapters):                        # see adapters.py
         pictures = model.sample(["a [V] face at the beach"], seeds=[0])
 """
+import warnings
+
 import torch
 
 import diffusion
@@ -139,4 +141,8 @@ def load(source=HUB, device=None, dtype=None):
     copies, so the files may change afterwards. Raises LoadError (of files.checkpoints), whose message is one
     line for the user.
     """
-    return StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))
+    model = StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))
+    if model.device.type == "cpu" and model.dtype == torch.float16:
+        warnings.warn("float16 is many times slower than float32 on a CPU; give --dtype bfloat16 or float32",
+                      stacklevel=2)
+    return model

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from program import console
 from program.lock import alone
+from program.memory import fitting
 
 import torch
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def main(args):
     names = [*scores.few, *scores.more] if args.quick else [*scores.prompts]
     people = torch.arange(len(scores.photos))
     work = [(job, group, names) for job in jobs
-            for group in experiment.groups(people, min(job.people, side))]
+            for group in experiment.groups(people, fitting(model, job.noises, job.people))]
     if args.curves:
         few = people[:systems.PEOPLE]
         work += [(job, few, [*scores.few]) for job in systems.curves()]

@@ -15,6 +15,7 @@ from files import images
 from files.disk import read_text, refusing, write_text
 from files.person import save_person
 from program import console
+from program.memory import plan_memory
 
 SHOWN = 4  # people whose pictures are kept for the grids
 KEY = "system", "knob", "value", "person", "prompt"
@@ -66,6 +67,7 @@ def fit(job, group, method, photos, costs=None):
     start = time.perf_counter()
     given = photos[group, 0] if job.photos == 1 else photos[group, :job.photos]
     generators = [torch.Generator().manual_seed(who) for who in group.tolist()]
+    plan_memory(method.model, len(group) * job.noises, job.whole)
     person = job.fit(method, given, generators)
     seconds, size = time.perf_counter() - start, 0
     if costs is not None and len(group) == 1 and not job.knob:

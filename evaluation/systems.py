@@ -15,7 +15,7 @@ class Job(NamedTuple):
     """One row of a table: fit(method, photo (P, 3, H, W), generators, one for each) -> Person of P people. Or
     points of a curve: with `turn`, the fitted person's adapters at each of the values, turn(adapters, value)
     -> adapters. With several `photos` it gets (P, photos, 3, H, W). needs: hypernet or encoder, if the row
-    can't be without one."""
+    can't be without one. noises: samples in a step of one person's; whole: of a copy of the model."""
     system: str
     fit: Callable
     people: int = PEOPLE
@@ -24,6 +24,8 @@ class Job(NamedTuple):
     turn: Callable = lambda adapters, value: adapters
     photos: int = 1
     needs: str = ""
+    noises: int = 4
+    whole: bool = False
 
 
 def ours(method, photo, generators, steps=40, predict=True, iterations=None, rank=4, lr=3e-3, views=8):
@@ -72,20 +74,22 @@ def rows(nano, quick=False):
         found = usual(module, nano, "steps", *names)
         return found | {"steps": max(1, found["steps"] // part)}
     fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
+    copy = {"noises": 2, "whole": True}  # with as many pictures of the class
     passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet") for k in (1, 2, 3)]
     return [
         Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet"),
-        Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1),
-        Job("Textual Inversion", theirs(textual_inversion, **known(textual_inversion, "lr", "batch"))),
-        Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4)),
-        Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch"))),
+        Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1, **copy),
+        Job("Textual Inversion", theirs(textual_inversion, **known(textual_inversion, "lr", "batch")),
+            noises=2),
+        Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4), noises=2),
+        Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch")), noises=16),
         Job("E4T", theirs(e4t, domain), 1, needs="encoder"),
-        Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1),
-        Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1),
+        Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1, **copy),
+        Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1, **copy),
         Job("No Hyper", partial(ours, predict=False, **fast)),
-        Job("Only Hyper", partial(ours, steps=0), needs="hypernet"),
+        Job("Only Hyper", partial(ours, steps=0), needs="hypernet", noises=1),
         *passes,
-        Job("the model itself", lambda method, photo, generators: hyperdreambooth.person())]
+        Job("the model itself", lambda method, photo, generators: hyperdreambooth.person(), noises=1)]
 
 
 def curves():

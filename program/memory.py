@@ -23,17 +23,31 @@ def free_memory(device):
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
+def kept(model, samples, itemsize):
+    """Bytes that so many samples side by side hold until a full-size UNet's backward pass."""
+    return samples * (model.unet.config.sample_size / 64) ** 2 * KEPT[itemsize]
+
+
+def fitting(model, samples, most):
+    """How many people, with so many samples each, a step takes side by side without computing anything
+    twice: from 1 to `most`, which a small model always takes."""
+    parameters = [*model.unet.parameters()]
+    if sum(p.numel() for p in parameters) < LARGE:
+        return most
+    free = free_memory(parameters[0].device)
+    return min(most, max(1, int(SHARE * free / kept(model, samples, parameters[0].element_size()))))
+
+
 def plan_memory(model, samples, whole=False):
     """Before a training whose step has so many samples side by side: have the UNet compute its activations
     twice (a third more time) where they would not fit, and only there. whole: a copy of the model's own
     weights is trained, in float32. Returns what is needed and free, in words."""
     parameters = [p for part in (model.unet, model.text) for p in part.parameters()]
     count = sum(p.numel() for p in parameters)
-    side, itemsize = 8 * model.unet.config.sample_size, 4 if whole else parameters[0].element_size()
-    kept, copies = samples * (side / 512) ** 2 * KEPT[itemsize], COPY * count if whole else 0
-    free = free_memory(parameters[0].device)
-    model.unet.gradient_checkpointing = count > LARGE and kept > SHARE * (free - copies)
+    activations = kept(model, samples, 4 if whole else parameters[0].element_size())
+    free, copies = free_memory(parameters[0].device), COPY * count if whole else 0
+    model.unet.gradient_checkpointing = count > LARGE and activations > SHARE * (free - copies)
     words = f"{free / 1e9:.1f} GB of memory are free"
     if count > LARGE:
-        words += f", a step needs about {(kept + copies) / 1e9:.1f} GB beside the model"
+        words += f", a step needs about {(activations + copies) / 1e9:.1f} GB beside the model"
     return words + ", so activations are computed twice" * model.unet.gradient_checkpointing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from program import memory
-from program.memory import free_memory, plan_memory
+from program.memory import fitting, free_memory, plan_memory
 
 
 def large(dtype=torch.float32, sample_size=64):
@@ -34,12 +34,20 @@ def test_activations_that_would_not_fit_are_computed_twice(monkeypatch, dtype, s
         assert float(needed[1]) == pytest.approx(free, abs=.06)
 
 
+@pytest.mark.parametrize("samples, free, people", [
+    (4, 40, 4), (16, 40, 1), (4, 1, 1), (1, 40, 8), (4, 80, 8)])
+def test_people_side_by_side_by_what_fits(monkeypatch, samples, free, people):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free * 1.01e9)
+    assert fitting(large(), samples, 8) == people  # each sample takes 2 GB of .8 of what is free
+
+
 def test_those_of_a_small_model_always_fit(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     model = large()
     model.unet.weight = torch.nn.Parameter(model.unet.weight[:100])
     model.text.weight = torch.nn.Parameter(model.text.weight[:1])
     assert plan_memory(model, 1000) == "0.0 GB of memory are free" and not model.unet.gradient_checkpointing
+    assert fitting(model, 1000, 8) == 8
 
 
 def test_what_is_free_on_this_machine_is_more_than_a_test_holds():

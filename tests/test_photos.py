@@ -1,11 +1,19 @@
 """training/photos.py: which files of a folder are photos, and what they are known by."""
 import os
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny import VIT, shared_model
 
+import personalize
+from evaluation import __main__ as program
 from files import images
+from methods import sitting
+from training import photos
 from training.photos import content, photo_files, read_photos
+from vit import ViT
 
 
 def put(folder, *names):
@@ -57,6 +65,30 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     (folder / "x.png").unlink()
     with pytest.raises(images.ImageError, match="holds no photos; .*closed: Permission denied"):
         photo_files(folder)
+
+
+def test_one_square_of_a_photo_in_training_evaluation_and_personalisation(tmp_path, monkeypatch):
+    """The face's, if nothing else is asked for; and a training reads and encodes photo by photo, as its bar
+    says."""
+    folder, asked, model = put(tmp_path / "faces", "a.png", "b.png"), [], shared_model()
+
+    def read(path, side, crop="center"):
+        asked.append((side, crop))
+        return torch.zeros(1, 3, side, side)
+
+    def encode_face(vit, view):
+        asked.append("encoded")
+        return torch.zeros(1, 5, 16)
+    monkeypatch.setattr(images, "read", read)
+    monkeypatch.setattr(photos, "encode_face", encode_face)
+    photos.Photos(folder, model, ViT(VIT), "", tmp_path / "cache")
+    assert asked == 2 * [(64, "face"), "encoded", "encoded"]
+    monkeypatch.setattr(program, "Paper", lambda given, *rest: given)
+    args = SimpleNamespace(faces=folder, people=2, clip="", dino="")
+    assert program.paper(args, model).shape == (2, 1, 3, 64, 64) and asked[6:] == 2 * [(64, "face")]
+    monkeypatch.setattr("sys.argv", ["personalize.py", str(folder / "a.png"), "[V]", "--model", "elsewhere"])
+    sitting.sit(personalize.arguments(), model)
+    assert asked[8:] == [(64, "face")]
 
 
 def test_photos_are_known_by_what_is_in_them(tmp_path):

@@ -20,6 +20,7 @@ import train
 from diffusion import denoising_loss
 from files import images
 from program import console
+from program.options import usual_steps
 from program.console import UserError
 from files.checkpoints import checksum, write
 from files.disk import LoadError
@@ -145,6 +146,16 @@ def test_a_training_that_is_not_done_replaces_nothing(runs, monkeypatch, capsys)
     assert f"stopped, the same command goes on; {ours}" in capsys.readouterr().out
 
 
+def test_what_is_usual_depends_on_the_model(monkeypatch):
+    """The miniature's numbers, and else what docs/training.md counts with: 15,000 photos and their mirror
+    images, a hundred times each."""
+    for given, expected in ([], (3000, 24, 6e-4)), (["--model", "x", "--faces", "docs"], (None, 16, 3e-4)):
+        monkeypatch.setattr("sys.argv", ["train.py", *given])
+        args = train.arguments()
+        assert (args.steps, args.batch, args.lr) == expected
+    assert usual_steps(30_000, 16) == 187_500 and usual_steps(1, 64) == 2
+
+
 def test_training_on_photos_names_its_encoder(tmp_path):
     """A folder model, photos and an encoder of transformers' kind, then going on from the result, from
     another working directory."""
@@ -160,6 +171,9 @@ def test_training_on_photos_names_its_encoder(tmp_path):
     common += ["--batch", 2, "--steps", 1]
     done = run(*common, "--encoder", os.path.relpath(tmp_path / "vit", ROOT), script="train.py")
     assert done.returncode == 0, done.stderr
+    first, memory, *_ = done.stdout.splitlines()
+    assert first == f"{tmp_path / 'model'} on cpu, float32; 2 photos, their mirror images; 1 steps of 2"
+    assert memory.endswith("GB of memory are free")
     file = tmp_path / "runs/hypernet/hypernet.safetensors"
     assert safe_open(file, "pt").metadata()["encoder"] == str(tmp_path / "vit")
     assert not any(k.startswith("vit.") for k in load_file(file))

@@ -85,7 +85,7 @@ def read_photos(folder, side, crop="face", files=None):
         except images.ImageError as error:
             skipped.append(str(error).removeprefix(f"{folder}{os.sep}"))
         else:
-            odd += [str(warning.message) for warning in noted[:1]]
+            odd += [str(warning.message).removeprefix(f"{folder}{os.sep}") for warning in noted[:1]]
             yield photo
     if files is None and len(skipped) == len(some):
         raise no_photos(folder, skipped)
