@@ -9,7 +9,6 @@ import runpy
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
@@ -24,7 +23,7 @@ COLOURS = {"given": "#e8e8e8", "frozen": "#cfe3f7", "learnt": "#f9d9b8", "result
 
 def sheet(width, height):
     """An empty figure of so many inches, and its axes without a frame, one unit an inch."""
-    figure = FigureCanvasAgg(Figure((width, height))).figure
+    figure = Figure((width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
     axes.axis("off")
@@ -108,7 +107,7 @@ def world():
         photo = calm.clone()
         photo[:, faces.NUISANCE.index(name)] = (torch.arange(6) + .5) / 6
         rows.append((name, identity, photo))
-    figure = FigureCanvasAgg(Figure((6.4, 8.4), layout="constrained")).figure
+    figure = Figure((6.4, 8.4), layout="constrained")
     for line, (name, people, photo) in zip(figure.subplots(len(rows), 6), rows):
         for axes, picture in zip(line, faces.render(people, photo, torch.zeros(6, dtype=torch.long))):
             axes.imshow(images.to_pil(picture))

@@ -42,9 +42,8 @@ def write(folder, found, scores):
 
 def sheet(width, height):
     """An empty figure of so many inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    return FigureCanvasAgg(Figure((width, height), layout="constrained")).figure
+    return Figure((width, height), layout="constrained")
 
 
 def dots(main, file, across, up, xlabel, ylabel):

@@ -5,11 +5,12 @@ first; `names` of the numbers; and is called with pictures (B, 3, H, W) in [-1, 
 name of the prompt and the number of the person. It gives a dict of name -> a list of B numbers, None where a
 number has no meaning.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
 import clip
-from evaluation.measures import copied, error, spread
 from files.encoders import load_clip, load_vit
 from nano import faces, instrument, seeds, wording
 from nano.people import ASKED, PROMPTS, STYLES, UNSEEN, HeldOut
@@ -24,6 +25,8 @@ PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character 
 LOOKS = {wording.phrase(*asked): asked for asked in ASKED}
 # Prompts that ask for no person
 OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}
+CIRCUMSTANCES = "yaw", "roll", "zoom", "x", "y", "light", "light_side"
+COLOURS = "background", "clothes"
 MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
 
 
@@ -70,45 +73,57 @@ class Judged:
         held = HeldOut(people, device, seeds.TEST)
         self.judge, self.identity, self.circumstances = held.judge, held.identity, held.circumstances
         self.spread = spread(held.circumstances)
-        self.photos = torch.cat([held.photos[:, None], another_photos(held, MORE)], 1)
+        self.photos = torch.cat([held.photos[:, None], held.more_photos(MORE)], 1)
 
     def __call__(self, pictures, drawn):
         people = torch.tensor([who for _, who in drawn])
         _, style, attributes = self.judge(F.interpolate(pictures.float(), (128, 128), mode="area"))
-        seen = {name: logits.argmax(1).tolist() for name, logits in attributes.items()}
-        known = {name: kinds.tolist() for name, kinds in faces.attributes(self.identity).items()}
-
-        def right(i):
-            name, _ = drawn[i]
-            return float(style[i].argmax() == STYLES.index(name)) if name in STYLES else None
-
-        def obeyed(i):
-            name, who = drawn[i]
+        known = faces.attributes(self.identity)
+        found = {name: [None] * len(drawn) for name in self.names}
+        found["likeness"] = self.judge.likeness(pictures, self.photos[people, 0]).tolist()
+        found["another"] = self.judge.likeness(pictures, self.photos[people, -1]).tolist()
+        for i, (name, who) in enumerate(drawn):
             attribute, kind = LOOKS.get(name, (None, None))
-            lacking = attribute and known[attribute][who] != kind
-            return float(seen[attribute][i] == kind) if lacking else None
-        which = range(len(drawn))
-        plain = [i for i in which if drawn[i][0] in self.plain]
-        copies, errors = {}, {}
+            if name in STYLES:
+                found["style"][i] = float(style[i].argmax() == STYLES.index(name))
+            elif attribute and known[attribute][who] != kind:
+                found["obeyed"][i] = float(attributes[attribute][i].argmax() == kind)
+        plain = [i for i, (name, _) in enumerate(drawn) if name in self.plain]
         if plain:
             read, around = (numbers.cpu() for numbers in instrument.read(pictures[plain]))
-            given = people[plain]
-            copies = dict(zip(plain, copied(around, self.circumstances[given], self.spread).tolist()))
-            errors = dict(zip(plain, error(read, self.identity[given]).tolist()))
-        return {"likeness": self.judge.likeness(pictures, self.photos[people, 0]).tolist(),
-                "another": self.judge.likeness(pictures, self.photos[people, -1]).tolist(),
-                "copied": [copies.get(i) for i in which], "error": [errors.get(i) for i in which],
-                "style": [right(i) for i in which], "obeyed": [obeyed(i) for i in which]}
+            copies = copied(around, self.circumstances[people[plain]], self.spread).tolist()
+            errors = error(read, self.identity[people[plain]]).tolist()
+            for i, copy, wrong in zip(plain, copies, errors):
+                found["copied"][i], found["error"][i] = copy, wrong
+        return found
 
 
-def another_photos(held, count):
-    """`count` further photos (P, count, 3, 128, 128) of everybody, which don't depend on how many people
-    there are."""
-    first = held.first + seeds.STEPS
-    generators = [torch.Generator().manual_seed(first + i) for i in range(len(held.photos))]
-    each = [faces.photos(one.expand(count, -1), generator, held.device)
-            for one, generator in zip(held.identity[:, None], generators)]
-    return torch.stack(each)
+def standardised(circumstances):
+    """Circumstances (B, 17) as eleven numbers of mean 0 and variance 1 each (B, 11): yaw, roll, zoom, x, y,
+    light and its side, uniform in [0, 1], and cosine and sine of the hues of background and clothes."""
+    column = dict(zip(faces.NUISANCE, circumstances.unbind(1)))
+    uniform = [(column[name] - .5) * 12 ** .5 for name in CIRCUMSTANCES]
+    angles = [2 * math.pi * column[name] for name in COLOURS]
+    return torch.stack(uniform + [wave(a) * 2 ** .5 for a in angles for wave in (torch.cos, torch.sin)], 1)
+
+
+def spread(circumstances):
+    """The mean over people of Σt², t the standardised circumstances (P, 17) of their photos: about 11."""
+    return standardised(circumstances).square().sum(1).mean()
+
+
+def copied(read, known, spread):
+    """Σrt / Σt² over eleven standardised circumstances, r read in pictures (B, 17), t the known ones of the
+    photos that they were made from (B, 17). A number a person (B,), whose mean over the people that `spread`
+    is of is the sum over all of them, the slope of r against t: 0 of another photo, 1 of the photo."""
+    return (standardised(read) * standardised(known)).sum(1) / spread
+
+
+def error(read, identity):
+    """The mean error (B,) of the 13 numbers in [0, 1] that the instrument always reads, of identities read
+    (B, 27) and known (B, 27). Of a number drawn at random it is 1/3."""
+    sure = [faces.IDENTITY.index(name) for name in instrument.SURE]
+    return (read - identity)[:, sure].abs().mean(1)
 
 
 class Paper:

@@ -104,9 +104,12 @@ class HeldOut:
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def more_photos(self, count):
-        """`count` further photos (P, count, 3, 128, 128) of everybody."""
-        generator = torch.Generator().manual_seed(self.first + 1)
-        return torch.stack([faces.photos(self.identity, generator, self.device) for _ in range(count)], 1)
+        """`count` further photos (P, count, 3, 128, 128) of everybody, whoever else there is."""
+        photos = []
+        for i, person in enumerate(self.identity):
+            generator = torch.Generator().manual_seed(self.first + seeds.STEPS + i)
+            photos.append(faces.photos(person.expand(count, -1), generator, self.device))
+        return torch.stack(photos)
 
     @torch.no_grad()
     def measure(self, model, adapters, style, noises, who=slice(None), **options):

@@ -315,7 +315,7 @@ def test_names_in_a_figure_touch_nothing():
     points = {f"a system of number {i}": (.5 + .01 * i, .5 + .002 * (i % 3)) for i in range(12)}
     axes.plot(*zip(*points.values()), "o")
     figures.name_dots(axes, points)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert sorted(text.get_text() for text in axes.texts) == sorted(points)
     boxes = [matplotlib.text.Text.get_window_extent(text) for text in axes.texts]  # without their lines
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

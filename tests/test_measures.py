@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_faces import generator, people
 
-from evaluation import measures
+from evaluation import scores
 from nano import faces
 
 
@@ -22,10 +22,10 @@ def test_copied_is_the_slope_of_what_comes_back():
                 a, b = wave(2 * math.pi * r[name]), wave(2 * math.pi * t[name])
                 numerator += 2 * a * b
                 denominator += 2 * b * b
-    spread = measures.spread(known)
-    mean = measures.copied(read, known, spread).mean()
+    spread = scores.spread(known)
+    mean = scores.copied(read, known, spread).mean()
     assert mean.item() == pytest.approx(numerator / denominator, abs=1e-5)
-    assert measures.copied(known, known, spread).mean().item() == pytest.approx(1, abs=1e-5)
+    assert scores.copied(known, known, spread).mean().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_error_is_of_the_sure_numbers_alone():
@@ -33,4 +33,4 @@ def test_error_is_of_the_sure_numbers_alone():
     off[:, faces.IDENTITY.index("chin")] = .5  # is not sure
     off[0, faces.IDENTITY.index("skin")] = -.13
     off[1, faces.IDENTITY.index("lip_colour")] = .26
-    assert torch.allclose(measures.error(identity + off, identity), torch.tensor([.01, .02]), atol=1e-6)
+    assert torch.allclose(scores.error(identity + off, identity), torch.tensor([.01, .02]), atol=1e-6)

@@ -2,6 +2,7 @@
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,7 +228,11 @@ def test_labels_are_those_of_the_portraits_that_are_there(tmp_path):
 def test_portraits_are_found_on_a_sheet():
     """Drawings of three sizes among gaps, in a JPEG: each where it is, and a stranger nowhere."""
     pictures = [images.to_pil(picture) for picture in faces.photos(people(4), generator(1), "cpu")]
-    wanted = torch.stack([portraits.bits_of(portraits.fingerprint(picture)) for picture in pictures])
+    side = portraits.CELL * portraits.GRID
+    wanted = torch.stack([portraits.fingerprints(portraits.shrunk(picture, side, side)).flatten()
+                          for picture in pictures])
+    digits = np.packbits(wanted[0].numpy() > 0).tobytes().hex()  # as labels.csv has them
+    assert torch.equal(portraits.bits_of(digits), wanted[0])
     sheet, file = Image.new("RGB", (560, 300), "white"), io.BytesIO()
     places = [(11, 7, 130), (160, 40, 160), (330, 60, 210)]
     for picture, (x, y, side) in zip(pictures, places):

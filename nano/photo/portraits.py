@@ -37,14 +37,8 @@ def fingerprints(grey):
     return torch.where(torch.stack(parts) > 0, 1., -1.)
 
 
-def fingerprint(picture):
-    """The fingerprint of a PIL image that is a square, as 32 hexadecimal digits."""
-    bits = fingerprints(shrunk(picture, CELL * GRID, CELL * GRID)).flatten() > 0
-    return np.packbits(bits.numpy()).tobytes().hex()
-
-
 def bits_of(digits):
-    """A fingerprint's hexadecimal digits as (128,) in ±1."""
+    """The fingerprint that a row of labels.csv has, 32 hexadecimal digits, as (128,) in ±1."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
     return torch.from_numpy(bits).float() * 2 - 1
 
