@@ -55,12 +55,8 @@ and by E4T likewise; by all others nothing but the model."""
 
 
 class Judged:
-    """nano. `likeness` and `another`: the judge's cosine of identities to the photo given and to one that no
-    system has seen (two photos of one person .95, strangers 0). `style`: 1 where the judge recognises the
-    prompt's. `obeyed`: 1 where it sees the look that the prompt asks for, of people who lack it. Of plain
-    pictures also what the instrument reads: `copied`, the circumstances that the photo given and the picture
-    share (1 for the photo itself, 0 for another one), and `error`, the mean error of the 13 sure numbers of
-    identity, of a range of 1."""
+    """nano. ABOUT says what the numbers are: `likeness` is to the photo given, `another` to one that no
+    system has seen; the instrument reads `copied` and `error` in plain pictures, the judge all else."""
     names = "likeness", "another", "style", "copied", "error", "obeyed"
     prompts = dict(zip(STYLES, PROMPTS)) | {"photo again": PROMPTS[0]}
     prompts |= {look: wording.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS

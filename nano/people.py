@@ -121,42 +121,31 @@ class HeldOut:
         return pictures, self.judge.likeness(pictures, real), right.float()
 
     @torch.no_grad()
-    def leaked(self, model, adapters, prompt, noises, **options):
-        """How much likeness (P,) to everybody `adapters` bring into pictures of a prompt without [V]."""
-        found = []
-        for some in adapters, {}:
-            with model.adapted(some):
-                pictures = model.sample([prompt] * len(self.photos), seeds=noises, **options)
-            found.append(self.judge.likeness(pictures, self.photos))
-        return found[0] - found[1]
-
-    @torch.no_grad()
-    def obeyed(self, model, adapters, name, kind, noises, **options):
-        """Of the people who lack this attribute, one of faces.WORDS, whether a prompt that asks for it gives
-        it (P,), by the judge; NaN of the others."""
-        prompt = wording.caption(0, "[V]", [wording.phrase(name, kind)])
-        with model.adapted(adapters):
-            pictures = model.sample([prompt] * len(self.photos), seeds=noises, **options)
-        there = self.judge(pictures)[2][name].argmax(1) == kind
-        lack = faces.attributes(self.identity)[name].to(there.device) != kind
-        return torch.where(lack, there.float(), torch.nan)
-
     def watch(self, model, passes, trainer):
         """Log what is measured of everybody's pictures and draw some. passes: the adapters of one estimate
-        after the other; all but the likeness after each is measured of the last."""
-        noises, columns, numbers = range(len(self.photos)), [self.photos], {}
+        after the other; all but the likeness after each is measured of the last. leaked: the likeness that
+        they bring into pictures of a prompt without [V]. obeyed: the share of looks that the judge sees when
+        a prompt asks for them, of people who lack them."""
+        last, noises, columns, numbers, obeyed = passes[-1], range(len(self.photos)), [self.photos], {}, []
+
+        def draw(prompt, adapters):
+            return model.sample([prompt] * len(noises), noises, adapters=adapters, steps=12)
         for k, adapters in enumerate(passes[:-1], 1):
             numbers[f"likeness {k}"] = self.measure(model, adapters, "photo", noises, steps=12)[1]
         for style in "photo", "rock star", "pixar", UNSEEN:
-            pictures, likeness, right = self.measure(model, passes[-1], style, noises, steps=12)
+            pictures, likeness, right = self.measure(model, last, style, noises, steps=12)
             columns.append(pictures)
             numbers |= {f"likeness {style}": likeness, f"both {style}": likeness * right}
         for name in "", wording.RARE[-1]:
             prompt = wording.caption(0, name)
-            numbers[f"leaked {prompt}"] = self.leaked(model, passes[-1], prompt, noises, steps=12)
-        obeyed = [self.obeyed(model, passes[-1], *look, noises, steps=12) for look in ASKED]
+            found = [self.judge.likeness(draw(prompt, adapters), self.photos) for adapters in (last, {})]
+            numbers[f"leaked {prompt}"] = found[0] - found[1]
+        for name, kind in ASKED:
+            pictures = draw(wording.caption(0, "[V]", [wording.phrase(name, kind)]), last)
+            seen = self.judge(pictures)[2][name].argmax(1).cpu() == kind
+            obeyed.append(seen[faces.attributes(self.identity)[name] != kind].float())
         numbers["obeyed"] = torch.cat(obeyed)
-        numbers = {name: values.nanmean().item() for name, values in numbers.items()}
+        numbers = {name: values.mean().item() for name, values in numbers.items()}
         trainer.log(**numbers)
         tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
         rows = torch.stack(columns, 1).flatten(0, 1)
