@@ -67,9 +67,9 @@ class Tensors:
         with refusing(f"{path}: cannot be read"), regular(path) as file:
             # the header's length in 8 bytes, then the header, a JSON dictionary
             head = file.read(9)
-            length, whole = int.from_bytes(head[:8], "little"), head[8:] == b"{"
-            pickled = head.startswith((b"PK", b"\x80")) or Path(path).suffix in PICKLES
-            if not whole:
+            length = int.from_bytes(head[:8], "little")
+            if head[8:] != b"{":
+                pickled = head.startswith((b"PK", b"\x80")) or Path(path).suffix in PICKLES
                 what = "not safetensors" if head else "empty"
                 what = "a pickle, which could run any code" if pickled else what
                 raise LoadError(f"{path}: {what}; download or convert it as .safetensors")
@@ -117,8 +117,30 @@ def build(kind, config, files, rename, device, dtype, *more):
     what = f"{Path(files[0]).parent}: no {kind.__name__} with these settings can be built"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
-    # all names are looked up before gigabytes are read
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
+    weights, stored = {}, {}
+    for name, (tensors, key) in places_of(shapes, files, rename).items():
+        tensor = tensors[key]
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise LoadError(f"{files[0]}: tensor {key} is {kind}, quantised; give a file of floats")
+        stored[name] = some_of(tensor)
+        tensor = tensor.view(shapes[name]).to(device, dtype)
+        if not finite(tensor):  # asked before the layout changes, which would make it three times as slow
+            raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
+        # kernels with their channels side by side, and so feature maps, as transformers over pixels want
+        # them: fewer copies, a tenth less time
+        layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
+        weights[name] = tensor.to(memory_format=layout)
+    module.load_state_dict(weights, assign=True)
+    stored = [stored[name] for name in shapes]
+    module.checksum_of_file = digits(shapes, [t.to(dtype) for t in stored], stored)
+    return module.eval().requires_grad_(False)
+
+
+def places_of(shapes, files, rename):
+    """build()'s search of `files` for all `shapes`, our name -> shape, before gigabytes are read: name ->
+    (Tensors, key)."""
     missing, places = dict(shapes), {}
     for file in files:
         tensors = Tensors(file)
@@ -139,24 +161,7 @@ def build(kind, config, files, rename, device, dtype, *more):
         name, shape = next(iter(missing.items()))
         rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise LoadError(f"{files[0]}: no tensor for {name}, expected shape {shape}{rest}")
-    weights, stored = {}, {}
-    for name, (tensors, key) in places.items():
-        tensor = tensors[key]
-        if not tensor.is_floating_point():
-            stored = str(tensor.dtype).removeprefix("torch.")
-            raise LoadError(f"{files[0]}: tensor {key} is {stored}, quantised; give a file of floats")
-        stored[name] = some_of(tensor)
-        tensor = tensor.view(shapes[name]).to(device, dtype)
-        if not finite(tensor):  # asked before the layout changes, which would make it three times as slow
-            raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
-        # kernels with their channels side by side, and so feature maps, as transformers over pixels want
-        # them: fewer copies, a tenth less time
-        layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
-        weights[name] = tensor.to(memory_format=layout)
-    module.load_state_dict(weights, assign=True)
-    stored = [stored[name] for name in shapes]
-    module.checksum_of_file = digits(shapes, [t.to(dtype) for t in stored], stored)
-    return module.eval().requires_grad_(False)
+    return places
 
 
 def finite(tensor):

@@ -44,32 +44,29 @@ def renamed(name, rules):
     return name
 
 
-# our names -> those in a single file, without "model.diffusion_model." and "first_stage_model."
+# our names -> those in a single file, without "model.diffusion_model." and "first_stage_model.", and those
+# without dots that follow "model_ema.diffusion_model" in a moving average's keys
 unet_to_compvis = partial(renamed, rules=UNET)
+unet_to_average = partial(renamed, rules=UNET | {".": ""})
 vae_to_compvis = partial(renamed, rules=VAE)
 # a folder's VAE's -> ours
 folder_vae_name = partial(renamed, rules=OLD_ATTENTION)
 
 
 @cache
-def inverse(to_compvis, kind, config):
+def inverse(to_compvis, kind):
     with torch.device("meta"):  # names only, no memory
-        return {to_compvis(name): name for name in kind(config).state_dict()}
+        return {to_compvis(name): name for name in kind().state_dict()}
 
 
-def unet_to_average(name):
-    """unet_to_compvis() without dots: what follows "model_ema.diffusion_model" in a moving average's keys."""
-    return unet_to_compvis(name).replace(".", "")
+def ours(to_compvis, kind, key):
+    """The name in an SD 1.x of which to_compvis() makes this key; KeyError(key) if there is none."""
+    return inverse(to_compvis, kind)[key]
 
 
-def ours(to_compvis, kind, config, key):
-    """The name of which to_compvis() makes this key; KeyError(key) for what no SD 1.x has."""
-    return inverse(to_compvis, kind, config)[key]
-
-
-unet_name = partial(ours, unet_to_compvis, unet.UNet, unet.SD15)
-averaged_name = partial(ours, unet_to_average, unet.UNet, unet.SD15)
-vae_name = partial(ours, vae_to_compvis, vae.VAE, vae.SD15)
+unet_name = partial(ours, unet_to_compvis, unet.UNet)
+averaged_name = partial(ours, unet_to_average, unet.UNet)
+vae_name = partial(ours, vae_to_compvis, vae.VAE)
 
 
 def text_name(key):

@@ -62,9 +62,8 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
     text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
     vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | shared, folder)
 
-    def rename(key):
-        return None if key in KNOWN_EXTRAS else key
-    model = build_encoder(clip.CLIP, text, folder, rename, device, vision)
+    extras = dict.fromkeys(KNOWN_EXTRAS)
+    model = build_encoder(clip.CLIP, text, folder, lambda key: extras.get(key, key), device, vision)
     return model, read_tokenizer(vocabulary_in(folder), text, source)
 
 

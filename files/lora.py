@@ -78,11 +78,26 @@ def load_lora(path, model, strength=1.0):
     device of `model`: strength · alpha / r · up · down, alpha = r where none is given. UserError for keys
     that aren't understood or don't fit: they would otherwise be dropped without a word."""
     file = Tensors(path)
-    tensors = file.outlines()
+    found = keys_of_layers(path, file.outlines(), model)
+    tensors, adapters = file.all(), {}  # only now is read what may be large
+    for name, keys in found.items():
+        pair = tensors[keys["down"]], tensors[keys["up"]]
+        adapters[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
+    scales = peft_scales(path, file.note, tensors, adapters)
+    for name, (a, b) in adapters.items():
+        if "alpha" in found[name]:
+            scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
+        adapters[name] = LowRank(a, b * (strength * scales[name]))
+    numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
+    check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in adapters.items()}, path, "empty")
+    return adapters
+
+
+def keys_of_layers(path, tensors, model):
+    """Layer -> role -> key of each of these tensors, without numbers: a layer's matrices "down" and "up", and
+    its "alpha". UserError where they are something else, or don't fit the layers."""
     for pattern, what in FOREIGN.items():
         report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
-
-    # each key is one of a layer's two matrices or its alpha
     layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
     known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
     places = {normalised(f"{called}:{role}"): (name, role) for name in known for role in roles
@@ -113,20 +128,7 @@ def load_lora(path, model, strength=1.0):
             shapes = f"{tuple(down.shape)} and {tuple(up.shape)} for a layer {n_in} → {n_out}"
             problems["made for other widths"].append(f"{keys['down']} and up, {shapes}")
     report_problems(path, problems)
-
-    # only now is read what may be large
-    tensors, adapters = file.all(), {}
-    for name, keys in found.items():
-        pair = tensors[keys["down"]], tensors[keys["up"]]
-        adapters[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
-    scales = peft_scales(path, file.note, tensors, adapters)
-    for name, (a, b) in adapters.items():
-        if "alpha" in found[name]:
-            scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
-        adapters[name] = LowRank(a, b * (strength * scales[name]))
-    numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
-    check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in adapters.items()}, path, "empty")
-    return adapters
+    return found
 
 
 def matrix(shape):
@@ -136,12 +138,8 @@ def matrix(shape):
 
 def adaptable_layers(unet, text):
     """Every layer that can take a low-rank adapter: name -> nn.Linear or nn.Conv2d."""
-    found = {}
-    for part, network in ("unet", unet), ("text", text):
-        for name, layer in network.named_modules():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                found[f"{part}.{name}"] = layer
-    return found
+    return {f"{part}.{name}": layer for part, network in (("unet", unet), ("text", text))
+            for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
 
 
 def report_problems(path, problems):

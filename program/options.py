@@ -75,18 +75,16 @@ def new_file(text):
     return Path(text)
 
 
-def old_file(text):
-    """A file that is there."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file")
-    return text
+def existing(what, is_there):
+    """A check of a file, or folder, that is there."""
+    def check(text):
+        if not is_there(text):
+            raise argparse.ArgumentTypeError(f"{text}: no such {what}")
+        return text
+    return check
 
 
-def old_folder(text):
-    """A folder that is there."""
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: no such folder")
-    return text
+old_file, old_folder = existing("file", os.path.isfile), existing("folder", os.path.isdir)
 
 
 def model_rows(check):
