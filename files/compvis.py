@@ -54,19 +54,19 @@ folder_vae_name = partial(renamed, rules=OLD_ATTENTION)
 
 
 @cache
-def inverse(to_compvis, kind):
+def inverse(to_compvis, kind, config):
     with torch.device("meta"):  # names only, no memory
-        return {to_compvis(name): name for name in kind().state_dict()}
+        return {to_compvis(name): name for name in kind(config).state_dict()}
 
 
-def ours(to_compvis, kind, key):
+def ours(to_compvis, kind, config, key):
     """The name in an SD 1.x of which to_compvis() makes this key; KeyError(key) if there is none."""
-    return inverse(to_compvis, kind)[key]
+    return inverse(to_compvis, kind, config)[key]
 
 
-unet_name = partial(ours, unet_to_compvis, unet.UNet)
-averaged_name = partial(ours, unet_to_average, unet.UNet)
-vae_name = partial(ours, vae_to_compvis, vae.VAE)
+unet_name = partial(ours, unet_to_compvis, unet.UNet, unet.SD15)
+averaged_name = partial(ours, unet_to_average, unet.UNet, unet.SD15)
+vae_name = partial(ours, vae_to_compvis, vae.VAE, vae.SD15)
 
 
 def text_name(key):
