@@ -250,11 +250,8 @@ def write_pictures(predicted, pictures, people, sittings, args, model):
 
 def heads_of(sitting, predicted, prompts):
     """What the columns of one person's sheet show."""
-    if sitting.shown is None:
-        given = ["photo"] * len(sitting.seen)
-    else:
-        given = ["photo"] * len(sitting.shown) + ["drawn"]
-    return [*given, *["prediction alone"] * len(predicted), *prompts]
+    photos, drawn = (sitting.seen, []) if sitting.shown is None else (sitting.shown, ["drawn"])
+    return ["photo"] * len(photos) + drawn + ["prediction alone"] * len(predicted) + prompts
 
 
 def write_for_other_programs(person, adapters, args, model):

@@ -232,10 +232,8 @@ def load_domain(path, model):
         source, looked = note["vit"], note["vit_checksum"]
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
     warn_of_other_weights(path, note, model)
-    if source == NANO_LOOKER:
-        domain.vit = load_looker(source, model)
-    else:
-        domain.vit = vit_of(path, source, looked, model.device)
+    own = source == NANO_LOOKER
+    domain.vit = load_looker(source, model) if own else vit_of(path, source, looked, model.device)
     return domain
 
 

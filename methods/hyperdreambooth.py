@@ -58,11 +58,11 @@ def make(engine, photos, generators, args, stage):
 def tune(engine, photos, theta, generators, views, *settings, callback=None):
     """engine.fine_tune with its settings, on so many views of the photo where there is one of each person
     (training/views.py), or on the photos (P, N, 3, H, W) as they are."""
-    if views == 1 or photos.shape[1] > 1:
-        return engine.fine_tune(photos, theta, *settings, generator=generators, callback=callback)
-    side = [length // 8 for length in photos.shape[-2:]]
-    return engine.fine_tune(crops(photos[:, 0], views, generators), theta, *settings, generator=generators,
-                            callback=callback, places=face_weights(*side, photos.device))
+    places = 1.
+    if views > 1 and photos.shape[1] == 1:
+        places = face_weights(*(length // 8 for length in photos.shape[-2:]), photos.device)
+        photos = crops(photos[:, 0], views, generators)
+    return engine.fine_tune(photos, theta, *settings, generator=generators, callback=callback, places=places)
 
 
 def person(theta=None, lora=None, basis_seed=0, **about):
@@ -81,9 +81,8 @@ def prediction(person):
 def parts(person):
     """The prediction, a few KB, and all of a person: those of the two that there are."""
     alone = prediction(person)
-    kept = {"person": alone, "person_tuned": person}
-    there = {"person": bool(alone.tensors), "person_tuned": len(person.tensors) > len(alone.tensors)}
-    return {name: part for name, part in kept.items() if there[name]}
+    tuned = {"person_tuned": person} if len(person.tensors) > len(alone.tensors) else {}
+    return ({"person": alone} if alone.tensors else {}) | tuned
 
 
 def adapters(tensors, engine):

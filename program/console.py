@@ -4,6 +4,7 @@ import argparse
 import inspect
 import math
 import os
+import resource
 import signal
 import sys
 import threading
@@ -109,16 +110,13 @@ def advance(bar):
 
 
 def peak_memory(device):
-    """In words, what was held at most: on a GPU, or else in the machine's memory. "" where nobody knows."""
+    """In words, what was held at most: on a GPU, or else in the machine's memory."""
     if device.type == "cuda":
         return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
-    with suppress(OSError):  # Linux, whose rusage would count the program that has started this one
-        return f", {status('VmHWM') / 1e9:.1f} GB of memory at most"
-    with suppress(ImportError):  # all but Windows
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        return f", {unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB of memory at most"
-    return ""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS, in bytes
+    with suppress(OSError):  # on Linux it would count the program that has started this one
+        most = status("VmHWM")
+    return f", {most / 1e9:.1f} GB of memory at most"
 
 
 def status(name):

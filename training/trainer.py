@@ -198,19 +198,15 @@ class Trainer:
 
     def average(self):
         """Put the moving average into the modules in place of the current weights."""
-        with torch.no_grad():
-            for key, p in self.parameters.items():
-                p.copy_(self.ema[key])
+        torch._foreach_copy_([p.detach() for p in self.parameters.values()], [*self.ema.values()])
 
     @contextmanager
     def averaged(self):
         """The modules hold the moving average inside, and the current weights again afterwards."""
-        now = {key: p.detach().clone() for key, p in self.parameters.items()}
+        now = [p.detach().clone() for p in self.parameters.values()]
         self.average()
         yield
-        with torch.no_grad():
-            for key, p in self.parameters.items():
-                p.copy_(now[key])
+        torch._foreach_copy_([p.detach() for p in self.parameters.values()], now)
 
 
 class Pool:
