@@ -53,7 +53,7 @@ def domain(model):
 
 def prior(model):
     """For DreamBooth: pictures of the class."""
-    return {"prior": dreambooth.shared_prior(model, 64, 0)}
+    return {"prior": dreambooth.class_pictures(model, 64, 0)}
 
 
 def usual(module, nano, *names):

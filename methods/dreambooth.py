@@ -28,22 +28,18 @@ from sd import StableDiffusion
 CLASS_PROMPT = "a face"
 
 
+@lru_cache(1)
 @torch.no_grad()
-def class_pictures(model, count, generator):
-    """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved."""
-    seeds, latents = torch.randint(2 ** 31, (count,), generator=generator).split(8), []
+def class_pictures(model, count, seed):
+    """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved. They
+    are drawn once for all people of a run."""
+    seeds, latents = torch.randint(2 ** 31, (count,), generator=seeded(seed)).split(8), []
     with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
         for few in seeds:
             pictures = model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.,
                                     callback=lambda *step: advance(bar))
             latents.append(model.encode(pictures))
     return torch.cat(latents).float()
-
-
-@lru_cache(1)
-def shared_prior(model, count, seed):
-    """class_pictures(), drawn once for all people of a run."""
-    return class_pictures(model, count, seeded(seed))
 
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
@@ -134,7 +130,7 @@ def make(engine, photos, generators, args, stage):
     """Photo to Person: the class's pictures, then the training."""
     model, prior = engine.model, None
     if args.prior_weight:
-        prior = shared_prior(model, args.prior_pictures, args.seed)
+        prior = class_pictures(model, args.prior_pictures, args.seed)
         stage(f'drew {len(prior)} pictures of "{CLASS_PROMPT}"')
     with stage.progress(args.steps) as show:
         tensors = learn(model, photos[:, 0], args.steps, args.lr, args.batch, args.rank, prior,

@@ -6,6 +6,7 @@ The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row o
 identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
 the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2.
 """
+import math
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -150,24 +151,22 @@ def save_embedding(tensors, path, token=TOKEN, photos=""):
 def load_embedding(path, model):
     """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
     is emb_params; float32, on the device of `model`. UserError for all else."""
-    file = Tensors(path)
-    tensors = file.outlines()
-    if len(tensors) != 1:
-        names = ", ".join(tensors)[:100]
-        what = "an embedding for SDXL" if "clip_g" in tensors else f"embeddings of {len(tensors)} words"
+    file, width = Tensors(path), model.layers[LAYER].embedding_dim
+    if len(file.shapes) != 1:
+        names, count = ", ".join(file.shapes)[:100], len(file.shapes)
+        what = "an embedding for SDXL" if "clip_g" in file.shapes else f"embeddings of {count} words"
         raise UserError(f"{path}: {what} ({names}), not one tensor with a word's vectors")
-    (embedding,) = tensors.values()
-    width = model.layers[LAYER].embedding_dim
-    if embedding.dim() not in (1, 2):
-        raise UserError(f"{path}: a tensor of shape {tuple(embedding.shape)}, no word's vectors")
-    if embedding.shape[-1] != width:
-        raise UserError(f"{path}: for a text encoder of width {embedding.shape[-1]}, {model.name}'s has "
-                        f"width {width}")
-    (embedding,) = file.all().values()
-    vectors = embedding.reshape(1, -1, width)
-    if not 1 <= vectors.shape[1] <= room(model):
-        raise UserError(f"{path}: {vectors.shape[1]} vectors, {model.name}'s prompts have room for 1 to "
-                          f"{room(model)}")
+    ((key, shape),) = file.shapes.items()
+    *several, theirs = shape or (0,)
+    count = math.prod(several)
+    for wrong, what in (
+            (len(shape) not in (1, 2), f"a tensor of shape {shape}, no word's vectors"),
+            (theirs != width, f"for a text encoder of width {theirs}, {model.name}'s has width {width}"),
+            (not 1 <= count <= room(model), f"{count} vectors, {model.name}'s prompts have room for 1 to "
+             f"{room(model)}")):
+        if wrong:
+            raise UserError(f"{path}: {what}")
+    vectors = file[key].reshape(1, count, width)
     check_numbers({"the embedding": vectors}, path)
     return person({"vectors": vectors.float().to(model.device)}, model.name)
 

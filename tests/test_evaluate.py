@@ -87,7 +87,7 @@ def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
     for module in modules:
         monkeypatch.setattr(module, "fit_or_take_back", lambda loss, parameters, steps, *rest, **more:
                             fitted.append(steps) or usual(loss, parameters, 1, *rest, **more))
-    monkeypatch.setattr(systems.dreambooth, "shared_prior",
+    monkeypatch.setattr(systems.dreambooth, "class_pictures",
                         lambda *_: torch.randn(5, 4, 16, 16, generator=generator(9)))
     some = next(one for one in systems.rows(True) if one.system == system)
     photos = faces.photos(torch.rand(2, 27, generator=generator(1)), generator(2), "cpu")[:, None]
