@@ -1,17 +1,16 @@
 """Files as such: read if they are some, written whole or not at all."""
 import errno
-import itertools
 import json
 import os
 import shutil
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from program.console import UserError
 
 LARGEST_TEXT = 10  # megabytes, of headers too; CLIP's tokenizer.json has two
-NUMBERS = itertools.count()  # of temporary files
 
 
 class LoadError(UserError):
@@ -60,19 +59,19 @@ def read_json(path):
 
 @contextmanager
 def whole_files(*paths):
-    """Temporary paths beside `paths`, whose folders are made, that take their places when the block ends,
-    each a file or a folder: whole, all or none, and on the disk before their names are. Nobody sees half of
-    one, or new ones beside old ones, where a disk is full, a program killed or power cut: at the worst the
-    old ones are gone and the first new one is there."""
+    """Temporary paths for `paths`, all of one folder, which is made, that take their places when the block
+    ends, each a file or a folder: whole, all or none, and on the disk before their names are. Nobody sees
+    half of one, or new ones beside old ones, where a disk is full, a program killed or power cut: at the
+    worst the old ones are gone and the first new one is there."""
     paths = [Path(path) for path in paths]
-    temporary = [path.with_name(f".hdb-{os.getpid()}-{next(NUMBERS)}.tmp") for path in paths]
-    try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for old in path.parent.glob(".hdb-*-*.tmp"):  # what a run that was killed has left
-                pid = old.name.split("-")[1]
-                if pid.isdecimal() and not alive(int(pid)):
-                    remove(old)
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(".hdb-*-*.tmp"):  # what a run that was killed has left
+        pid = old.name.split("-")[1]
+        if pid.isdecimal() and not alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+    with TemporaryDirectory(".tmp", f".hdb-{os.getpid()}-", folder, ignore_cleanup_errors=True) as aside:
+        temporary = [Path(aside, path.name) for path in paths]
         yield temporary
         for new in temporary:
             sync(new)
@@ -80,16 +79,7 @@ def whole_files(*paths):
             path.unlink(missing_ok=True)
         for new, path in zip(temporary, paths):
             new.replace(path)
-            sync(path.parent)
-    finally:
-        for new in temporary:
-            remove(new)
-
-
-def remove(path):
-    """Whatever is at `path` goes, as far as that is possible."""
-    with suppress(OSError):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            sync(folder)
 
 
 def alive(pid):

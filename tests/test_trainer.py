@@ -122,9 +122,9 @@ def test_leftovers_of_the_dead_are_swept(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     for pid in dead.pid, os.getppid(), 10 ** 30:
-        (tmp_path / f".hdb-{pid}-0.tmp").mkdir()
-        (tmp_path / f".hdb-{pid}-0.tmp/half").write_text("half")
-        (tmp_path / f".hdb-{pid}-1.tmp").write_text("half")
+        for i in range(2):
+            (tmp_path / f".hdb-{pid}-{i}.tmp").mkdir()
+            (tmp_path / f".hdb-{pid}-{i}.tmp/half").write_text("half")
     (tmp_path / ".hdb-mine-0.tmp").write_text("not ours")
     write({"a": torch.ones(2)}, tmp_path / "x.safetensors")
     left = {path.name for path in tmp_path.iterdir()}
