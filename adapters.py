@@ -60,8 +60,7 @@ class LowRank(NamedTuple):
 class Change(NamedTuple):
     """Other parameters, as one person's differences from the layer's own: name -> tensor.
 
-    Every layer here is linear in its parameters, the norms too, so what they change is what the layer makes
-    of x with the differences alone.
+    Every layer here is linear in its parameters, the norms too: the differences alone make the change of y.
     """
     tensors: dict
 
@@ -90,14 +89,13 @@ def shared(tensor, batch):
 @contextmanager
 def adapted(layers, adapters):
     """Inside, adapters[name](layer, x, y) takes the place of the output y that layers[name] computes from x.
-    An adapter with a method before(layer, inputs) -> inputs first changes what the layer, and the adapter,
-    get.
+    An adapter with a method before(layer, inputs) -> inputs first changes what layer and adapter get.
 
     Several `with` add up: the inner adapters see what the outer ones made. The backward pass belongs inside
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
     as its first argument; several threads need a model each. Adapters that fits_weights() go into the weights
-    and cost nothing there; all others are hooks. ValueError for a name that is not in `layers`, and for a
-    copy of an adapted model.
+    and cost nothing there; all others are hooks. ValueError for a name that `layers` lack, and for a copy of
+    an adapted model.
     """
     if unknown := [name for name in adapters if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
@@ -157,8 +155,7 @@ class Hook(NoCopy):
 
 
 class WeightChanges(NoCopy):
-    """The changes that one layer's weights have now, outermost first, each with the parameters before it.
-    They may be left in any order."""
+    """The changes of one layer's weights, outermost first, with the parameters before; left in any order."""
 
     def __init__(self, layer):
         self.layer, self.entries = layer, []
@@ -179,9 +176,8 @@ class WeightChanges(NoCopy):
 
 
 def fits_weights(layer, adapter):
-    """Whether W + ΔW may take the place of W: the adapter is one person's, its numbers are not trained (or it
-    is a Change, which passes gradients on), nobody asks for W's own gradient, and float32 rounds nothing
-    away."""
+    """Whether W + ΔW may take the place of W: the adapter is one person's and not trained (or is a Change,
+    which passes gradients on), nobody asks for W's own gradient, and float32 rounds nothing away."""
     if isinstance(adapter, LowRank):
         fixed = len(adapter.a) == 1 and not adapter.a.requires_grad and not adapter.b.requires_grad
     else:
@@ -192,8 +188,7 @@ def fits_weights(layer, adapter):
 
 def fresh_lora(layers, rank, generator, people=1):
     """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685) for P people: A (P, in, rank) ~ N(0,
-    1/in) from a CPU generator, or a list of one for each person, B (P, rank, out) = 0, so nothing changes
-    yet. ValueError for rank 0."""
+    1/in) from a CPU generator, or one for each person, and B (P, rank, out) = 0. ValueError for rank 0."""
     if rank < 1:
         raise ValueError(f"a LoRA of rank {rank} changes nothing")
     adapters, each = {}, generator if isinstance(generator, list) else [generator]
@@ -217,8 +212,7 @@ def require_low_rank(adapters, people=None):
 
 
 def join(*many):
-    """Low-rank adapters that do what all the given ones do together: a sum of products is a product of
-    concatenations, and ranks add up."""
+    """Low-rank adapters that do what all do together: a sum of products is a product of concatenations."""
     joined = {}
     for adapters in many:
         for name, new in require_low_rank(adapters).items():
@@ -259,9 +253,8 @@ def as_changes(lora, layers):
 
 
 def fastest(lora, layers):
-    """A LoRA in training in its faster form, with the same output: in the weights where they are small, on a
-    CPU and in float32, and one person's alone (91 ms a step of nano's fine-tuning against 118); beside the
-    layers everywhere else."""
+    """A LoRA in training in its faster form, with the same output: one person's goes into weights that are
+    small, on a CPU and in float32 (91 ms a step of nano's fine-tuning against 118)."""
     weights = [layers[name].weight for name in lora]
     small = all(w.numel() <= SMALL and w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
     one = all(len(pair.a) == 1 for pair in lora.values())

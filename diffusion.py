@@ -3,9 +3,8 @@
 A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an
 int. It keeps its state in fp32 whatever the denoiser computes in, draws what noise it needs from `generator`,
 a CPU torch.Generator or a list of B (those that made x, or others; never a new one of the same seed, which
-would draw x again), and after each step calls callback(i, t, x, x0) with the number of the step, from 0, its
-time, the latent it arrived at and the clean latent predicted on the way. The numbers are diffusers', step for
-step.
+would draw x again), and after each step calls callback(i, t, x, x0) with the step's number, from 0, its time,
+the latent it arrived at and the clean latent predicted. The numbers are diffusers', step for step.
 """
 import math
 
@@ -26,8 +25,7 @@ def add_noise(x, noise, t):
 
 
 def seeded_noise(shape, source):
-    """Standard normal noise of this shape (B, ...), in fp32 on the CPU so that a seed means the same on every
-    device.
+    """Standard normal noise of this shape (B, ...), in fp32 on the CPU: a seed is the same on every device.
 
     source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on
     the batch it is made in; or a single torch.Generator to draw all from.
@@ -135,11 +133,9 @@ def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
 
 @torch.no_grad()
 def dpmpp_2m(denoise, x, steps=25, generator=None, callback=None):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w), down to no
-    noise at all.
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w) to no noise.
 
-    The first step has no predecessor and the last an infinite λ: both are of first order. It needs no
-    generator.
+    The first step has no predecessor and the last an infinite λ: both are of first order.
     """
     x = x.float()
     times = timesteps(steps, "linspace")
@@ -180,8 +176,7 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
     with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
 
     The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²) and
-    c_out = s/√(s² + σ²) for s = 10·t and σ = .5, which makes f(x, 0) = x. Each step but the last adds fresh
-    noise to f.
+    c_out = s/√(s² + σ²) for s = 10·t and σ = .5: f(x, 0) = x. All steps but the last add fresh noise to f.
     """
     require_generators(generator)
     x, times = x.float(), lcm_timesteps(steps)
@@ -213,8 +208,7 @@ SAMPLERS = {"dpmpp_2m": dpmpp_2m, "ddim": ddim, "lcm": lcm}
 
 
 def guided(unet, context, negative=None, scale=7.5):
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6) as a denoiser: away from the negative
-    prompt, to the prompt.
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6): a denoiser, from negative to prompt.
 
     context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t,
     context) is called once a step, in the dtype of context, on a batch of 2B: all B negatives, then all B
@@ -247,8 +241,7 @@ def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_
 
     person(x, t, context) is called once a step on a batch of 2B, all B negatives, then all B prompts, and
     base(x, t, context) once on B: half as much again as guided() costs. context and negative, (B, n, d) or
-    (1, n, d), are the text features as the person's model has them, nobody those of the negative as the base
-    has them.
+    (1, n, d), are the text features of the person's model, nobody the negative's of the base.
     """
     def denoise(x, t):
         x = x.to(context.dtype)

@@ -46,8 +46,7 @@ PROMPT = "a [V] face"
 
 
 class HyperDreamBooth:
-    """The method around one StableDiffusion `model`, which it never changes: a person is a dict of
-    adapters."""
+    """The method around one StableDiffusion `model`, which it never changes: a person is adapters."""
 
     def __init__(self, model, hypernet=None, basis_seed=0):
         """hypernet: a HyperNetwork, which brings its basis; basis_seed: of the LiDB basis without one."""
@@ -118,17 +117,15 @@ class HyperDreamBooth:
         return detach(lora)
 
     def fit_theta(self, draw, people, steps, lr, generator, callback=None):
-        """Target θ (P, layers, size) of Eq. 2 for P people side by side, all from the one shared start, by
-        the denoising loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P
-        prompts."""
+        """Target θ (P, layers, size) of Eq. 2 for P people side by side, from one start, by the denoising
+        loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P prompts."""
         theta = torch.zeros(people, *self.lidb.shape, device=self.model.device, requires_grad=True)
         fit(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
             lambda: self.model.adapted(self.lidb.adapters(theta)), callback)
         return theta.detach()
 
     def sample(self, prompts, adapters=None, seeds=None, **options):
-        """Pictures (B, 3, H, W) in [-1, 1] of B prompts with the adapters of one person or of B; see
-        model.sample."""
+        """model.sample, with the adapters of one person or of as many as there are prompts."""
         return self.model.sample(prompts, seeds, adapters=adapters or {}, **options)
 
 

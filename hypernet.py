@@ -31,8 +31,7 @@ class HyperConfig:
 
 
 class HyperNetwork(nn.Module):
-    """T of Eq. 3 with its encoder: photos to θ̂. vit: an encoder that is there already, of config.vit; a
-    fresh one if None."""
+    """T of Eq. 3 with its encoder: photos to θ̂. vit: an encoder of config.vit; a fresh one if None."""
 
     def __init__(self, config, vit=None):
         super().__init__()
@@ -46,8 +45,7 @@ class HyperNetwork(nn.Module):
         layer = nn.TransformerDecoderLayer(config.width, config.heads, 4 * config.width, dropout=0.,
                                            activation="gelu", batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, config.depth, norm=nn.LayerNorm(config.width))
-        # One linear head per layer. They may start at zero, because θ = 0 is no saddle of LiDB's: A₀ is not
-        # zero.
+        # One linear head per layer. They may start at zero: θ = 0 is no saddle, since A₀ is not zero
         self.heads = nn.Parameter(torch.zeros(config.layers, config.width, config.size))
         self.bias = nn.Parameter(torch.zeros(config.layers, config.size))
 

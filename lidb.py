@@ -1,5 +1,4 @@
-"""Lightweight DreamBooth (HyperDreamBooth, arXiv 2307.06949, section 4.1): personal weights in a frozen
-random subspace."""
+"""Lightweight DreamBooth (arXiv 2307.06949, section 4.1): personal weights in a frozen random subspace."""
 import zlib
 from functools import lru_cache
 
@@ -39,8 +38,7 @@ class LiDB:
     """
 
     def __init__(self, layers, a=None, b=None, rank=1, seed=0, device=None):
-        """layers: name -> nn.Linear. a, b: 100 and 50 as in the paper, or the narrowest layer's width where
-        that is less (the miniature's).
+        """layers: name -> nn.Linear. a, b: as in the paper 100 and 50, at most the narrowest layer's width.
 
         ValueError where a or b exceeds that width. The basis itself is made when it is first used.
         """
@@ -59,8 +57,7 @@ class LiDB:
 
     @property
     def basis(self):
-        """A₀ (a, r) and, for each layer, A_aux (in, a) with columns of length 1 and B_aux (b, out) with rows
-        of length 1."""
+        """A₀ (a, r) and each layer's A_aux (in, a), B_aux (b, out), their columns and rows of length 1."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[0]
 
     @property
@@ -86,12 +83,8 @@ class LiDB:
 
 @lru_cache(maxsize=2)
 def make_basis(sizes, a, b, rank, seed, device):
-    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes, remembered, as making it
-    takes a second.
-
-    All random numbers come from one CPU generator, the bases' in float64, so `seed` means the same on every
-    device.
-    """
+    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes, made in a second, once. One
+    CPU generator, in float64 for the bases, draws all: `seed` means the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     a0 = torch.randn(a, rank, generator=generator, dtype=torch.float32, device="cpu") / a ** .5
     a_aux = [orthonormal(n_in, a, generator) for n_in, _ in sizes]

@@ -114,9 +114,8 @@ def warn_of_prompts(args, tokenizer):
 # People
 
 def make_people(sittings, args, engine, stage):
-    """Everybody's Person, by --method, and the paths of the files they are written to. Each is as the file
-    keeps it, in half precision, so that the pictures are the same again from there. UserError for numbers
-    that are none."""
+    """Everybody's Person, by --method, and the paths of their files. Each is as the file keeps it, in half
+    precision: pictures from there are the same again. UserError for numbers that are none."""
     method, people, written = METHODS[args.method], [], []
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1
@@ -139,8 +138,7 @@ def make_people(sittings, args, engine, stage):
 
 
 def save(person, engine, out):
-    """Write a new person, in the parts that the method keeps, and return the paths. What is left of another
-    run goes: it may be another person."""
+    """Write a new person, in the parts that the method keeps; return the paths. Those of another run go."""
     parts = {f"{name}.safetensors": part for name, part in person.method.parts(person).items()}
     with whole_files(*(out / name for name in parts)) as temporary:
         for part, new in zip(parts.values(), temporary):
@@ -160,8 +158,7 @@ def read_person(path, engine):
 
 
 def turned(person, args, engine):
-    """The person's adapters, at --strength and turned by the method's own knobs. UserError for what they
-    can't do."""
+    """The person's adapters, at --strength and turned by the method's knobs. UserError if they can't be."""
     adapters = person.adapters(engine)
     check_kinds(args, {type(adapter) for adapter in adapters.values()})
     if args.strength != 1:
@@ -255,8 +252,7 @@ def heads_of(sitting, predicted, prompts):
 
 
 def write_for_other_programs(person, adapters, args, model):
-    """Write what --export and --merge ask for of this person, whose adapters are these, and say how it is
-    used; return the paths of the files."""
+    """Write what --export and --merge ask for of a person with these adapters; return the files' paths."""
     word, paths = person.identifier, []
     if args.export:
         paths.append(args.out / f"{args.export}.safetensors")

@@ -18,12 +18,8 @@ from files.layouts import HUB
 
 
 class StableDiffusion:
-    """The parts `unet(x, t, context)`, `text(ids)`, `tokenizer(list_of_str)` and `vae`, and in `name` where
-    they came from.
-
-    The weights are frozen (requires_grad False) and the modules in eval mode, all on one device and of one
-    dtype.
-    """
+    """The parts `unet(x, t, context)`, `text(ids)`, `tokenizer(list_of_str)` and `vae`, from `name`, frozen
+    (requires_grad False), in eval mode, on one device and of one dtype."""
 
     def __init__(self, name, unet, text, tokenizer, vae):
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
@@ -54,8 +50,7 @@ class StableDiffusion:
         return adapted(self.layers, adapters)
 
     def encode(self, image, generator=None):
-        """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the latent (B, 4, H/8, W/8) that the UNet
-        sees.
+        """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the UNet's latent (B, 4, H/8, W/8).
 
         The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError
         for other sizes, bytes, or other than three channels.
@@ -129,17 +124,13 @@ def load(source=HUB, device=None, dtype=None):
     """The StableDiffusion at `source`, one of
 
     * "nano": the miniature in nano/;
-    * a hub id "owner/name": what is needed is downloaded once, in the half-precision variant where dtype is
-      half;
-    * a folder in the hub's layout (unet/, vae/, text_encoder/, tokenizer/), its weights plain or .fp16, whole
-      or in shards;
-    * a .safetensors file in the original (CompVis) layout, its vocab.json and merges.txt beside it or on the
-      hub.
+    * a hub id "owner/name": what is needed is downloaded once, in half precision where dtype is;
+    * a folder in the hub's layout (unet/, vae/, text_encoder/, tokenizer/), plain or .fp16, or in shards;
+    * a .safetensors file in the original (CompVis) layout, vocab.json and merges.txt beside it or on the hub.
 
     device None: cuda, else mps, else cpu. dtype, a torch.dtype, None: bfloat16 on a GPU that has it, else
     float16; on a CPU float32, or bfloat16 where a large model is clearly faster in it. The weights are
-    copies, so the files may change afterwards. Raises LoadError (of files.checkpoints), whose message is one
-    line for the user.
+    copies, so the files may change afterwards. LoadError (of files.disk) says in one line what is wrong.
     """
     model = StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))
     if model.device.type == "cpu" and model.dtype == torch.float16:

@@ -112,8 +112,7 @@ class NoInit(TorchFunctionMode):
 
 def build(kind, config, files, rename, device, dtype, *more):
     """kind(config, *more) with the tensors of `files`, frozen and in eval mode. rename(key): our name for a
-    key there, None if not needed, KeyError if unknown. LoadError for impossible settings, or a tensor that is
-    missing or surplus."""
+    key, None if not needed, KeyError if unknown. LoadError for impossible settings or other tensors."""
     what = f"{Path(files[0]).parent}: no {kind.__name__} with these settings can be built"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
@@ -139,8 +138,7 @@ def build(kind, config, files, rename, device, dtype, *more):
 
 
 def places_of(shapes, files, rename):
-    """build()'s search of `files` for all `shapes`, our name -> shape, before gigabytes are read: name ->
-    (Tensors, key)."""
+    """Where build() finds all names of `shapes`, before gigabytes are read: name -> (Tensors, key)."""
     missing, places = dict(shapes), {}
     for file in files:
         tensors = Tensors(file)
@@ -170,9 +168,8 @@ def finite(tensor):
 
 
 def checksum(module):
-    """Digits that tell a module's weights from others, of names, shapes and up to 4096 numbers a tensor; see
-    alike(). Eight count the numbers in bfloat16, eight in float16, as they were in the file that build() has
-    read, if they are still those."""
+    """Digits that tell a module's weights from others, of names, shapes and up to 4096 numbers a tensor,
+    eight in bfloat16 and eight in float16, as in the file that build() has read, if they are still those."""
     state = module.state_dict()
     shapes, numbers = {name: tuple(t.shape) for name, t in state.items()}, map(some_of, state.values())
     ours = digits(shapes, [*numbers])

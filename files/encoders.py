@@ -39,8 +39,7 @@ def load_vit(source, device=None):
 
 def vit_of(path, source, noted, device, instead=None):
     """The ViT that the file at `path` was trained with, of this checksum or None (in old files), from
-    `source` or, where that is a folder that has moved, from one of its name beside the file; `instead`: from
-    elsewhere. LoadError for another."""
+    `source`, a folder of its name beside the file, or `instead`. LoadError for another."""
     beside = Path(path).parent / Path(source).name
     moved = os.path.isabs(source) and not os.path.isdir(source) and beside.is_dir()
     source = instead or (str(beside) if moved else source)

@@ -14,8 +14,7 @@ from vit import ViTConfig
 
 
 def save_hypernet(hypernet, model, path):
-    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is only named, with
-    its checksum."""
+    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is named only."""
     config = asdict(hypernet.config)
     seed, encoder = config.pop("basis_seed"), config.pop("encoder")
     basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum

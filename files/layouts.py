@@ -207,8 +207,7 @@ def from_folder(folder, dtype):
 
 
 def folder_settings(folder):
-    """IMPLEMENTED's files that a folder has -> their settings. LoadError for another family of models, which
-    it names, or what isn't implemented."""
+    """IMPLEMENTED's files in a folder -> their settings. LoadError for another family, which it names."""
     settings = {name: read_json(folder / name) for name in IMPLEMENTED if (folder / name).is_file()}
     pipeline, network = settings.get("model_index.json", {}), settings.get("unet/config.json", {})
     width, heads = network.get("cross_attention_dim"), network.get("attention_head_dim")
@@ -236,9 +235,8 @@ def folder_settings(folder):
 
 
 def from_file(file):
-    """As from_folder(), for a single file with the vocabulary's files beside it or from the hub. Where it has
-    the UNet's moving average alone, that is the UNet. LoadError for a file of another kind, which it names,
-    or with a surplus tensor."""
+    """As from_folder(), for a single file with the vocabulary beside it or from the hub. The UNet may be its
+    moving average. LoadError for a file of another kind, which it names."""
     tensors = Tensors(file)
     note, shapes = tensors.note, tensors.shapes
     parts = dict(PARTS)

@@ -55,8 +55,7 @@ def export_lora(adapters, path, metadata=None, dtype=torch.float32):
     """Write one person's adapters as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111
     read. Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the
     UNet's output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one
-    alpha for all. ValueError for several people or adapters not low-rank, UserError for what dtype can't
-    hold."""
+    alpha for all. ValueError for several people's or other adapters, UserError for what dtype can't hold."""
     tensors, rank = {}, max((a.shape[2] for a, _ in require_low_rank(adapters, people=1).values()), default=0)
     for name, (a, b) in adapters.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")

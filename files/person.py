@@ -33,8 +33,7 @@ class Person:
     photos: str = ""                             # digits of each photo's file, by which a person is known
 
     def adapters(self, engine):
-        """What makes the model of `engine`, an hdb.HyperDreamBooth, draw this person, at the default
-        strength."""
+        """What makes the model of `engine`, an hdb.HyperDreamBooth, draw this person."""
         made = self.method.adapters(self.tensors, engine)
         return made if self.scale == 1 else scale(made, self.scale)
 
@@ -60,8 +59,7 @@ def save_person(person, engine, path, dtype=torch.float16):
 
 
 def load_person(path, engine, methods):
-    """The Person in a file of save_person, float32, on the engine's device. methods: name -> Method, of those
-    whose persons may be read.
+    """The Person in a file of save_person, float32, on the engine's device. methods: those known, by name.
 
     UserError if it is none, is damaged, or belongs to other layers or another basis than the engine's; a
     warning if only the weights, or in a file without their checksums the model's name, are others.
@@ -112,8 +110,7 @@ def is_person(path):
 
 
 def belongs_to(engine, method, tensors):
-    """Metadata that says what the numbers mean: layers, by names and shapes, what the method adds (a basis),
-    and the weights."""
+    """Metadata that says what the numbers mean: layers, the method's own (a basis), checksums of weights."""
     widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in engine.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in engine.layers)
     found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
@@ -135,8 +132,7 @@ def lora_shapes(layers, tensors):
 
 
 def check_person(tensors, engine, path, method, empty):
-    """UserError unless these have the shapes of one person's for the engine's model; `empty`: that there are
-    none."""
+    """UserError unless these have one person's shapes for the engine's model; `empty`: said of none."""
     if not tensors:
         raise UserError(f"{path}: {empty}")
     with refusing(f"{path}: shapes that no person of {method.name} has"):

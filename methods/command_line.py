@@ -1,5 +1,4 @@
-"""The command line of personalize.py, for every method: its options, and what is refused before anything is
-loaded."""
+"""The command line of personalize.py: every method's options, and what is refused before any loading."""
 import argparse
 import os
 import secrets

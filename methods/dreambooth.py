@@ -31,8 +31,7 @@ CLASS_PROMPT = "a face"
 @lru_cache(1)
 @torch.no_grad()
 def class_pictures(model, count, seed):
-    """Latents (count, 4, h, w) of pictures that the model draws of the class: what is to be preserved. They
-    are drawn once for all people of a run."""
+    """Latents (count, 4, h, w) of pictures that the model draws of the class, once for all people."""
     seeds, latents = torch.randint(2 ** 31, (count,), generator=seeded(seed)).split(8), []
     with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
         for few in seeds:

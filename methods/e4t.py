@@ -102,21 +102,18 @@ def attention(model):
 # As adapters
 
 def offsets(model, rows, columns):
-    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as adapters of the attention layers, a pair of factors for
-    each."""
+    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as adapters of the attention layers, a pair of factors each."""
     return {name: Change({"weight": layer.weight * (row @ column.T).to(layer.weight)})
             for (name, layer), row, column in zip(attention(model).items(), rows, columns)}
 
 
 def words(model, photo, encoder):
-    """The adapters that put E's word in the place of [V], of P people who take turns in the batch, by what is
-    to be known of their photos (P, photo)."""
+    """The adapters that put E's word in the place of [V], of P people in turn, by photos (P, photo)."""
     return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoder)}
 
 
 class Hole:
-    """Of the text encoder: the words of the prompts instead of their features, NaN where [V] stands, which
-    nothing can be mistaken for."""
+    """Of the text encoder: the prompts' words instead of their features, NaN where [V] stands."""
 
     def __init__(self, token):
         self.token = token

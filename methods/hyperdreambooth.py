@@ -1,5 +1,4 @@
-"""HyperDreamBooth (arXiv 2307.06949) as one of the methods: hdb.py on the command line and in a person's
-file."""
+"""HyperDreamBooth as one of the methods: hdb.py on the command line and in a person's file."""
 import warnings
 from dataclasses import replace
 
@@ -32,8 +31,7 @@ def options(model, hypernet):
 
 
 def make(engine, photos, generators, args, stage):
-    """Photos (P, N, 3, H, W) to the Person of P people: predict, then fine-tune. UserError where neither is
-    asked for."""
+    """Photos (P, N, 3, H, W) to the Person of P people: predict, then fine-tune. UserError without either."""
     theta, lora = None, {}
     if engine.hypernet:
         theta = engine.predict(photos)

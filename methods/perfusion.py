@@ -69,8 +69,7 @@ class Gated(NamedTuple):
     tau: float
 
     def __call__(self, layer, x, y):
-        """x: encodings e (B, m, d), y: W·e (B, m, n), B = k·P samples in k groups of all people. ValueError
-        for another batch."""
+        """x: encodings e (B, m, d), y: W·e (B, m, n), B = k·P samples in k groups; ValueError for others."""
         replaced = F.linear(self.inputs.to(layer.weight.dtype), layer.weight).float()
         duals, outputs, replaced = (shared(t, len(x)) for t in (self.duals, self.outputs, replaced))
         similarity = x.float() @ duals.mT  # s of every token and concept
@@ -110,8 +109,7 @@ def covariance(model, captions):
     """C (d, d), in float64 on the CPU: the mean of e·eᵀ over all tokens of the captions.
 
     All tokens: the layers get padding too. For nano's "a sks face", s of padding is then at most .20
-    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22), where the gate
-    opens.
+    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22): the gate opens.
     """
     total, count = 0., 0
     for ids in model.tokenizer(captions).split(64):
@@ -152,8 +150,7 @@ def super_category(model):
 
 def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=IDENTIFIER, generator=None,
         callback=None):
-    """The photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors for adapters(), (P, …),
-    float32.
+    """Photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors (P, …) for adapters(), float32.
 
     lr: of the values; embedding_lr: of the word's embedding; batch: noises of a photo a step. callback(step,
     loss) after every step. UserError, a ValueError, where the identifier is not one token.

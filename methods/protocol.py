@@ -1,5 +1,4 @@
-"""What a personalisation method is, for whoever adds one: a method is one file and one row of
-methods/table.py.
+"""What a personalisation method is, for whoever adds one: one file, and one row of methods/table.py.
 
 `engine` is an hdb.HyperDreamBooth, for its model and its LiDB; `args` are the parsed options.
 """

@@ -1,5 +1,4 @@
-"""The photos that a person is made of: what the user shows, what a method gets to see of it, and what nano
-says."""
+"""The photos that a person is made of: what the user shows, what a method sees, and what nano says."""
 import itertools
 import os
 from pathlib import Path
@@ -26,8 +25,7 @@ class Sitting(NamedTuple):
 
 
 def sit(args, model):
-    """The Sitting of one person or, with --each, of every photo that can be used; others are reported.
-    UserError where none can."""
+    """The Sitting of one person or, with --each, of every photo that can be used. UserError if none can."""
     side, sittings = 8 * model.unet.config.sample_size, []
     if not args.each:
         return [look_at(args.photos, args, side)]
@@ -42,8 +40,7 @@ def sit(args, model):
 
 
 def look_at(paths, args, side):
-    """The Sitting of one person's photos. nano knows drawn people alone: it reads a photo, says what it saw,
-    and draws that person."""
+    """The Sitting of one person's photos. nano, which knows drawings alone, says and draws what it saw."""
     if args.model != "nano":
         return Sitting(None, read(paths, side, args.crop), None, args.crop, paths)
     center = args.crop if isinstance(args.crop, tuple) else "center"

@@ -36,8 +36,7 @@ class Rows(NamedTuple):
     token: int
 
     def __call__(self, layer, x, y):
-        """x: ids of tokens (B, n), y: their embeddings (B, n, d), B = k·P samples in k groups of all people.
-        ValueError for another batch."""
+        """x: ids of tokens (B, n), y: their embeddings (B, n, d), B = k·P samples; see shared()."""
         vectors = shared(self.vectors, len(x)).to(y.dtype).expand(len(x), -1, -1)
         here = x == self.token
         which = (here.cumsum(1) - 1) % vectors.shape[1]
@@ -93,14 +92,12 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
 
 
 def adapters(tensors, engine):
-    """What model.adapted applies of P people's {"vectors": (P, N, d)}. UserError where the identifier is not
-    one token of the model."""
+    """What model.adapted applies of P people's {"vectors": (P, N, d)}; see only_token()."""
     return {LAYER: Rows(tensors["vectors"], only_token(engine.model, IDENTIFIER))}
 
 
 def shapes(tensors, engine):
-    """The shape of one person's tensors for this model, whose number of vectors is free as far as they fit
-    into a prompt."""
+    """The shape of one person's tensors for this model, of any number of vectors that a prompt holds."""
     found = tensors["vectors"].shape if "vectors" in tensors else ()
     count = found[1] if len(found) == 3 else 1
     width = engine.model.layers[LAYER].embedding_dim

@@ -1,5 +1,4 @@
-"""What the command lines here have in common: ranges of numbers, what they print, signals, and errors that a
-user can read."""
+"""What the command lines here have in common: what they print, signals, and errors that a user can read."""
 import argparse
 import inspect
 import math
@@ -139,8 +138,7 @@ def one_line(text, longest=500):
 
 
 def run(main, arguments):
-    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130; a
-    warning is one line as well."""
+    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # program/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"

@@ -21,9 +21,8 @@ def alone(main, folder):
 
 @contextmanager
 def locked(folder):
-    """Inside, no other process works in `folder`, which is made and, if it stays empty, removed. Of several
-    that torchrun has started, the first locks it for all. However a process ends, its lock ends with it.
-    UserError where another one has it."""
+    """Inside, no other process works in `folder`, which is made and, if it stays empty, removed; UserError
+    where one does. Of torchrun's, the first locks it for all. A lock ends with its process."""
     folder, followers = Path(folder), dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
     key = os.path.realpath(folder)
     if followers or key in HELD:

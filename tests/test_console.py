@@ -126,7 +126,7 @@ def test_an_option_has_what_is_usual_for_the_model():
 
 def test_files_that_belong_together_are_replaced_together(tmp_path):
     """Or, where writing the second one fails, not at all; nothing else is left."""
-    weights, settings = tmp_path / "a/weights", tmp_path / "b/config.json"
+    weights, settings = tmp_path / "a/weights", tmp_path / "a/config.json"
     with whole_files(weights, settings) as new:
         for path in new:
             path.write_text("old")
@@ -141,7 +141,7 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
         new[1].write_text("new")
         assert weights.read_text() == "old"
     assert weights.read_text() == settings.read_text() == "new"
-    assert {p.name for p in tmp_path.rglob("*")} == {"a", "b", "weights", "config.json"}
+    assert {p.name for p in tmp_path.rglob("*")} == {"a", "weights", "config.json"}
 
 
 @pytest.mark.parametrize("script", ["train.py", "-m evaluation", "-m nano.training.pretrain"])

@@ -18,9 +18,8 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
     [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss(*inputs()).
 
     context() is a context for each loss and its backward: lambda: model.adapted(adapters of the parameters).
-    callback(step, loss) is called after every step; if it returns True, that step was the last. inputs() ->
-    all tensors that change from step to step, in shapes that don't: a GPU then gets each step in one piece.
-    ValueError inside torch.inference_mode().
+    callback(step, loss) after every step; True ends it. inputs() -> all tensors that change between steps, in
+    shapes that don't: a GPU then gets a step in one piece. ValueError inside torch.inference_mode().
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be trained inside torch.inference_mode()")

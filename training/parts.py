@@ -1,5 +1,4 @@
-"""Long work in parts, each a file that is made once: stopped, killed, or done by several processes, it goes
-on where it was."""
+"""Long work in parts, each a file, made once: stopped, killed, or of several processes, it goes on."""
 import time
 from pathlib import Path
 
@@ -28,8 +27,7 @@ def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf"))
     Each of several processes makes some of them.
 
     depends_on: name -> what they depend on; shapes: name -> shape of a row of each tensor; LoadError where
-    files are of something else, or damaged. Stopped by a signal, or at the deadline (time.time()), after the
-    part in hand.
+    files are of something else, or damaged. Stopped, after a part, by a signal or the deadline (time.time()).
     """
     rank, size = distributed.rank_and_size()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]

@@ -22,9 +22,8 @@ HIDDEN = ".", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "__
 
 
 def photo_files(folder):
-    """Every file in a folder and those below it, links followed, by path; a file alone. What begins as in
-    HIDDEN is passed over; of a folder that cannot be read a warning. ImageError for one that isn't there or
-    holds no photos."""
+    """Every file in a folder and those below it, links followed, by path; a file alone. HIDDEN are passed
+    over; a folder that cannot be read is a warning, one that isn't there or holds no photos ImageError."""
     if Path(folder).is_file():
         return [Path(folder)]
     found, wrong, been = [], [], set()
@@ -74,7 +73,7 @@ def no_photos(folder, skipped=()):
 def read_photos(folder, side, crop="face", files=None):
     """Every picture in a folder and those below it, by path, or of these `files`, as images.read gives it,
     all cut alike: yields (1, 3, side, side). What it skipped, and what images.read warns of, is named in a
-    warning each at the end. ImageError for a folder that isn't there or holds none."""
+    warning each at the end; see photo_files()."""
     some = photo_files(folder) if files is None else files
     skipped, odd = [], []
     for file in tqdm(some, desc="photos", delay=1, leave=files is None):
@@ -161,8 +160,7 @@ class Photos:
         return features, self.read("latents", shown[mine]).to(self.model.dtype), prompts[mine]
 
     def read(self, name, who):
-        """From the files, as all features of 15,000 people would fill most memories. UserError for numbers
-        that are none."""
+        """From the files: 15,000 people would fill most memories. UserError for numbers that are none."""
         rows = []
         for part, i in (self.rows[n] for n in who.tolist()):
             rows.append(part.row(name, i))

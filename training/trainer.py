@@ -21,8 +21,7 @@ from training.parts import differences
 
 @contextmanager
 def global_seed(seed):
-    """Modules built inside start from this seed. Their initialisers draw from the global CPU generator, which
-    is put back afterwards."""
+    """Inside, the global CPU generator, which initialisers draw from, starts at this seed. It is put back."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -37,8 +36,7 @@ def say_start(trainer, model, data, batch):
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, an exponential moving average, a log and a checkpoint that any
-    later call resumes from.
+    """AdamW with warm-up and cosine decay, a moving average, a log and a checkpoint that later calls resume.
 
     modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of
     log.jsonl and state.safetensors. deadline: when to stop, by time.time(), to be resumed. muon: matrices and

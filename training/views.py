@@ -29,8 +29,7 @@ def crops(photo, count, generators):
 
 
 def face_weights(height, width, device=None):
-    """Weights (h, w) of a latent's places, 1 on average: a soft ellipse about the middle, where the face of a
-    cropped photo is."""
+    """Weights (h, w) of a latent's places, 1 on average: a soft ellipse, where a photo has its face."""
     y = ((torch.arange(height, device=device) + .5) * 2 / height - 1)[:, None]
     x = ((torch.arange(width, device=device) + .5) * 2 / width - 1)[None]
     inside = torch.sigmoid(6 * (1 - (x / .62) ** 2 - ((y - .03) / .85) ** 2))
