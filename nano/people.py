@@ -4,11 +4,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from adapters import LowRank
 from files import images
 from files.checkpoints import build
 from program.console import UserError
 from nano import faces, seeds, wording
 from nano.judge import load_judge
+from training.watched import WatchedPhotos
 from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
@@ -121,6 +123,15 @@ class HeldOut:
         return pictures, self.judge.likeness(pictures, real), right.float()
 
     @torch.no_grad()
+    def losses(self, model, adapters):
+        """name -> (), what a training on photos is watched by (training/watched.py), of everybody's; nothing
+        for adapters that are not all low-rank."""
+        if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
+            return {}
+        found = WatchedPhotos(None, model.encode(self.photos), PROMPTS[0]).losses(model, adapters)
+        return {name: torch.tensor(value) for name, value in found.items()}
+
+    @torch.no_grad()
     def watch(self, model, passes, trainer):
         """Log what is measured of everybody's pictures and draw some. passes: the adapters of one estimate
         after the other; all but the likeness after each is measured of the last. leaked: the likeness that
@@ -144,9 +155,9 @@ class HeldOut:
             pictures = draw(wording.caption(0, "[V]", [wording.phrase(name, kind)]), last)
             seen = self.judge(pictures)[2][name].argmax(1).cpu() == kind
             obeyed.append(seen[faces.attributes(self.identity)[name] != kind].float())
-        numbers["obeyed"] = torch.cat(obeyed)
+        numbers |= {"obeyed": torch.cat(obeyed)} | self.losses(model, last)
         numbers = {name: values.mean().item() for name, values in numbers.items()}
         trainer.log(**numbers)
-        tqdm.write(", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        tqdm.write(", ".join(f"{k} {v:.3g}" for k, v in numbers.items()))
         rows = torch.stack(columns, 1).flatten(0, 1)
         images.save(images.sheet(rows, 20), trainer.out / f"step_{trainer.step:06d}.png", **numbers)

@@ -8,9 +8,10 @@ from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
 
 from files import images
 from program.console import UserError
-from hdb import load_hypernet
+from hdb import HyperDreamBooth, load, load_hypernet
 from nano import faces, people, seeds, wording
 from nano.training import pretrain
+from training.watched import WatchedPhotos
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
     assert right.tolist() == (held_out.judge(pictures)[1].argmax(1) == 8).float().tolist()
 
 
-def test_what_is_watched_is_logged_and_drawn(tmp_path):
+def test_what_is_watched_is_logged_and_drawn(tmp_path, monkeypatch):
     """By a model that draws the same people again, with glasses where they are asked for; without adapters,
     and after the first pass, others."""
     held, log, asked = people.HeldOut(6, "cpu", seeds.VALIDATION), {}, []
@@ -169,6 +170,8 @@ def test_what_is_watched_is_logged_and_drawn(tmp_path):
         asked.append((*set(prompts), adapters))
         assert len(prompts) == 6 and list(noises) == [*range(6)] and steps == 12
         return others if adapters in ({}, "first") else glasses if "glasses" in prompts[0] else again
+    gap = {"last": {"gap": torch.tensor(1.)}}
+    monkeypatch.setattr(held, "losses", lambda net, adapters: gap[adapters])
     trainer = SimpleNamespace(log=lambda **numbers: log.update(numbers), out=tmp_path, step=7)
     held.watch(SimpleNamespace(sample=sample), ["first", "last"], trainer)
 
@@ -179,7 +182,7 @@ def test_what_is_watched_is_logged_and_drawn(tmp_path):
     assert 6 < len(hits) < 24 and 0 < sum(hits) < len(hits) and own - chance > .5
     styled = "rock star", "pixar", "beach"
     assert log == pytest.approx({
-        "likeness 1": chance, "likeness photo": own, "both photo": own,
+        "likeness 1": chance, "likeness photo": own, "both photo": own, "gap": 1.,
         **{f"likeness {style}": own for style in styled}, **{f"both {style}": 0 for style in styled},
         "leaked a face": own - chance, "leaked a nqz face": own - chance, "obeyed": sum(hits) / len(hits)})
     assert asked[0] == ("a [V] face", "first") and [prompt for prompt, adapters in asked if not adapters] == [
@@ -187,3 +190,13 @@ def test_what_is_watched_is_logged_and_drawn(tmp_path):
     assert [prompt for prompt, _ in asked[-4:]] == [
         f"a [V] face with {look}" for look in ("round glasses", "a full beard", "blond hair", "a mohawk")]
     assert images.read(tmp_path / "step_000007.png", 128).shape == (1, 3, 128, 128)
+
+
+def test_people_are_watched_by_the_losses_that_photos_are():
+    """All low-rank adapters can be exchanged, others not."""
+    held, nano = people.HeldOut(2, "cpu", seeds.VALIDATION), load("nano", "cpu")
+    adapters = HyperDreamBooth(nano).lidb.adapters(.1 * torch.randn(2, 79, 96, generator=generator()))
+    found = held.losses(nano, adapters)
+    expected = WatchedPhotos(None, nano.encode(held.photos), "a [V] face").losses(nano, adapters)
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(expected)
+    assert found["gap"].abs() > 1e-4 and held.losses(nano, adapters | {"text": object()}) == {}
