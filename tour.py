@@ -110,7 +110,10 @@ def step_3(tour):
 
     matrices = {"A_aux": a_aux[0], "A_train": lidb.basis[0],
                 "B_train": torch.zeros(1, lidb.b), "B_aux": b_aux[0]}
-    tour.save("the four matrices of one layer at θ = 0, to scale", to_scale(matrices))
+    side = 6 + max(*a_aux[0].shape, *b_aux[0].shape)
+    pictures = torch.stack([to_scale(matrix, side) for matrix in matrices.values()])
+    heads = [f"{name} {len(matrix)} x {matrix.shape[1]}" for name, matrix in matrices.items()]
+    tour.show("the four matrices of one layer at θ = 0, to scale", pictures, heads)
 
 
 def step_4(tour):

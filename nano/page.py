@@ -3,9 +3,7 @@ picture and what it printed."""
 import inspect
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
-from PIL import ImageDraw, ImageFont
 
 import hdb
 from files import images
@@ -45,11 +43,7 @@ class Tour:
 
     def show(self, title, pictures, heads):
         """The step's picture: these (B, 3, H, W), under a head for each column."""
-        self.save(title, images.sheet(pictures, len(heads), heads))
-
-    def save(self, title, image):
-        """The step's picture: a PIL image."""
-        images.save(image, self.file)
+        images.save(images.sheet(pictures, len(heads), heads), self.file)
         self.picture = f"![{title}](tour/{self.file.name})"
 
     def start(self, number):
@@ -67,17 +61,9 @@ class Tour:
         (self.folder / "tour.md").write_text("\n".join(self.parts), encoding="utf-8")
 
 
-def to_scale(matrices, pixels=4):
-    """Matrices by name, as grey values, side by side and to scale under their names: a PIL image."""
-    height, padded = 8 + max(map(len, matrices.values())), []
-    for matrix in matrices.values():
-        grey = matrix / matrix.abs().max().clamp(min=1e-9)
-        padded.append(F.pad(grey, (0, 26, 8, height - 8 - len(matrix)), value=1.))
-    large = torch.cat(padded, 1).repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-    image, at = images.to_pil(large.expand(3, -1, -1)), 0
-    for name, part in zip(matrices, padded):
-        rows, columns = matrices[name].shape
-        text = f"{name}  {rows} x {columns}"
-        ImageDraw.Draw(image).text((at, 8), text, "black", ImageFont.load_default(13))
-        at += pixels * part.shape[1]
-    return image
+def to_scale(matrix, side, pixels=4):
+    """A matrix as a grey picture (3, pixels · side, pixels · side) with a white margin."""
+    rows, columns = matrix.shape
+    grey = matrix / matrix.abs().max().clamp(min=1e-9)
+    padded = F.pad(grey, (3, side - columns - 3, 3, side - rows - 3), value=1.)
+    return padded.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1).expand(3, -1, -1)
