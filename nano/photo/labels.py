@@ -6,7 +6,6 @@ among all portraits, like the colours. soft_labels.safetensors has, row by row, 
 classes by probes on features of DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193), fitted without the row.
 """
 import csv
-import math
 from pathlib import Path
 
 import torch
@@ -47,15 +46,8 @@ def truth_of_rows(rows):
     "sun" (N,), whether the glasses are sunglasses."""
     truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in CLASSES}
     truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
-    truth["numbers"] = torch.tensor([[number(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])
+    truth["numbers"] = torch.tensor([[float(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])
     return truth
-
-
-def number(said):
-    """The number that labels.csv says. ValueError for an infinite one, and others that are none."""
-    if not math.isfinite(value := float(said)):
-        raise ValueError(f"{said} is no number")
-    return value
 
 
 def class_of(name, said):

@@ -13,7 +13,6 @@ from files import images
 from nano import faces, seeds, wording
 from nano.judge import load_judge
 from program import console
-from program.options import number, parser_of, same
 from sd import StableDiffusion
 
 
@@ -54,9 +53,7 @@ def main(args):
           f"{judge.likeness(decoded, real).mean():.2f}")
     for name, words in ("style words only", 0.), ("attribute words", 1.):
         prompts = wording.captions(identity, style, generator, words=words, rare=0., drop=0.)
-        settings = args.sample_steps, args.guidance
-        pictures = [model.sample(prompts[i:i + 16], range(i, i + 16), *settings)
-                    for i in range(0, len(prompts), 16)]
+        pictures = [model.sample(prompts[i:i + 16], range(i, i + 16)) for i in range(0, len(prompts), 16)]
         _, styles, attributes = judge(torch.cat(pictures))
         right = (styles.argmax(1) == style).float()
         worst = min((right[style == i].mean().item(), name) for i, name in enumerate(faces.STYLES))
@@ -70,9 +67,7 @@ def main(args):
 
 
 def arguments():
-    return parser_of(__doc__, [
-        same("sample_steps", number(int, 1, 999), 15, "of the sampler"),
-        same("guidance", number(float, -100, 100), 2., "classifier-free guidance scale")]).parse_args()
+    return console.Parser(__doc__).parse_args()
 
 
 if __name__ == "__main__":
