@@ -6,8 +6,8 @@
 
 Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
 number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
-multiplications would take at the rate of one large matrix product (possible); the memory that it takes beside
-the model. Rows f and g compare people side by side with the same people one after the other.
+multiplications would take at the rate of one large matrix product (possible); on a GPU, the memory that it
+takes beside the model. Rows f and g compare people side by side with the same people one after the other.
 """
 import argparse
 import json

@@ -1,15 +1,11 @@
 """How long things take, how much memory, and how near that is to what the device could do: for bench.py."""
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from program.console import status
 
 
 class Row(NamedTuple):
@@ -54,7 +50,6 @@ def measured(row, repeats, rate, device):
         if work is None:
             return []
         return ticks(work, row.steps) if row.steps else [timed(work, device)]
-    # of the first time: a CPU's memory stays with the process
     memory = peak(lambda: seconds(row.ours), device)
     seconds(row.theirs)
     ours, theirs = [], []
@@ -77,20 +72,14 @@ def measured(row, repeats, rate, device):
 
 
 def peak(work, device):
-    """Bytes that work() takes at most, beside what is held before; None where nobody knows."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    """Bytes of a GPU that work() takes at most, beside what is held before; None elsewhere."""
+    if device.type != "cuda":
         work()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # or what rows before have left would be used without being counted
-        before, _ = status("VmRSS"), status("VmHWM")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    except (OSError, AttributeError, TypeError):  # not Linux with glibc
         return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     work()
-    return status("VmHWM") - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def table(lines):
