@@ -115,9 +115,10 @@ def left_after(count, iterations, progress, generator):
 
 
 def hypernetwork(args, model, deadline):
-    """The HyperNetwork to train: --start's, or a fresh one around an encoder that stays as it is."""
+    """The HyperNetwork to train: --start's, or a fresh one around an encoder that stays as it is. An official
+    encoder's numbers stay in its file, which Photos reads for as long as it needs them."""
     if args.start:
-        hypernet = load_hypernet(args.start, model).requires_grad_()
+        hypernet = load_hypernet(args.start, model, encoder_device="meta").requires_grad_()
         if args.iterations:
             hypernet.config = replace(hypernet.config, iterations=args.iterations)
     else:
@@ -126,11 +127,12 @@ def hypernetwork(args, model, deadline):
             vit = nano_encoder(args, model.device, deadline)
         else:
             encoder = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
-            vit = load_vit(encoder, model.device)
+            vit = load_vit(encoder, "meta")
         shape = hdb.HyperDreamBooth(model).lidb.shape
         config = HyperConfig(*shape, iterations=args.iterations or 4, vit=vit.config, encoder=encoder)
         with global_seed(args.seed):
-            hypernet = HyperNetwork(config, vit).to(model.device)
+            hypernet = HyperNetwork(config, torch.nn.Identity()).to(model.device)
+        hypernet.vit = vit
     hypernet.vit.requires_grad_(False)
     return hypernet
 

@@ -125,7 +125,8 @@ def build(kind, config, files, rename, device, dtype, *more):
             raise LoadError(f"{files[0]}: tensor {key} is {kind}, quantised; give a file of floats")
         stored[name] = some_of(tensor)
         tensor = tensor.view(shapes[name]).to(device, dtype)
-        if not finite(tensor):  # asked before the layout changes, which would make it three times as slow
+        # asked before the layout changes, which would make it three times as slow
+        if not tensor.is_meta and not finite(tensor):
             raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
         # kernels with their channels side by side, and so feature maps, as transformers over pixels want
         # them: fewer copies, a tenth less time
@@ -169,11 +170,14 @@ def finite(tensor):
 
 def checksum(module):
     """Digits that tell a module's weights from others, of names, shapes and up to 4096 numbers a tensor,
-    eight in bfloat16 and eight in float16, as in the file that build() has read, if they are still those."""
-    state = module.state_dict()
-    shapes, numbers = {name: tuple(t.shape) for name, t in state.items()}, map(some_of, state.values())
+    eight in bfloat16 and eight in float16, as in the file that build() has read, if they are still those or
+    were left there (on the meta device)."""
+    state, read = module.state_dict(), getattr(module, "checksum_of_file", "")
+    there = {name: t for name, t in state.items() if not t.is_meta}
+    if not there:
+        return read
+    shapes, numbers = {name: tuple(t.shape) for name, t in there.items()}, map(some_of, there.values())
     ours = digits(shapes, [*numbers])
-    read = getattr(module, "checksum_of_file", "")
     return read if read[:8] == ours[:8] else ours
 
 

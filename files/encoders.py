@@ -20,7 +20,8 @@ VIT_SETTINGS = {"config.json": {"hidden_act": "gelu"},
 
 def load_vit(source, device=None):
     """The ViT at `source`, a hub id (FACE_ENCODER, facebook/dino-vits16) or a folder of config.json,
-    model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json."""
+    model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json. device "meta":
+    its configuration and checksum alone; `source` tells where the rest is."""
     folder = download(source, "model.safetensors", *VIT_SETTINGS)
     config = ViTConfig()
     for name, implemented in VIT_SETTINGS.items():
@@ -34,7 +35,9 @@ def load_vit(source, device=None):
     def rename(key):
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
-    return build_encoder(ViT, config, folder, rename, device)
+    vit = build_encoder(ViT, config, folder, rename, device)
+    vit.source = source
+    return vit
 
 
 def vit_of(path, source, noted, device, instead=None):
@@ -67,7 +70,9 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
 
 
 def build_encoder(kind, config, folder, rename, device, *more):
-    file, where = folder / "model.safetensors", device_and_dtype(device, torch.float32)
+    file, where = folder / "model.safetensors", (torch.device("meta"), torch.float32)
+    if device != "meta":
+        where = device_and_dtype(device, torch.float32)
     if not file.is_file():
         raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
     return build(kind, config, [file], rename, *where, *more)

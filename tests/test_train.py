@@ -24,6 +24,7 @@ from program.options import usual_steps
 from program.console import UserError
 from files.checkpoints import checksum, write
 from files.disk import LoadError
+from training import photos
 from training.photos import Photos
 from nano import seeds
 from training.trainer import Trainer
@@ -156,7 +157,7 @@ def test_what_is_usual_depends_on_the_model(monkeypatch):
     assert usual_steps(30_000, 16) == 187_500 and usual_steps(1, 64) == 2
 
 
-def test_training_on_photos_names_its_encoder(tmp_path):
+def test_training_on_photos_names_its_encoder(tmp_path, monkeypatch):
     """A folder model, photos and an encoder of transformers' kind, then going on from the result, from
     another working directory."""
     model = hdb.load("nano", "cpu")
@@ -169,7 +170,10 @@ def test_training_on_photos_names_its_encoder(tmp_path):
         images.save(images.to_pil(torch.rand(3, 150, 140) * 2 - 1), tmp_path / "faces" / f"{name}.png")
     common = ["--model", tmp_path / "model", "--faces", tmp_path / "faces", "--out", tmp_path / "runs"]
     common += ["--batch", 2, "--steps", 1]
-    done = run(*common, "--encoder", os.path.relpath(tmp_path / "vit", ROOT), script="train.py")
+    encoder, read = ("--encoder", os.path.relpath(tmp_path / "vit", ROOT)), []
+    load_vit = photos.load_vit
+    monkeypatch.setattr(photos, "load_vit", lambda *where: read.append(where) or load_vit(*where))
+    done = run(*common, *encoder, script="train.py")
     assert done.returncode == 0, done.stderr
     first, memory, *_ = done.stdout.splitlines()
     assert first == f"{tmp_path / 'model'} on cpu, float32; 2 photos, their mirror images; 1 steps of 2"
@@ -177,6 +181,9 @@ def test_training_on_photos_names_its_encoder(tmp_path):
     file = tmp_path / "runs/hypernet/hypernet.safetensors"
     assert safe_open(file, "pt").metadata()["encoder"] == str(tmp_path / "vit")
     assert not any(k.startswith("vit.") for k in load_file(file))
+    # its numbers are read to encode photos, and not where that is done
+    assert read == [(str(tmp_path / "vit"), torch.device("cpu"))]
+    assert run(*common[:-1], 2, *encoder, script="train.py").returncode == 0 and len(read) == 1
     on = run(*common, "--start", file, "--name", "on", "--iterations", 2, script="train.py")
     assert on.returncode == 0, on.stderr
     after = hdb.load_hypernet(tmp_path / "runs/on/hypernet.safetensors", model)

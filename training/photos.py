@@ -3,6 +3,7 @@ import os
 import warnings
 import zlib
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from files import images
 from files.checkpoints import Tensors, check_numbers, checksum
 from files.disk import regular
+from files.encoders import load_vit
 from training.parts import cached, split
 from training.watched import WatchedPhotos
 from vit import encode_face
@@ -110,12 +112,17 @@ class Photos:
         side = 8 * small
         self.content = content(files)
 
+        @lru_cache(1)
+        def encoder():
+            """The ViT, read where its numbers are needed."""
+            return load_vit(vit.source, model.device) if vit.layernorm.weight.is_meta else vit
+
         @torch.no_grad()
         def encoded(some):
             features, latents = [], []
             for photo in read_photos(folder, side, files=some):
                 for view in photo, photo.flip(3):
-                    features.append(encode_face(vit, view.to(model.device)).half())
+                    features.append(encode_face(encoder(), view.to(model.device)).half())
                     latents.append(model.encode(view))
             return {"features": torch.cat(features), "latents": torch.cat(latents)} if features else {}
         of = {"photos": self.content, "side": side, "vit": checksum(vit), "vae": checksum(model.vae),
