@@ -38,8 +38,7 @@ def step_1(tour):
     nano's world is drawn by a renderer (nano/faces.py). A person is 27 numbers, a photo adds 17 of
     circumstances (pose, light, smile, …) and a style. So it is known exactly who is in a picture. What
     measures it is the judge, a small network that was trained apart from everything it judges: *likeness* is
-    the cosine of its embeddings of two pictures.
-    """
+    the cosine of its embeddings of two pictures."""
     held_out = people.HeldOut(tour.count, "cpu", seeds.VALIDATION)  # people whom no training has seen
     tour.photos, tour.judge = held_out.photos, held_out.judge
     others = held_out.more_photos(1)[:, 0]
@@ -58,8 +57,7 @@ def step_2(tour):
 
     An autoencoder makes a latent x₀ of a picture, eight times smaller a side. Noise is added:
     x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε. A UNet learns to tell ε from x_t, t and the features c of a text, and a
-    sampler walks from pure noise back to a picture. nano is the same code as SD 1.5 at a small size.
-    """
+    sampler walks from pure noise back to a picture. nano is the same code as SD 1.5 at a small size."""
     model, photo = tour.model, tour.photos[:1]
     latent = model.encode(photo)
     back = model.decode(latent)
@@ -84,8 +82,7 @@ def step_3(tour):
     seed makes them again, so they are neither stored nor predicted, and all people share them, so there is
     one space of people that a network can learn. They are orthonormal: ‖A_aux·a‖ = ‖a‖ in a layer of any
     width, so one scale of numbers and of gradients suits all layers. θ = (A_train, B_train) counts from A₀
-    (random, shared) and 0: at θ = 0 the model is untouched, and yet B's gradient is not zero.
-    """
+    (random, shared) and 0: at θ = 0 the model is untouched, and yet B's gradient is not zero."""
     model, lidb = tour.model, tour.method.lidb
     weights = sum(p.numel() for part in (model.unet, model.text) for p in part.parameters())
     with torch.device("meta"):  # SD 1.5's shapes, without its weights
@@ -120,8 +117,7 @@ def step_4(tour):
     """DreamBooth in that space (section 4.1)
 
     DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", with θ alone to train: fewer
-    numbers than the photo has pixels, and they hold a face.
-    """
+    numbers than the photo has pixels, and they hold a face."""
     given = tour.model.encode(tour.photos[:1]), [hdb.PROMPT]
     theta = tour.method.fit_theta(lambda: given, 1, 2 if tour.fast else 60, .02, hdb.seeded(0))
     pictures = [tour.draw(hdb.PROMPT, adapters) for adapters in ({}, tour.method.lidb.adapters(theta))]
@@ -136,8 +132,7 @@ def step_5(tour):
 
     A network sees the photo and says θ at once: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. The photo is
     encoded once to f; the decoder, with a token for each layer, then runs s times, and each pass sees the
-    estimate that it is to correct.
-    """
+    estimate that it is to correct."""
     hypernet = tour.method.hypernet
     features = encode_face(hypernet.vit, tour.photos)
     tour.passes = hypernet.passes(features).detach()          # (s + 1, people, layers, size)
@@ -157,8 +152,7 @@ def step_6(tour):
     """Whose θ is it? (section 4.2)
 
     θ is about its person: another's θ draws another, and between two people lies something of both. A person
-    also belongs to [V]: a prompt that does not say [V] draws somebody else.
-    """
+    also belongs to [V]: a prompt that does not say [V] draws somebody else."""
     theta = tour.passes[-1]
     given = {"own": theta[:1], "another's": theta[1:2], "mean": theta.mean(0, keepdim=True),
              "half of two": theta[:2].mean(0, keepdim=True)}
@@ -182,8 +176,7 @@ def step_7(tour):
     picture of the person in a style, under that style's prompt, is a better teacher than weights that were
     fitted to one photo. The gradient goes through the frozen UNet into the heads. Some prompts do not say
     [V], and their pictures are of strangers: those the weights must leave alone. This is a fresh network and
-    one batch with one noise; train.py takes new ones at every step.
-    """
+    one batch with one noise; train.py takes new ones at every step."""
     hypernet = HyperNetwork(tour.method.hypernet.config, tour.method.hypernet.vit)
     crowd = people.People(tour.model, hypernet.vit)
     trained = [p for name, p in hypernet.named_parameters() if not name.startswith("vit.")]
@@ -210,8 +203,7 @@ def step_8(tour):
 
     Rank 1 in a random subspace holds a likeness, not its details. So the predicted ΔW stays as it is, and a
     LoRA of a higher rank is trained beside it on the one photo: W' = W + ΔW_θ̂ + A·B. With B = 0 it starts
-    exactly at the prediction. The loop below is the whole of it; hdb.py's fine_tune is the same, made fast.
-    """
+    exactly at the prediction. The loop below is all of it; hdb.py's fine_tune is the same, made fast."""
     steps, photo, theta = 2 if tour.fast else 40, tour.photos[:1], tour.passes[-1][:1]
     predicted = detach(tour.method.lidb.adapters(theta))
     lora = plain_fine_tune(tour, photo, predicted, steps)
@@ -255,8 +247,7 @@ def step_9(tour):
     """What a person is (section 5)
 
     A small file: the seed of the basis, θ and the LoRA, with checksums of the model they belong to. It can be
-    scaled, joined, merged into the model, or exported as a LoRA.
-    """
+    scaled, joined, merged into the model, or exported as a LoRA."""
     engine, path = tour.method, tour.folder / "person.safetensors"
     save_person(tour.person, engine, path)
     loaded = load_person(path, engine, METHODS)

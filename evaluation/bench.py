@@ -9,7 +9,6 @@ number to --out: medians and ranges of seconds; what it is compared with; how mu
 multiplications would take at the rate of one large matrix product (possible); on a GPU, the memory that it
 takes beside the model. Rows f and g compare people side by side with the same people one after the other.
 """
-import argparse
 import json
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -36,7 +35,7 @@ from files.merged import config_files
 from files.person import save_person
 from hypernet import HyperConfig, HyperNetwork
 from lidb import unet_layers
-from program.options import Option, early, model_rows, new_folder, number, parser_of, same
+from program.options import DEVICE, DTYPE, Option, early, new_folder, number, parser_of, same
 from sd import StableDiffusion
 from training.trainer import global_seed
 from vit import NANO_VIT
@@ -231,16 +230,13 @@ class Theirs:
 
 
 def arguments():
-    def model(name):
-        if name not in ("nano", "random"):
-            raise argparse.ArgumentTypeError("nano or random, a Stable Diffusion 1.5 of random weights")
-        return name
+    model = early("model").model or "nano"
     return parser_of(__doc__, [
-        *model_rows(model), *SETTINGS,
+        same("model", str, "nano", "or random: SD 1.5 with random weights", choices=["nano", "random"]),
+        DEVICE, DTYPE, *SETTINGS,
         same("rows", str, None, "all if not given", nargs="+", choices=list("abcdefg")),
         same("repeats", number(int, 1, 1000), 5, "of every row"),
-        same("out", new_folder, Path("results"), "folder of the table")],
-        early("model").model or "nano").parse_args()
+        same("out", new_folder, Path("results"), "folder of the table")], model).parse_args()
 
 
 if __name__ == "__main__":

@@ -47,5 +47,5 @@ def test_a_full_size_model_is_one(monkeypatch):
 
 
 def test_another_model_is_refused(refusal):
-    assert "--model: nano or random" in refusal(bench, "--model", "somewhere")
+    assert "--model: invalid choice" in refusal(bench, "--model", "somewhere")
     assert "--rows: expected at least one argument" in refusal(bench, "--rows")
