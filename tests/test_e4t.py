@@ -648,9 +648,15 @@ def test_training_goes_on_where_it_was_stopped(train, tmp_path):
     assert (tmp_path / "here.safetensors").read_bytes() == before
     first, second = load_file(tmp_path / "whole/e4t.safetensors"), load_file(tmp_path / "here.safetensors")
     assert all(torch.equal(t, second[name]) for name, t in first.items())
-    shutil.copytree(tmp_path / "faces", tmp_path / "others")
+    # the same photos, wherever they are, and no others
+    shutil.copytree(tmp_path / "faces", tmp_path / "moved")
+    assert len(train("--steps", 4, "--name", "parts", "--faces", tmp_path / "moved")) == 1
+    shutil.copy(tmp_path / "moved/a.png", tmp_path / "moved/b.png")
+    with pytest.raises(console.UserError, match=r"made for others \(photos "):
+        train("--steps", 5, "--name", "parts", "--faces", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "parts/photos")
     with pytest.raises(console.UserError, match="of another run .*faces"):
-        train("--steps", 4, "--name", "parts", "--faces", tmp_path / "others")
+        train("--steps", 5, "--name", "parts", "--faces", tmp_path / "moved")
 
 
 def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, looker):
