@@ -23,6 +23,7 @@ torchrun --nproc-per-node=N -- train.py …, each with --batch people.
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,7 +41,6 @@ from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
 from training.parts import cached, load_all
-from training.photos import Photos
 from program.options import (Option, early, folder_of_faces, model_rows, number, old_file, parser_of, refused,
                              run_rows, same, training_rows, usual_steps)
 from hypernet import HyperConfig, HyperNetwork
@@ -59,13 +59,8 @@ def main(args):
     hypernet = hypernetwork(args, model, deadline)
     method, nano = hdb.HyperDreamBooth(model, hypernet), args.model == "nano"
     folder = Path(args.out) / args.name
-    if nano:
-        data = people.People(model, hypernet.vit, args.seed)
-        watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
-    else:
-        data = Photos(args.faces, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline, people.OTHERS,
-                      args.watch)
-        watched = data.watched
+    data, watched = people.to_train_on(args, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline,
+                                       WATCHED, apart=args.watch)
 
     # what θ means, and what the run depends on beside it
     of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
@@ -100,11 +95,7 @@ def main(args):
                 seen = encode_face(hypernet.vit, watched.photos) if nano else watched.features
                 estimates = hypernet.passes(seen).detach()
             watched.watch(model, [method.lidb.adapters(theta) for theta in estimates[1:]], trainer)
-    trainer.average()
-    file = trainer.result(args.save, "hypernet.safetensors")
-    if distributed.is_main():
-        save_hypernet(hypernet, model, file)
-        print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
+    trainer.finish(args.save, "hypernet.safetensors", partial(save_hypernet, hypernet, model))
 
 
 def left_after(count, iterations, progress, generator):

@@ -24,7 +24,6 @@ from files.encoders import FACE_ENCODER
 from files.layouts import model_name
 from program.options import (Option, early, folder_of_faces, model_rows, parser_of, refused, run_rows,
                              training_rows, usual_steps)
-from training.photos import Photos
 from nano import people, seeds
 from training.trainer import Trainer, global_seed, say_start
 
@@ -60,11 +59,8 @@ def main(args):
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
     source = e4t.NANO_LOOKER if args.model == "nano" else args.encoder
     vit, folder = e4t.load_looker(source, model), Path(args.out) / args.name
-    if args.model == "nano":
-        data = people.People(model, vit, args.seed, others=0, looks=0)
-        watched = people.HeldOut(WATCHED, model.device, seeds.MONITOR)
-    else:
-        data, watched = Photos(args.faces, model, vit, hdb.PROMPT, folder / "photos", deadline), None
+    data, watched = people.to_train_on(args, model, vit, hdb.PROMPT, folder / "photos", deadline, WATCHED,
+                                       others=0, looks=0)
     with global_seed(args.seed):
         domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
@@ -89,14 +85,13 @@ def main(args):
             with torch.no_grad():
                 adapters = in_training(domain, deltas, model, domain.look(watched.photos))
             watched.watch(model, [adapters], trainer)
-    trainer.average()
-    with torch.no_grad():
-        for i, delta in enumerate(deltas):
-            for p, factor in zip((domain.rows[i], domain.columns[i]), delta()):
-                p.copy_(factor)
-    file = trainer.result(args.save, "e4t.safetensors")
-    e4t.save_domain(domain, model, source, file)
-    print(f"{'finished' if trainer.done else 'stopped, the same command goes on'}; {file}")
+
+    @torch.no_grad()
+    def write(file):
+        for rows, columns, delta in zip(domain.rows, domain.columns, deltas):
+            rows[:], columns[:] = delta()
+        e4t.save_domain(domain, model, source, file)
+    trainer.finish(args.save, "e4t.safetensors", write)
 
 
 def in_training(domain, deltas, model, seen):

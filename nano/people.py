@@ -10,6 +10,7 @@ from files.checkpoints import build
 from program.console import UserError
 from nano import faces, seeds, wording
 from nano.judge import load_judge
+from training.photos import Photos
 from training.watched import WatchedPhotos
 from vit import NANO_VIT, ViT
 
@@ -93,6 +94,16 @@ class People:
         both = torch.stack([identity, target]), circumstances, torch.stack([torch.zeros_like(style), style])
         photo, picture = self.drawn(*(t[:, mine].flatten(0, 1) for t in both)).chunk(2)
         return self.vit(photo), self.model.encode(picture), prompts[mine]
+
+
+def to_train_on(args, model, vit, prompt, cache, deadline, watched, others=OTHERS, looks=LOOKS, apart=0):
+    """(what a training draws its samples from, the people it is watched by or None): on nano People and so
+    many `watched`, elsewhere Photos of --faces, encoded in `cache`, and some of them kept `apart`."""
+    if args.model == "nano":
+        people = People(model, vit, args.seed, others, looks)
+        return people, HeldOut(watched, model.device, seeds.MONITOR)
+    photos = Photos(args.faces, model, vit, prompt, cache, deadline, others, apart)
+    return photos, photos.watched
 
 
 class HeldOut:

@@ -145,10 +145,14 @@ class Trainer:
         if self.step % 50 == 0:
             self.log(lr=lr, **self.mean)
 
-    def result(self, save, name):
-        """The path for what is trained: `save`, if that is given and the training is done, else `name` in the
-        run's folder: nothing half trained takes another's place."""
-        return Path(save) if save and self.done else self.out / name
+    def finish(self, save, name, write):
+        """The modules get the moving average, and write(path) their file: at `save`, if that is given and the
+        training is done, else `name` in the run's folder: nothing half trained takes another's place."""
+        self.average()
+        file = Path(save) if save and self.done else self.out / name
+        if distributed.is_main():
+            write(file)
+            print(f"{'finished' if self.done else 'stopped, the same command goes on'}; {file}")
 
     def log(self, **numbers):
         """Add a line with these numbers to log.jsonl."""
