@@ -30,8 +30,7 @@ class LowRank(NamedTuple):
 
     For one person the whole batch is that person; for P people a batch of k·P samples is k groups of them in
     order (guidance: negatives first, then prompts). The layer is linear, or a k×k convolution, whose `in` is
-    channels · k·k: A is then a k×k convolution to r channels and B one of 1×1.
-    """
+    channels · k·k: A is then a k×k convolution to r channels and B one of 1×1."""
     a: torch.Tensor
     b: torch.Tensor
 
@@ -60,8 +59,7 @@ class LowRank(NamedTuple):
 class Change(NamedTuple):
     """Other parameters, as one person's differences from the layer's own: name -> tensor.
 
-    Every layer here is linear in its parameters, the norms too: the differences alone make the change of y.
-    """
+    Every layer here is linear in its parameters, the norms too: the differences alone change y."""
     tensors: dict
 
     def __call__(self, layer, x, y):
@@ -95,8 +93,7 @@ def adapted(layers, adapters):
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
     as its first argument; several threads need a model each. Adapters that fits_weights() go into the weights
     and cost nothing there; all others are hooks. ValueError for a name that `layers` lack, and for a copy of
-    an adapted model.
-    """
+    an adapted model."""
     if unknown := [name for name in adapters if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
     in_weights = {name: adapter for name, adapter in adapters.items() if fits_weights(layers[name], adapter)}

@@ -1,8 +1,7 @@
 """CLIP: Stable Diffusion's tokenizer and text encoder, and the image tower used to measure likeness.
 
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020).
-Parameters carry the names of transformers' CLIPModel, so official files load with strict=True.
-"""
+Parameters carry the names of transformers' CLIPModel, so official files load with strict=True."""
 import re
 import unicodedata
 import warnings
@@ -61,8 +60,7 @@ def learn_bpe(words):
     """Learn byte pairs from words, each split as CLIP does, until every part is one token: (vocab, merges).
 
     vocab has CLIP's order: 256 bytes, 256 bytes that end a word, one entry per merge, start and end of text.
-    The most frequent pair is merged first, of equally frequent ones the alphabetically first.
-    """
+    The most frequent pair is merged first, of equally frequent ones the alphabetically first."""
     counts = Counter(part for word in words for part in split_words(word))
     merges = []
     while counts := Counter({word: n for word, n in counts.items() if len(word) > 1}):

@@ -4,8 +4,7 @@ A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted
 int. It keeps its state in fp32 whatever the denoiser computes in, draws what noise it needs from `generator`,
 a CPU torch.Generator or a list of B (those that made x, or others; never a new one of the same seed, which
 would draw x again), and after each step calls callback(i, t, x, x0) with the step's number, from 0, its time,
-the latent it arrived at and the clean latent predicted. The numbers are diffusers', step for step.
-"""
+the latent it arrived at and the clean latent predicted. The numbers are diffusers', step for step."""
 import math
 
 import torch
@@ -28,8 +27,7 @@ def seeded_noise(shape, source):
     """Standard normal noise of this shape (B, ...), in fp32 on the CPU: a seed is the same on every device.
 
     source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on
-    the batch it is made in; or a single torch.Generator to draw all from.
-    """
+    the batch it is made in; or a single torch.Generator to draw all from."""
     if isinstance(source, torch.Generator):
         return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
     each = generators(source)
@@ -47,8 +45,7 @@ def denoising_loss(model, latent, prompts, generator):
     """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), of the model as it is adapted now.
 
     latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
-    CPU generator for time steps and noise, or one for each of those people.
-    """
+    CPU generator for time steps and noise, or one for each of those people."""
     return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
 
 
@@ -59,8 +56,7 @@ def noised(latent, generator, part=(0, 1)):
 
     t is stratified: one in each of B equal parts of the schedule, in random order, which makes a batch's mean
     less noisy. part (i, n): these B are the i-th part of a batch of n·B, drawn as that batch draws them.
-    ValueError for a batch of none, whose mean error is no number.
-    """
+    ValueError for a batch of none, whose mean error is no number."""
     if not len(latent):
         raise ValueError("a batch of 0 has no loss")
     if isinstance(generator, list):
@@ -84,8 +80,7 @@ def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
     the dtype of `context`, the error is float32.
 
     x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure
-    noise does not dominate. places: weights (h, w) of the latent's places, 1 on average.
-    """
+    noise does not dominate. places: weights (h, w) of the latent's places, 1 on average."""
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (places * (predicted.float() - noise.float()).pow(2)).mean((1, 2, 3))
 
@@ -95,8 +90,7 @@ def timesteps(steps, spacing="leading"):
 
     With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the
     file's steps_offset). The file is silent on the spacing, so DPM-Solver++ takes its own default,
-    "linspace": from 999 evenly down to 0, 0 left out.
-    """
+    "linspace": from 999 evenly down to 0, 0 left out."""
     if not 1 <= steps < STEPS:
         raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
     if spacing == "leading":
@@ -109,8 +103,7 @@ def timesteps(steps, spacing="leading"):
 @torch.no_grad()
 def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
     """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0,
-    DDPM's variance at eta 1. generator: needed if eta > 0.
-    """
+    DDPM's variance at eta 1. generator: needed if eta > 0."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
     if eta > 0:
@@ -135,8 +128,7 @@ def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
 def dpmpp_2m(denoise, x, steps=25, generator=None, callback=None):
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w) to no noise.
 
-    The first step has no predecessor and the last an infinite λ: both are of first order.
-    """
+    The first step has no predecessor and the last an infinite λ: both are of first order."""
     x = x.float()
     times = timesteps(steps, "linspace")
     abars = [ALPHAS_CUMPROD[t].item() for t in times] + [1.]
@@ -176,8 +168,7 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
     with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
 
     The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²) and
-    c_out = s/√(s² + σ²) for s = 10·t and σ = .5: f(x, 0) = x. All steps but the last add fresh noise to f.
-    """
+    c_out = s/√(s² + σ²) for s = 10·t and σ = .5: f(x, 0) = x. All steps but the last add fresh noise to f."""
     require_generators(generator)
     x, times = x.float(), lcm_timesteps(steps)
     for i, t in enumerate(times):
@@ -212,8 +203,7 @@ def guided(unet, context, negative=None, scale=7.5):
 
     context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t,
     context) is called once a step, in the dtype of context, on a batch of 2B: all B negatives, then all B
-    prompts. At scale 1 the negative cancels out: it isn't used, and the batch is B.
-    """
+    prompts. At scale 1 the negative cancels out: it isn't used, and the batch is B."""
     if scale != 1 and negative is None:
         raise ValueError("guidance needs a negative: the features of the empty prompt will do")
 
@@ -241,8 +231,7 @@ def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_
 
     person(x, t, context) is called once a step on a batch of 2B, all B negatives, then all B prompts, and
     base(x, t, context) once on B: half as much again as guided() costs. context and negative, (B, n, d) or
-    (1, n, d), are the text features of the person's model, nobody the negative's of the base.
-    """
+    (1, n, d), are the text features of the person's model, nobody the negative's of the base."""
     def denoise(x, t):
         x = x.to(context.dtype)
         unprompted, prompted, nobodys = (features.to(context).expand(len(x), -1, -1)

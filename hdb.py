@@ -25,8 +25,7 @@ the seed of the basis, θ̂ and A, B: on SD 1.5 58 KB and 3.1 MB in fp16.
 
 Where the paper is silent (chosen here, measured in docs/choices.md): the rank (4), the rate and the batch of
 fine-tuning, and which layers it trains: the UNet's alone where there is a prediction, since a text encoder
-that is trained on one prompt forgets what others say.
-"""
+that is trained on one prompt forgets what others say."""
 import itertools
 from functools import cached_property
 
@@ -64,8 +63,7 @@ class HyperDreamBooth:
         """Section 4.2: a photo (P, 3, H, W) in [-1, 1] -> θ̂ (P, layers, r·(a + b)), by the hypernetwork (Eq.
         3); of N photos each, (P, N, 3, H, W), the mean.
 
-        iterations: s, the hypernetwork's own if None. ValueError where there is no hypernetwork.
-        """
+        iterations: s, the hypernetwork's own if None. ValueError where there is no hypernetwork."""
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
@@ -84,8 +82,7 @@ class HyperDreamBooth:
         generator: a CPU generator, or a list of one for each of P people, who are then trained side by side
         and as they would be alone. theta None: without a prediction; then the text encoder is trained too,
         since nothing else tells it who [V] is. callback(step, loss) after every step; True ends it. places:
-        weights (h, w) of the latent's places in the loss (training/views.py).
-        """
+        weights (h, w) of the latent's places in the loss (training/views.py)."""
         photos = photo if photo.dim() == 5 else photo[:, None]
         people, count = photos.shape[:2]
         generator = generator or seeded(0)
@@ -139,8 +136,7 @@ def hyper_loss(model, prompts, noisy, theta_hat, theta=None, alpha=1., beta=0.):
     prompts: c, B texts; noisy: what diffusion.noised makes of the latents x (B, 4, h, w); theta_hat (B,
     layers, size); theta, the same shape: fitted targets, needed if β > 0 (ValueError without). Both terms are
     means over elements, the first weighted as in denoising_error, so that α and β mean the same for every
-    model. Returns the loss and its two terms, unweighted.
-    """
+    model. Returns the loss and its two terms, unweighted."""
     if beta and theta is None:
         raise ValueError("β > 0 needs target θ; fit them first or set β = 0")
     denoising = denoising_error(model.unet, model.context(prompts), *noisy).mean()

@@ -6,8 +6,7 @@ times, each pass looking at the face and at its own last estimate and predicting
 
 The paper does not say what the passes before the last should give. Here every estimate is trained to be worth
 using: train.py leaves each sample after a number of passes of its own. With the loss on the last pass alone,
-the others are free to make anything that helps it (on nano the second then undid the first).
-"""
+the others are free to make anything that helps it (on nano the second then undid the first)."""
 from dataclasses import dataclass
 
 import torch
@@ -56,8 +55,7 @@ class HyperNetwork(nn.Module):
     def refine(self, features, iterations=None):
         """ViT features f (B, n, d) -> θ̂_s (B, layers, size), what the last pass arrives at.
 
-        iterations: s, config's if None. ValueError for none.
-        """
+        iterations: s, config's if None. ValueError for none."""
         if iterations is not None and iterations < 1:
             raise ValueError(f"{iterations} iterations predict nothing")
         return self.passes(features, iterations)[-1]
@@ -65,8 +63,7 @@ class HyperNetwork(nn.Module):
     def passes(self, features, iterations=None):
         """Eq. 3, θ̂_k = T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> all of θ̂_0, …, θ̂_s as one
         tensor (s + 1, B, layers, size). Every pass runs the same decoder on the same f: nothing but θ̂_{k−1}
-        tells it how far it has come.
-        """
+        tells it how far it has come."""
         steps = self.config.iterations if iterations is None else iterations
         face = self.face(features)
         estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]

@@ -34,14 +34,12 @@ class LiDB:
 
     θ is one tensor (P, layers, r·(a + b)): for each layer A_train, then B_train. It is counted from a start
     A₀, the same for everybody, that is not zero: so θ = 0 leaves the model untouched although its gradient
-    doesn't vanish, and θ fitted for two people are comparable.
-    """
+    doesn't vanish, and θ fitted for two people are comparable."""
 
     def __init__(self, layers, a=None, b=None, rank=1, seed=0, device=None):
         """layers: name -> nn.Linear. a, b: as in the paper 100 and 50, at most the narrowest layer's width.
 
-        ValueError where a or b exceeds that width. The basis itself is made when it is first used.
-        """
+        ValueError where a or b exceeds that width. The basis itself is made when it is first used."""
         self.sizes = tuple((layer.in_features, layer.out_features) for layer in layers.values())
         narrowest = min(min(size) for size in self.sizes)
         self.a, self.b = a or min(100, narrowest), b or min(50, narrowest)

@@ -13,8 +13,7 @@ predicted weights, or another method's) and person_tuned.safetensors (the same w
 fine-tuning). Another person's files there are not replaced. sheet.png shows the photo, the prediction alone,
 then the prompts. With --each every person's files are in a folder of the photo's name, and sheet.png has a
 column for each. nano knows drawn people alone: of a photograph it says what it saw, draws that person, and
-goes on with the drawing, which the sheet shows too.
-"""
+goes on with the drawing, which the sheet shows too."""
 import time
 import warnings
 from dataclasses import replace

@@ -3,8 +3,7 @@
     model = load("nano")                             # or a hub id, a folder, a .safetensors file
     pictures = model.sample(["a face at the beach"], seeds=[0])
     with model.adapted(adapters):                        # see adapters.py
-        pictures = model.sample(["a [V] face at the beach"], seeds=[0])
-"""
+        pictures = model.sample(["a [V] face at the beach"], seeds=[0])"""
 import warnings
 
 import torch
@@ -53,8 +52,7 @@ class StableDiffusion:
         """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the UNet's latent (B, 4, H/8, W/8).
 
         The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError
-        for other sizes, bytes, or other than three channels.
-        """
+        for other sizes, bytes, or other than three channels."""
         if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"pictures are (B, 3, H, W) in [-1, 1], not {image.dtype} {tuple(image.shape)}")
         check_sides(*image.shape[-2:])
@@ -85,8 +83,7 @@ class StableDiffusion:
         asks for the model without the person. person_guidance: w_person of diffusion.guided_to_person, half
         as much time again where it is not 1; ValueError where `adapters` are not given.
         size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
-        sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.). callback: see diffusion.py.
-        """
+        sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.); callback: its callback."""
         side = 8 * self.unet.config.sample_size
         height, width = size or (side, side)
         check_sides(height, width)
@@ -130,8 +127,7 @@ def load(source=HUB, device=None, dtype=None):
 
     device None: cuda, else mps, else cpu. dtype, a torch.dtype, None: bfloat16 on a GPU that has it, else
     float16; on a CPU float32, or bfloat16 where a large model is clearly faster in it. The weights are
-    copies, so the files may change afterwards. LoadError (of files.disk) says in one line what is wrong.
-    """
+    copies, so the files may change afterwards. LoadError (of files.disk) says in one line what is wrong."""
     model = StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))
     if model.device.type == "cpu" and model.dtype == torch.float16:
         warnings.warn("float16 is many times slower than float32 on a CPU; give --dtype bfloat16 or float32",

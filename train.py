@@ -18,8 +18,7 @@ samples the person is applied while the picture is another's, under a prompt wit
 shows in what is said of [V] and in nothing else. For the miniature a further share has prompts about looks.
 
 Photos are encoded first, once. On N GPUs:
-torchrun --nproc-per-node=N -- train.py …, each with --batch people.
-"""
+torchrun --nproc-per-node=N -- train.py …, each with --batch people."""
 import os
 import time
 from dataclasses import replace

@@ -1,8 +1,7 @@
 """The denoising UNet of Stable Diffusion 1.x: convolutions over latents, with cross-attention to the text.
 
 Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.3.
-Parameters carry the names that diffusers gives them, so official files load with strict=True.
-"""
+Parameters carry the names that diffusers gives them, so official files load with strict=True."""
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -132,8 +131,7 @@ class UNet(nn.Module):
     """Predicts the noise in x, a noisy latent, at time step t under the text features `context`.
 
     With `gradient_checkpointing` backward computes blocks again: equal gradients, less memory, about a third
-    more time. KeyError for an unknown down_block_type, ValueError for widths norm_num_groups doesn't divide.
-    """
+    more time. KeyError for another down_block_type, ValueError for widths norm_num_groups doesn't divide."""
 
     def __init__(self, config):
         super().__init__()

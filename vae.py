@@ -1,7 +1,6 @@
 """Stable Diffusion's autoencoder: pictures (B, 3, H, W) in [-1, 1] to latents (B, 4, H/8, W/8) and back.
 
-Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752).
-"""
+Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752)."""
 from collections import OrderedDict
 from dataclasses import dataclass
 

@@ -1,7 +1,6 @@
 """The vision transformer that looks at faces (Dosovitskiy et al., arXiv 2010.11929).
 
-Parameters carry the names of transformers' ViTModel, so official files load with strict=True.
-"""
+Parameters carry the names of transformers' ViTModel, so official files load with strict=True."""
 from dataclasses import dataclass
 
 import torch

@@ -59,8 +59,7 @@ def require_settings(found, implemented, file):
 class Tensors:
     """A safetensors file, opened once and read as it is asked for: `note`, its metadata, `shapes`,
     name -> tuple, and its tensors by name, on the CPU. Another file in its place changes nothing here.
-    LoadError for what is none, which says what it is instead, and for a damaged one, now or when it is read.
-    """
+    LoadError for what is none, which says what it is, and for a damaged one, now or when it is read."""
 
     def __init__(self, path):
         self.path = path

@@ -2,8 +2,7 @@
 cICP and in the nclx box of AVIF and HEIC, PNG's gAMA and cHRM, EXIF's mark of Adobe RGB.
 
 Numbers go through a curve to linear light v; then v' = M_sRGB⁻¹ · W · M · v, where M is the primaries' matrix
-RGB → XYZ and W takes their white to sRGB's (Bradford).
-"""
+RGB → XYZ and W takes their white to sRGB's (Bradford)."""
 import io
 import struct
 import zlib

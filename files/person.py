@@ -62,8 +62,7 @@ def load_person(path, engine, methods):
     """The Person in a file of save_person, float32, on the engine's device. methods: those known, by name.
 
     UserError if it is none, is damaged, or belongs to other layers or another basis than the engine's; a
-    warning if only the weights, or in a file without their checksums the model's name, are others.
-    """
+    warning if only the weights, or in a file without their checksums the model's name, are others."""
     file = Tensors(path)
     outlined, note = file.outlines(), file.note
     if note.get("format") != FORMAT:

@@ -6,8 +6,7 @@ pictures that the model itself draws of the class keep it from forgetting what a
     python personalize.py … --method dreambooth --steps 400 --lr 5e-4 --rank 4      # a LoRA
 
 Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
-HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model.
-"""
+HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model."""
 import copy
 from functools import lru_cache
 
@@ -63,8 +62,7 @@ def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_
 
     rank 0: the differences of all weights, of one person (ValueError for more: each has a model of their
     own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
-    batch: noises of the photo a step, with as many class pictures beside them.
-    """
+    batch: noises of the photo a step, with as many class pictures beside them."""
     generator = generator or seeded(0)
     latent = model.encode(photo).detach().float().repeat(batch, 1, 1, 1)
 

@@ -8,8 +8,7 @@ runs anew within each call of the UNet: the prompt's word embeddings, with a hol
 place of its features, and what the UNet gets is read from them as soon as the hole is filled.
 
 Pre-training (train_e4t.py) also learns offsets W' = W ⊙ (1 + Δ) of the UNet's attention. A person's UNet,
-fine-tuned whole, goes on from W', so that its differences from the model's say both.
-"""
+fine-tuned whole, goes on from W', so that its differences from the model's say both."""
 import copy
 import json
 from dataclasses import asdict, dataclass
@@ -53,8 +52,7 @@ class Encoder(nn.Module):
     word is from the class's (B, d), in units of s.
 
     Each token h_i is mapped linearly, as [h_i; u], and then the mean is taken; the mean of a linear map's
-    values is the map of the mean, so no more is needed of a photo.
-    """
+    values is the map of the mean, so no more is needed of a photo."""
 
     def __init__(self, config, model):
         super().__init__()
@@ -163,8 +161,7 @@ def total(denoising, word):
 def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
     """A photo (1, 3, H, W) in [-1, 1] -> tensors for adapters(): all of the UNet, from W' on, and the encoder
     after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
-    ValueError for several people: each has a UNet of their own, and side by side they would be no faster.
-    """
+    ValueError for several people: each has a UNet of their own, and side by side they would be no faster."""
     if len(photo) > 1:
         raise ValueError("E4T takes one person at a time")
     generator = generator or seeded(0)

@@ -20,8 +20,7 @@ where s = 0: what lies along i* is still taken away, so the person's own word th
 
 A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding and which token's it is: on
 SD 1.5 12,480 + 3·768 + 2, in float16 30 KB, in float32 59 (the paper's 100 KB have the keys as well); on nano
-544 + 3·128 + 2, 1.9 or 3.7 KB. The names in the file add 1 to 2 KB.
-"""
+544 + 3·128 + 2, 1.9 or 3.7 KB. The names in the file add 1 to 2 KB."""
 from typing import NamedTuple
 
 import torch
@@ -60,8 +59,7 @@ THINGS = ("face person man woman child king astronaut dog cat horse bird bear ho
 class Gated(NamedTuple):
     """The formula above, of J concepts at once, of one person each or of P people side by side.
 
-    inputs (P, J, d): i*; duals (P, J, d): C⁻¹i*/‖i*‖²; outputs (P, J, n): o*.
-    """
+    inputs (P, J, d): i*; duals (P, J, d): C⁻¹i*/‖i*‖²; outputs (P, J, n): o*."""
     inputs: torch.Tensor
     duals: torch.Tensor
     outputs: torch.Tensor
@@ -109,8 +107,7 @@ def covariance(model, captions):
     """C (d, d), in float64 on the CPU: the mean of e·eᵀ over all tokens of the captions.
 
     All tokens: the layers get padding too. For nano's "a sks face", s of padding is then at most .20
-    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22): the gate opens.
-    """
+    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22): the gate opens."""
     total, count = 0., 0
     for ids in model.tokenizer(captions).split(64):
         e = model.text(ids.to(model.device)).flatten(0, 1).cpu().double()
@@ -153,8 +150,7 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
     """Photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors (P, …) for adapters(), float32.
 
     lr: of the values; embedding_lr: of the word's embedding; batch: noises of a photo a step. callback(step,
-    loss) after every step. UserError, a ValueError, where the identifier is not one token.
-    """
+    loss) after every step. UserError, a ValueError, where the identifier is not one token."""
     people, token, prompt = len(photo), only_token(model, identifier), with_identifier(PROMPT, identifier)
     generator = generator or seeded(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
@@ -220,8 +216,7 @@ def together(first, second):
     is what Gram-Schmidt over U·i*_j, C⁻¹ = UᵀU, leaves of U·e: nothing in the span of all i*.
 
     No U is needed: with vectors i'_k of the same span for which s_j is 1 if j = k and 0 otherwise, e⊥ is
-    e − Σ i'_j·s_j. β and τ are the first's.
-    """
+    e − Σ i'_j·s_j. β and τ are the first's."""
     joined = {}
     for name, one in first.items():
         if isinstance(one, Gated):

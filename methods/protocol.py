@@ -1,7 +1,6 @@
 """What a personalisation method is, for whoever adds one: one file, and one row of methods/table.py.
 
-`engine` is an hdb.HyperDreamBooth, for its model and its LiDB; `args` are the parsed options.
-"""
+`engine` is an hdb.HyperDreamBooth, for its model and its LiDB; `args` are the parsed options."""
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -4,8 +4,7 @@
 
 The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
 identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
-the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2.
-"""
+the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2."""
 import math
 from contextlib import suppress
 from typing import NamedTuple
@@ -70,8 +69,7 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
     the same: the embedding of the class word, for vectors after the first with a little noise, so that they
     differ in more than their places. generator: one, or a list of one for each of the people, whose vectors
     then don't depend on who is beside them. callback(step, loss) after every step. UserError, which is a
-    ValueError, for words that are not one token, or more vectors than the prompt has room for.
-    """
+    ValueError, for words that are not one token, or more vectors than the prompt has room for."""
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
         raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")

@@ -6,8 +6,7 @@
 The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the
 photo of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped,
 by the same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as
-well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate.
-"""
+well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate."""
 import time
 from pathlib import Path
 

@@ -1,7 +1,6 @@
 """What all command lines share: options, what they print, signals, several processes.
 
-Every command line imports from here before it imports torch, so that this happens first:
-"""
+Every command line imports from here before it imports torch, so that this happens first:"""
 import os
 import signal
 import sys

@@ -1,8 +1,7 @@
 """The options of all programs as rows: name, kind and range, usual value on nano and elsewhere, help.
 
 A row's check is argparse's type, so that what the command line can refuse is refused while it is parsed. What
-is usual depends on the model, which early() finds out first: --help shows that model's defaults.
-"""
+is usual depends on the model, which early() finds out first: --help shows that model's defaults."""
 import argparse
 import math
 import os

@@ -4,8 +4,7 @@
     from hyperdreambooth import hdb, lidb, adapters
 
 Here files lie flat, and their names (clip, vae, unet) are also those of others' packages. So the wheel holds
-them under one name, and their imports of each other say so. It needs nothing but Python.
-"""
+them under one name, and their imports of each other say so. It needs nothing but Python."""
 import base64
 import hashlib
 import re

@@ -1,8 +1,7 @@
 """A few steps of Adam on one loss, all in memory: what fine-tuning on one photo is, for every method.
 
 `fit` is the plain loop. Beside it stand what makes a step safe in float16 (`backward`), what takes a training
-back that went wrong (`fit_or_take_back`), and what makes a GPU's steps fast (`recorded`).
-"""
+back that went wrong (`fit_or_take_back`), and what makes a GPU's steps fast (`recorded`)."""
 import warnings
 from contextlib import nullcontext
 
@@ -19,8 +18,7 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
 
     context() is a context for each loss and its backward: lambda: model.adapted(adapters of the parameters).
     callback(step, loss) after every step; True ends it. inputs() -> all tensors that change between steps, in
-    shapes that don't: a GPU then gets a step in one piece. ValueError inside torch.inference_mode().
-    """
+    shapes that don't: a GPU then gets a step in one piece. ValueError inside torch.inference_mode()."""
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be trained inside torch.inference_mode()")
     step = adam_step(loss, parameters, lr, context)

@@ -27,8 +27,7 @@ def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf"))
     Each of several processes makes some of them.
 
     depends_on: name -> what they depend on; shapes: name -> shape of a row of each tensor; LoadError where
-    files are of something else, or damaged. Stopped, after a part, by a signal or the deadline (time.time()).
-    """
+    files are of something else, or damaged. Stopped, after a part, by a signal or deadline (time.time())."""
     rank, size = distributed.rank_and_size()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
     depends_on = {name: str(value) for name, value in depends_on.items()} | {"parts": str(len(parts))}

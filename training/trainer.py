@@ -45,8 +45,7 @@ class Trainer:
     shapes, such as the checksum of a frozen model. Iterate over it for the step numbers that remain; call
     `update(loss)` once in each; of several processes (program/distributed.py) each has its own loss, and
     their mean counts. UserError if the state is damaged or another run's, and then which of the above
-    differs, or the loss is no number any more; Stopped, all saved, where a signal ended it.
-    """
+    differs, or the loss is no number any more; Stopped, all saved, where a signal ended it."""
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, weight_decay=.01,
                  deadline=math.inf, muon=False, depends_on=None):
