@@ -17,8 +17,7 @@ ALPHAS_CUMPROD = torch.cumprod(1. - BETAS, dim=0)
 
 
 def add_noise(x, noise, t):
-    """x (B, ...) noised to the steps t (B,): a sample of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq.
-    4, in x's dtype."""
+    """x (B, ...) noised to the steps t (B,): of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq. 4."""
     abar = ALPHAS_CUMPROD.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
     return (abar.sqrt() * x + (1 - abar).sqrt() * noise).to(x.dtype)
 
@@ -89,8 +88,7 @@ def timesteps(steps, spacing="leading"):
     """The time steps a sampler visits, from noisy to clean, as a list of ints.
 
     With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the
-    file's steps_offset). The file is silent on the spacing, so DPM-Solver++ takes its own default,
-    "linspace": from 999 evenly down to 0, 0 left out."""
+    file's steps_offset), and DPM-Solver++'s by its default, "linspace": from 999 evenly down, without 0."""
     if not 1 <= steps < STEPS:
         raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
     if spacing == "leading":

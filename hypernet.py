@@ -1,5 +1,4 @@
-"""The hypernetwork (HyperDreamBooth, arXiv 2307.06949, section 4.2, figure 4): one photo of a face in, LiDB
-weights θ out.
+"""The hypernetwork (arXiv 2307.06949, section 4.2, figure 4): one photo of a face in, LiDB weights θ out.
 
 A ViT encodes the photo once; a small transformer decoder with one token per personalised layer then runs s
 times, each pass looking at the face and at its own last estimate and predicting a correction (Eq. 3).

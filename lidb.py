@@ -64,8 +64,7 @@ class LiDB:
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[1]
 
     def adapters(self, theta):
-        """θ (P, layers, r·(a + b)) -> adapters: name -> LowRank(A_aux·A_train, B_train·B_aux),
-        differentiable. ValueError for other shapes."""
+        """θ (P, *shape) -> name -> LowRank(A_aux·A_train, B_train·B_aux). ValueError for another shape."""
         if theta.shape[1:] != self.shape:
             raise ValueError(f"θ is {tuple(theta.shape)}, but this basis needs (people, {self.shape[0]}, "
                              f"{self.shape[1]})")
@@ -93,7 +92,6 @@ def make_basis(sizes, a, b, rank, seed, device):
 
 
 def orthonormal(rows, columns, generator):
-    """Random float32 matrix (rows, columns) with orthonormal columns. Float64 and the sign rule make it the
-    same with every LAPACK."""
+    """Random (rows, columns) with orthonormal columns: by float64 and signs the same with every LAPACK."""
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu"))
     return (q * r.diagonal().sign()).float()

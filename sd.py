@@ -66,8 +66,7 @@ class StableDiffusion:
         return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor)
 
     def context(self, texts):
-        """A list of B strings to the text features (B, n, d) that the UNet attends to, [V] being the rare
-        identifier. What is too long is cut, with a warning."""
+        """B strings to the text features (B, n, d) that the UNet attends to; [V] is the rare identifier."""
         return self.text(self.tokens(texts))
 
     def tokens(self, texts):

@@ -105,8 +105,7 @@ class ViT(nn.Module):
 
 @torch.no_grad()
 def encode_face(vit, photo):
-    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size and colours of its training.
-    ValueError for bytes, or other than three channels."""
+    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size and colours of its training."""
     if photo.dim() != 4 or photo.shape[1] != 3 or not photo.is_floating_point():
         raise ValueError(f"photos are (B, 3, H, W) in [-1, 1], not {photo.dtype} {tuple(photo.shape)}")
     side, weight = vit.config.image_size, vit.layernorm.weight

@@ -193,8 +193,7 @@ def some_of(tensor):
 
 
 def digits(shapes, loaded, stored=None):
-    """The digits of checksum() for `shapes`, name -> shape, and some numbers of each tensor: as a module has
-    them and, if those are others, as its file has them."""
+    """The digits of checksum() for `shapes` and some numbers of each tensor, as loaded and in the file."""
     start = zlib.crc32(repr([(name, *shape) for name, shape in shapes.items()]).encode())
 
     def sum_of(numbers, dtype):

@@ -54,8 +54,7 @@ def vit_of(path, source, noted, device, instead=None):
 
 
 def load_clip(source="openai/clip-vit-large-patch14", device=None):
-    """(clip.CLIP, its Tokenizer), what CLIP-I and CLIP-T are measured with, from a hub id or a folder with
-    config.json, model.safetensors, vocab.json and merges.txt."""
+    """(clip.CLIP, its Tokenizer), which CLIP-I and CLIP-T are measured with, from a hub id or its folder."""
     words = ("vocab.json", "merges.txt", "tokenizer.json")
     folder = download(source, "model.safetensors", "config.json", *words)
     found = read_json(folder / "config.json")

@@ -242,8 +242,7 @@ def to_pil(picture):
 
 
 def save(image, path, generated=True, **settings):
-    """Write a PIL image as PNG with its settings as text chunks, so that a picture tells how it was made,
-    and, unless it is a photo, with the mark GENERATED."""
+    """Write a PIL image as PNG with its settings as text and, unless it is a photo, the mark GENERATED."""
     info = PngImagePlugin.PngInfo()
     if generated:
         info.add_itxt("XML:com.adobe.xmp", GENERATED)

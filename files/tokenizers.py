@@ -49,8 +49,7 @@ def read_tokenizer(vocabulary, text_config, name):
 
 
 def check_merges(vocab, merges, file):
-    """LoadError unless these merges make all of this vocabulary: otherwise words would be spelt in letters,
-    which is another prompt."""
+    """LoadError unless these merges make all of this vocabulary: words would else be spelt in letters."""
     made = {first + second for first, second in merges} | {START, END}
     if lost := [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]:
         raise LoadError(f"{file}: not the merges of its vocabulary, {len(lost)} tokens are made by none "

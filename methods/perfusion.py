@@ -237,8 +237,7 @@ def at(adapters, beta, tau=SAMPLING[1]):
 
 
 def at_sampling(adapters, args, engine):
-    """The same adapters, beside those in the file `beside` of args, at its β and τ. UserError if the file is
-    no person of Perfusion's, or has the same word."""
+    """The same adapters, beside the file `beside` of args, at its β and τ. UserError for a bad file."""
     if args.beside:
         person = load_person(args.beside, engine, {METHOD.name: METHOD})
         other = person.adapters(engine)

@@ -61,8 +61,7 @@ def read(paths, side, crop):
 
 
 def folders_of(sittings, args):
-    """A folder in --out for everybody, of their photo's name, that leads nowhere else and takes no place of
-    what is written there, nor of another person."""
+    """A folder in --out for everybody, of their photo's name, in no place of another file or person."""
     pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
     taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
     held = {path.parent.name: {*photos_of(path)} for path in args.out.glob("*/person*.safetensors")}

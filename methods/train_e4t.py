@@ -31,8 +31,7 @@ WATCHED = 8  # people whose pictures are measured while nano's is trained
 
 class Offset(nn.Module):
     """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, to which
-    two more are applied, one along each axis. The last of them starts at zero, so that Δ = 0, and nothing
-    else does, so that this is no saddle."""
+    two more are applied, one along each axis. The last alone starts at zero: Δ = 0, and no saddle."""
 
     def __init__(self, layer, width=4):
         super().__init__()

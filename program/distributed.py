@@ -7,8 +7,7 @@ import torch.distributed as dist
 
 
 def join(device=None):
-    """Join the processes that torchrun has started, if it has; this one's device: `device`, or where that is
-    "cuda" or None and there are GPUs, one of its own."""
+    """Join the processes that torchrun has started, if it has; this one's device, on GPUs one of its own."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
     if device in (None, "cuda") and torch.cuda.is_available():

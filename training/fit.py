@@ -109,9 +109,8 @@ def adam(parameters, memory, lr):
 
 
 def backward(loss, parameters):
-    """The gradients of `loss` in `parameters`, as loss.backward() makes them in float32. In between they are
-    SCALE times as large, since float16, which ends at 6e-8, would round most of a picture's mean error away;
-    the scale is a power of two, so nothing else changes."""
+    """The gradients of `loss` in `parameters`. In between they are SCALE times as large, a power of two, as
+    float16, which ends at 6e-8, would round most of a picture's mean error away."""
     (loss * SCALE).backward()
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 

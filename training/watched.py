@@ -30,8 +30,7 @@ class WatchedPhotos:
         return found | {"gap": found["another"] - found["own"]}
 
     def watch(self, model, estimates, trainer):
-        """Log the losses() under the last of the estimates' adapters, and draw these people: photos above,
-        pictures below."""
+        """Log the losses() under the last estimate's adapters; draw these people, each below their photo."""
         numbers, pictures = self.losses(model, estimates[-1]), []
         with tqdm(total=STEPS * len(self.latents), desc="watched", leave=False) as bar, torch.no_grad():
             for i, latent in enumerate(self.latents):
