@@ -190,7 +190,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def down(self, x, t, context):
-        """The first half of forward: (all feature maps (B, c, h, w) on the way, the embedded time (B, 4·c₀))."""
+        """The first half of forward: (all feature maps (B, c, h, w), the embedded time (B, 4·c₀))."""
         wave = sinusoids(torch.as_tensor(t, device=x.device).expand(len(x)), self.conv_in.out_channels)
         time = self.time_embedding(wave.to(self.conv_in.weight.dtype))
         x = self.conv_in(x)
