@@ -82,7 +82,7 @@ class StableDiffusion:
         asks for the model without the person. person_guidance: w_person of diffusion.guided_to_person, half
         as much time again where it is not 1; ValueError where `adapters` are not given.
         size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
-        sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.); callback: its callback."""
+        sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.); callback: the sampler's."""
         side = 8 * self.unet.config.sample_size
         height, width = size or (side, side)
         check_sides(height, width)

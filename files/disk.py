@@ -31,7 +31,7 @@ def refusing(what, kind=LoadError):
 
 
 def regular(path, most=None):
-    """The file at `path`, open to read bytes. OSError for none, what might never end, or over `most` MB."""
+    """The file at `path`, open to read bytes. OSError for none, what may never end, or over `most` MB."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     status, wrong = os.fstat(file.fileno()), None
     if not stat.S_ISREG(status.st_mode):

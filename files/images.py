@@ -18,7 +18,7 @@ with suppress(ImportError):  # optional: what iPhones write
     from pillow_heif import register_heif_opener
     register_heif_opener()
 
-# What cameras, phones and browsers write; some others' decoders are Python, or a program of its own
+# What cameras, phones and browsers write; of some others the decoder is Python, or a program
 FORMATS = "JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000"
 HEIC = b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"
 RAW = ".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"

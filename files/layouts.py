@@ -70,7 +70,7 @@ ALONE = {  # and a file that lacks more than one part, if it is none of those
 
 
 def device_and_dtype(device, dtype):
-    """The torch.device and dtype to load to, None: what suits the machine. LoadError for no such device."""
+    """The torch.device and dtype to load to; None is what suits the machine. LoadError for no such device."""
     with refusing(f"device {device}: not available here"):
         device = torch.empty(0, device=device or torch.accelerator.current_accelerator(True) or "cpu").device
         if device.type == "meta":
