@@ -53,7 +53,7 @@ def merge_to_folder(model, adapters, source, out):
 
 
 def exact_parts(model):
-    """Part -> module: the model's own or, of one in bfloat16, in float16 from its files, if they are there."""
+    """Part -> module: the model's own or, of one in bfloat16, float16 from its files, if they are there."""
     parts = {"unet": model.unet, "text": model.text, "vae": model.vae}
     if model.dtype != torch.bfloat16:
         return parts

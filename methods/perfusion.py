@@ -237,7 +237,7 @@ def at(adapters, beta, tau=SAMPLING[1]):
 
 
 def at_sampling(adapters, args, engine):
-    """The same adapters, beside the file `beside` of args, at its β and τ. UserError if that is no other person."""
+    """The same adapters, beside the file `beside` of args, at its β and τ. UserError for no other person."""
     if args.beside:
         person = load_person(args.beside, engine, {METHOD.name: METHOD})
         other = person.adapters(engine)
