@@ -100,7 +100,7 @@ def to_train_on(args, model, vit, prompt, cache, deadline, watched, others=OTHER
     """(what a training draws its samples from, the people it is watched by or None): on nano People and so
     many `watched`, elsewhere Photos of --faces, encoded in `cache`, and some of them kept `apart`."""
     if args.model == "nano":
-        people = People(model, vit, args.seed, others, looks)
+        people = People(model, vit, args.seed, others=others, looks=looks)
         return people, HeldOut(watched, model.device, seeds.MONITOR)
     photos = Photos(args.faces, model, vit, prompt, cache, deadline, others, apart)
     return photos, photos.watched
