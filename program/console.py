@@ -102,7 +102,7 @@ class Stages:
 def advance(bar):
     """Move a tqdm bar by a step, and say once, when a few are measured, how long a long wait will be."""
     bar.update()
-    done = bar.n - bar.initial
+    done = 0 if bar.disable else bar.n - bar.initial
     left = bar.format_dict["elapsed"] / max(1, done) * (bar.total - bar.n)
     if done == MEASURED and left > LONG:
         bar.write(f"         about {left / 3600:.1f} hours for the {bar.total - bar.n:,} steps that are left")

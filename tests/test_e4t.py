@@ -2,6 +2,7 @@
 import argparse
 import copy
 import inspect
+import itertools
 import shutil
 import json
 import warnings
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -661,9 +663,17 @@ def test_training_goes_on_where_it_was_stopped(train, tmp_path):
 
 def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, looker):
     model, vit, made = shared_model(), tiny_hypernet(1, 1).vit, []
+    likeness = itertools.cycle([torch.tensor([.1, .3]), torch.zeros(2)])  # with the people, and without
+
+    class Judge:
+        def likeness(self, pictures, photos):
+            return next(likeness)
+
+        def __call__(self, pictures):
+            return None, None, {name: F.one_hot(torch.tensor([kind] * 2), 10) for name, kind in people.ASKED}
 
     class Watched(people.HeldOut):
-        photos = photo(2)
+        photos, identity, judge = photo(2), torch.rand(2, 27, generator=generator()), Judge()
 
         def __init__(self):
             pass
@@ -673,12 +683,6 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
             with model.adapted(adapters):
                 pictures = model.sample(PEOPLE, noises, steps=1)
             return pictures, torch.tensor([.25, .5]), torch.tensor([1., 0.])
-
-        def leaked(self, model, adapters, prompt, noises, steps):
-            return torch.tensor([.1, .3])
-
-        def obeyed(self, model, adapters, name, kind, noises, steps):
-            return torch.tensor([1., torch.nan])
 
     def drawn(*given, **more):
         made.append((given[1:], more))
