@@ -48,18 +48,14 @@ class StableDiffusion:
         """`with model.adapted({"unet.…": adapter}):` the model is somebody's inside; see adapters.adapted."""
         return adapted(self.layers, adapters)
 
-    def encode(self, image, generator=None):
-        """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the UNet's latent (B, 4, H/8, W/8).
-
-        The mean of the encoder's distribution, or a sample of it where a CPU generator is given. ValueError
-        for other sizes, bytes, or other than three channels."""
+    def encode(self, image):
+        """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the UNet's latent (B, 4, H/8, W/8), the
+        mean of the encoder's distribution. ValueError for other sizes or channels, or bytes."""
         if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"pictures are (B, 3, H, W) in [-1, 1], not {image.dtype} {tuple(image.shape)}")
         check_sides(*image.shape[-2:])
-        z, logvar = self.vae.encode(image.to(self.device, self.dtype))
-        if generator is not None:
-            z = z + (logvar / 2).exp() * torch.randn(z.shape, generator=generator, device="cpu").to(z)
-        return z * self.vae.config.scaling_factor
+        mean, _ = self.vae.encode(image.to(self.device, self.dtype))
+        return mean * self.vae.config.scaling_factor
 
     def decode(self, latent):
         """Latent (B, 4, h, w) to image (B, 3, 8h, 8w), about [-1, 1] and not clamped."""

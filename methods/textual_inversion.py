@@ -65,11 +65,10 @@ def room(model, prompt=""):
 def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
     """The vectors that draw the person of a photo: {"vectors": (P, tokens, d)}, float32.
 
-    photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. Everybody starts at
-    the same: the embedding of the class word, for vectors after the first with a little noise, so that they
-    differ in more than their places. generator: one, or a list of one for each of the people, whose vectors
-    then don't depend on who is beside them. callback(step, loss) after every step. UserError, which is a
-    ValueError, for words that are not one token, or more vectors than the prompt has room for."""
+    photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. All start at the
+    embedding of the class word, vectors after the first with a little noise. generator: one, or one for each
+    of the people, whose vectors then don't depend on who is beside them. callback(step, loss) after every
+    step. UserError, a ValueError, for words that are not one token, or more vectors than there is room."""
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
         raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")

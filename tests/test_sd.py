@@ -1,7 +1,7 @@
 """Stable Diffusion by its parts: pictures to latents and back, texts to features."""
 import pytest
 import torch
-from rule import draw, generator
+from rule import draw
 from small import MERGES, VOCAB, parts, write_folder
 from tiny import tiny_model
 
@@ -18,13 +18,10 @@ def folder(tmp_path_factory):
 def test_encode_decode_context(folder):
     model, ours = sd.load(folder, device="cpu"), parts()
     image, latent = draw((2, 3, 16, 24), "image"), draw((2, 4, 2, 3), "latent")
-    mean, logvar = (x.detach() for x in ours["vae"].encode(image))
+    mean = ours["vae"].encode(image)[0].detach()
     assert torch.equal(model.encode(image), model.vae.encode(image)[0] * .18215)
     # the same weights elsewhere in memory may differ in the last bit
     torch.testing.assert_close(model.encode(image), mean * .18215)
-    noise = torch.randn(mean.shape, generator=generator("noise"))
-    noisy = (mean + logvar.mul(.5).exp() * noise) * .18215
-    torch.testing.assert_close(model.encode(image, generator("noise")), noisy)
     assert torch.equal(model.decode(latent), model.vae.decode(latent / .18215))
     torch.testing.assert_close(model.decode(latent), ours["vae"].decode(latent / .18215))
     texts = ["a face", "a rock star"]
@@ -50,26 +47,19 @@ def test_the_parts_are_frozen_and_in_eval_mode():
 
 
 def test_everything_goes_where_the_model_is():
-    model, g = tiny_model(), torch.Generator()
+    model = tiny_model()
     for part in model.unet, model.text, model.vae:
         part.to("meta")
     image, latent, ids = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8), []
     model.text.register_forward_pre_hook(lambda text, inputs: ids.append(*inputs))
-    for found in (model.encode(image), model.encode(image, g), model.decode(latent), model.context(["a"]),
+    for found in (model.encode(image), model.decode(latent), model.context(["a"]),
                   model.sample(["a"], steps=1), *ids):
         assert found.device == model.device == torch.device("meta")
 
 
-def test_noise_is_drawn_on_the_cpu():
-    image, model = draw((1, 3, 16, 16), "image"), tiny_model()
-    latent = model.encode(image, generator("noise"))
-    with torch.device("meta"):
-        assert torch.equal(model.encode(image, generator("noise")), latent)
-
-
 def test_half(folder):
     model = sd.load(folder, device="cpu", dtype=torch.bfloat16)
-    latent = model.encode(draw((1, 3, 16, 16), "image"), generator("noise"))  # inputs are converted
+    latent = model.encode(draw((1, 3, 16, 16), "image"))  # inputs are converted
     image = model.decode(latent.float())
     assert model.sample(["a"], steps=1, size=(16, 16)).dtype == torch.float32
     assert latent.dtype == image.dtype == model.context(["a"]).dtype == torch.bfloat16

@@ -38,14 +38,13 @@ def say_start(trainer, model, data, batch):
 class Trainer:
     """AdamW with warm-up and cosine decay, a moving average, a log and a checkpoint that later calls resume.
 
-    modules: dict of name -> nn.Module; parameters that require no gradient are left out. out: folder of
-    log.jsonl and state.safetensors. deadline: when to stop, by time.time(), to be resumed. muon: matrices and
-    convolutions' kernels, as matrices of a row per output, by Muon (Jordan et al.,
-    kellerjordan.github.io/posts/muon). depends_on: name -> what the run depends on beside its modules'
-    shapes, such as the checksum of a frozen model. Iterate over it for the step numbers that remain; call
-    `update(loss)` once in each; of several processes (program/distributed.py) each has its own loss, and
-    their mean counts. UserError if the state is damaged or another run's, and then which of the above
-    differs, or the loss is no number any more; Stopped, all saved, where a signal ended it."""
+    modules: name -> nn.Module, whose parameters that require gradients are trained. out: folder of log.jsonl
+    and state.safetensors. deadline: when to stop, by time.time(). muon: matrices, and kernels as
+    matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon). depends_on: name
+    -> what the run depends on beside its modules' shapes. Iterate over it for the step numbers that remain;
+    call `update(loss)` once in each; of several processes (program/distributed.py) the mean loss counts.
+    UserError if the state is damaged or another run's, saying what differs, or the loss is no number any
+    more; Stopped, all saved, where a signal ended it."""
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, weight_decay=.01,
                  deadline=math.inf, muon=False, depends_on=None):
