@@ -11,6 +11,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "reference")]
 
 
+@pytest.fixture(scope="session")
+def nano():
+    """The shipped miniature, which tests leave as it is."""
+    import sd
+    return sd.load("nano", "cpu")
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command line here, which has to end with one line for the user and exit code 2: the line."""

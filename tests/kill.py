@@ -4,61 +4,70 @@
 
 The training is a small one that saves after every step, so that kills fall into writing too.
 """
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
-CHILD = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-from program import console
-from training.trainer import Trainer, global_seed
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from program import console  # noqa: E402
+from training.trainer import Trainer, global_seed  # noqa: E402
 
-def main(_):
-    with global_seed(0):
-        model = torch.nn.Linear(500, 500)
-    trainer = Trainer({"m": model}, sys.argv[1], 150, 1e-3)
-    for step in trainer:
-        x = torch.randn(8, 500, generator=torch.Generator().manual_seed(step))
-        trainer.update((model(x) - x).square().mean())
-        trainer.save()
-
-torch.set_num_threads(1)
-console.run(main, lambda: None)
-"""
+PROCESSES = get_context("forkserver")  # which imports torch once, not in every child
+PROCESSES.set_forkserver_preload(["torch"])
 
 
-def child(folder):
+def train(folder, steps):
+    def main(_):
+        with global_seed(0):
+            model = torch.nn.Linear(500, 500)
+        trainer = Trainer({"m": model}, folder, steps, 1e-3)
+        for step in trainer:
+            x = torch.randn(8, 500, generator=torch.Generator().manual_seed(step))
+            trainer.update((model(x) - x).square().mean())
+            trainer.save()
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    console.run(main, lambda: None)
+
+
+def child(folder, steps):
     """The training in a process of its own, in this folder."""
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder), str(ROOT)], stderr=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, text=True)
+    process = PROCESSES.Process(target=train, args=(folder, steps))
+    process.start()
+    return process
 
 
-def kill(rounds, seed=0):
+def end_of(process):
+    process.join()
+    return process.exitcode
+
+
+def kill(rounds, steps=150, seed=0):
     """(differing tensors, exit codes, leftover files) after so many kills and one run to the end, beside a
     run that nobody disturbed."""
     dice, codes = random.Random(seed), []
     with TemporaryDirectory() as folder:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
-        assert child(straight).wait() == 0
+        assert end_of(child(straight, steps)) == 0
         for i in range(rounds):
-            process = child(killed)
+            process = child(killed, steps)
             before = time.time()
             log = killed / "state.safetensors"
-            # not while torch is imported, where nothing can be lost
-            while process.poll() is None and not (log.exists() and log.stat().st_mtime > before):
+            # not before it trains, where nothing can be lost
+            while process.is_alive() and not (log.exists() and log.stat().st_mtime > before):
                 time.sleep(.01)
             time.sleep(dice.random() * .3)
-            process.send_signal(signal.SIGKILL if i % 2 else signal.SIGTERM)
-            codes.append(process.wait())
-        assert child(killed).wait() == 0
+            os.kill(process.pid, signal.SIGKILL if i % 2 else signal.SIGTERM)
+            codes.append(end_of(process))
+        assert end_of(child(killed, steps)) == 0
         ours, theirs = (load_file(path / "state.safetensors") for path in (killed, straight))
         differ = [key for key in theirs if not ours[key].equal(theirs[key])]
         left = {path.name for path in killed.iterdir()} - {"state.safetensors", "log.jsonl"}

@@ -15,11 +15,12 @@ from pathlib import Path
 import libcst as cst
 
 ROOT = Path(__file__).parents[1]
-MUTATED = "adapters", "lidb", "hypernet", "diffusion", "descent", "hdb", "trainer", "sd"
+MUTATED = "adapters", "lidb", "hypernet", "diffusion", "sd", "hdb", "training/fit", "training/trainer"
 SETTINGS = {
     "source_paths": [f"{name}.py" for name in MUTATED],
-    "also_copy": [p.name for p in ROOT.glob("*.py")] + ["files", "nano", "pytest.ini"],
-    "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in MUTATED],
+    "also_copy": [p.name for p in ROOT.glob("*.py")] + [
+        "files", "nano", "training", "program", "methods", "pytest.ini"],
+    "pytest_add_cli_args_test_selection": [f"tests/test_{Path(name).name}.py" for name in MUTATED],
     "do_not_mutate_patterns": [r"raise \w+\("],  # what messages say
     "process_isolation": "forkserver",           # as torch has threads
     "timeout_multiplier": 5.}

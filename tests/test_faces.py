@@ -4,6 +4,8 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from drawn import people, photos
+from tiny import generator
 
 import clip
 from nano import faces, seeds, wording
@@ -22,18 +24,6 @@ QUARTERS = [
     [-0.1955, -0.2011, -0.1697, -0.1730], [-0.2079, -0.1393, -0.0841, -0.0967],
     [-0.1822, -0.1545, -0.0014, 0.0962], [0.1543, 0.1922, 0.0153, -0.0203],
 ]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def people(first, count):
-    return faces.identities(range(first, first + count))
-
-
-def photos(identity, style=0, seed=0):
-    return faces.photos(identity, generator(seed), "cpu", torch.full((len(identity),), style))
 
 
 def test_renderer_is_a_function_of_its_numbers():

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small import write_folder
-from test_person import LAYER, method, someone
+from personal import LAYER, method, someone
 from tiny import shared_model, tiny_hypernet
 
 from clip import with_identifier

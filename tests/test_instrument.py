@@ -1,6 +1,7 @@
 """Reading pictures of nano's world by drawing them again."""
 import torch
-from test_faces import generator, people
+from drawn import people
+from tiny import generator
 
 from nano import faces, instrument, seeds
 

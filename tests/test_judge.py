@@ -1,8 +1,8 @@
 """The miniature's referee, as it is shipped and as it is trained."""
 import pytest
 import torch
+from drawn import people, photos
 from safetensors.torch import load_file
-from test_faces import people, photos
 
 from program.console import UserError
 from nano import faces, judge, seeds

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_personalize import ROOT
+from programs import ROOT
 
 from program.console import UserError
 from program.lock import locked

@@ -7,7 +7,7 @@ import torch
 from rule import difference, draw, generator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_person import LAYER, equal, lora_inputs, method, output, refused, small, someone
+from personal import LAYER, equal, lora_inputs, method, output, refused, small, someone
 
 from adapters import LowRank, join, merge, scale, stack
 from diffusion import guided, lcm

@@ -3,7 +3,8 @@ import math
 
 import pytest
 import torch
-from test_faces import generator, people
+from drawn import people
+from tiny import generator
 
 from evaluation import scores
 from nano import faces

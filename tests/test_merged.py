@@ -5,7 +5,7 @@ import pytest
 import torch
 from rule import difference
 from safetensors.torch import load_file
-from test_person import LAYER, lora_of, method, refused, small, someone
+from personal import LAYER, lora_of, method, refused, small, someone
 
 import sd
 from adapters import LowRank, merge, stack

@@ -3,32 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_faces import generator
-from test_pretrain import SMALL, model, train  # noqa: F401  (fixtures)
+from tiny import generator
 
 from files import images
+from files.layouts import HERE
 from program.console import UserError
 from hdb import HyperDreamBooth, load, load_hypernet
 from nano import faces, people, seeds, wording
 from nano.training import pretrain
 from training.watched import WatchedPhotos
-
-
-@pytest.fixture(scope="module")
-def vit(model):  # noqa: F811
-    return load_hypernet(pretrain.FOLDER / "hypernet.safetensors", model).vit
-
-
-def test_encoder_goes_on_from_the_shipped_one(train, vit):  # noqa: F811
-    file = train("encoder", *SMALL, "--warm", "--lr", 0, "--fresh", 1) / "runs/encoder/vit.safetensors"
-    again = people.load_encoder(file, "cpu")
-    assert all(torch.equal(p, again.state_dict()[k]) for k, p in vit.state_dict().items())
-    assert not any(p.requires_grad for p in again.parameters())
-
-
-def test_encoder_from_nothing(train):  # noqa: F811
-    before = train("encoder", "--steps", 1, "--batch", 2, "--fresh", 1) / "runs/encoder/vit.safetensors"
-    assert all(p.isfinite().all() for p in people.load_encoder(before, "cpu").parameters())
 
 
 def test_no_encoder_is_one_clear_line(tmp_path):
@@ -123,11 +106,12 @@ def test_a_part_of_the_samples_is_what_it_is_in_the_whole():
         assert list(map(str, all_[4:8])) == list(map(str, mine))
 
 
-def test_training_pictures(model, vit):  # noqa: F811
+def test_training_pictures(nano):
     """Features and latents of photos as they are drawn; a picture in its style, of the photo's person."""
-    data, who = people.People(model, vit, others=0, looks=0), torch.tensor([8, 3])
+    vit = load_hypernet(HERE / "nano/hypernet.safetensors", nano).vit
+    data, who = people.People(nano, vit, others=0, looks=0), torch.tensor([8, 3])
     features, latents, _ = data.samples(who, generator())
-    drawn, encode = [], model.encode
+    drawn, encode = [], nano.encode
     data.drawn = lambda *of: drawn.append(people.People.drawn(data, *of)) or drawn[-1]
     again = data.samples(who, generator())
     assert torch.equal(again[0], features) and torch.equal(again[1], latents)
@@ -147,12 +131,12 @@ def test_people_are_fixed_where_targets_are_fitted():
     assert data.count == 3
 
 
-def test_held_out_people_are_measured_against_their_photos(model):  # noqa: F811
+def test_held_out_people_are_measured_against_their_photos(nano):
     held_out = people.HeldOut(3, "cpu", seeds.VALIDATION)
     plain = torch.zeros(3, dtype=torch.long)
     assert torch.equal(held_out.photos, faces.render(held_out.identity, held_out.circumstances, plain))
-    pictures, likeness, right = held_out.measure(model, {}, "king", [5, 6], torch.tensor([0, 2]), steps=6)
-    assert torch.equal(pictures, model.sample(["a [V] face as a king"] * 2, [5, 6], steps=6))
+    pictures, likeness, right = held_out.measure(nano, {}, "king", [5, 6], torch.tensor([0, 2]), steps=6)
+    assert torch.equal(pictures, nano.sample(["a [V] face as a king"] * 2, [5, 6], steps=6))
     assert torch.equal(likeness, held_out.judge.likeness(pictures, held_out.photos[[0, 2]]))
     assert right.tolist() == (held_out.judge(pictures)[1].argmax(1) == 8).float().tolist()
 

@@ -1,90 +1,27 @@
 """files/person.py on small models: files come back bit for bit or are refused in one line."""
 import warnings
 from dataclasses import replace
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rule import draw, fill, generator
+from personal import LAYER, lora_of, method, refused, same, small, someone
+from rule import draw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import UNET
 
 import clip
 import hdb
 import lidb
 import sd
 import unet
-import vae
-from adapters import LowRank, fresh_lora, join
+from adapters import join
 from files.checkpoints import Tensors
-from program.console import UserError
 from files.lora import export_lora, load_lora
 from methods import hyperdreambooth
 from methods.table import METHODS
 from files.person import is_person, load_person, save_person
-
-VOCAB, MERGES = clip.learn_bpe(["a", "face", "as", "rock", "star"])
-UNET = unet.UNetConfig(block_out_channels=(16, 24), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-                       cross_attention_dim=32, layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
-                       sample_size=8)
-VAE = vae.VAEConfig(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4)
-TEXT = clip.TextConfig(vocab_size=len(VOCAB), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                       num_attention_heads=4, max_position_embeddings=24)
-
-
-def lora_inputs():
-    """Latents (2, 4, 8, 8), time steps (2,), token ids (2, 24)."""
-    ids = torch.randint(len(VOCAB), (2, 24), generator=generator("lora:ids"))
-    return draw((2, 4, 8, 8), "lora:x"), torch.tensor([30, 700]), ids
-
-
-def small(config=UNET, seed=0):
-    denoiser, autoencoder = fill(unet.UNet(config), seed), fill(vae.VAE(VAE), seed)
-    text = clip.TextTransformer(TEXT)
-    fill(text.text_model, seed)  # transformers 5 has no text_model, and the rule goes by names
-    return sd.StableDiffusion("small", denoiser, text, clip.Tokenizer(VOCAB, MERGES, 24), autoencoder)
-
-
-@cache
-def method():
-    return hdb.HyperDreamBooth(small())
-
-
-def output(model, adapters=None):
-    """Text features and predicted noise."""
-    x, t, ids = lora_inputs()
-    with model.adapted(adapters or {}):
-        context = model.text(ids)
-        return context, model.unet(x, t, context)
-
-
-def someone(seed=0, rank=4, **more):
-    theta = .3 * draw((1, *method().lidb.shape), f"theta {seed}")
-    lora = fresh_lora(method().layers, rank, torch.Generator().manual_seed(seed)) if rank else {}
-    lora = {k: LowRank(a.detach(), .2 * draw(b.shape, f"{seed} {k}")) for k, (a, b) in lora.items()}
-    return hyperdreambooth.person(theta, lora, base="small", **more)
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as info:
-        call()
-    message = str(info.value)
-    assert "\n" not in message and all(word in message for word in words), message
-    return message
-
-
-def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
-
-
-def equal(ours, theirs):
-    pairs = [(x, y) for name in ours for x, y in zip(ours[name], theirs.get(name, ()), strict=True)]
-    return ours.keys() == theirs.keys() and all(torch.equal(x, y) for x, y in pairs)
-
-
-def lora_of(person):
-    return hyperdreambooth.adapters({k: t for k, t in person.tensors.items() if k != "theta"}, method())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -164,7 +101,6 @@ def altered(file, tensors=None, **note):
     return lambda: load_person(file, method(), METHODS)
 
 
-LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.mark.parametrize("tensors, note, words", [

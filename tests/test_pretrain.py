@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_faces import generator, people, photos
+from drawn import people, photos
 from programs import ROOT
+from safetensors.torch import load_file
+from tiny import generator
 
 import clip
 import sd
@@ -17,45 +18,41 @@ from files.checkpoints import write
 from files.disk import read_json
 from program.console import UserError
 from nano import faces, judge, seeds, wording
-from nano.training import pretrain
+from nano.people import load_encoder
 from nano.photo import train as photo_train
+from nano.training import pretrain
 from vit import NANO_VIT, ViT
 
 
-@pytest.fixture(scope="module")
-def model():
-    return sd.load("nano", "cpu")
-
-
-def test_shipped_weights_are_of_the_documented_shape_and_size(model):
-    assert (model.unet.config, model.vae.config, model.text.config) == (unet.NANO, vae.NANO, clip.NANO)
+def test_shipped_weights_are_of_the_documented_shape_and_size(nano):
+    assert (nano.unet.config, nano.vae.config, nano.text.config) == (unet.NANO, vae.NANO, clip.NANO)
     sizes = [f.stat().st_size for f in pretrain.FOLDER.rglob("*.safetensors")]
     assert max(sizes) <= 15 * 2 ** 20 and sum(sizes) <= 26 * 2 ** 20
-    assert model.tokenizer.vocab == wording.tokenizer().vocab
+    assert nano.tokenizer.vocab == wording.tokenizer().vocab
 
 
-def test_autoencoder_and_base_draw_faces(model):
-    referee, real = judge.load_judge(), photos(people(seeds.VALIDATION, 8))
-    decoded = model.decode(model.encode(real)).clamp(-1, 1)
+def test_autoencoder_and_base_draw_faces(nano):
+    referee, real = judge.load_judge(), photos(people(seeds.VALIDATION, 4))
+    decoded = nano.decode(nano.encode(real)).clamp(-1, 1)
     assert pretrain.psnr(decoded, real) > 25
     styles = ["photo", "rock star", "pixar", "beach"]
-    pictures = model.sample([faces.STYLES[s].replace("{} ", "") for s in styles], steps=12)
+    pictures = nano.sample([faces.STYLES[s].replace("{} ", "") for s in styles], steps=12)
     truth = torch.tensor([list(faces.STYLES).index(s) for s in styles])
     assert (referee(pictures)[1].argmax(1) == truth).float().mean() >= .75
 
 
-def test_base_obeys_attribute_words(model):
+def test_base_obeys_attribute_words(nano):
     who = people(seeds.VALIDATION, 12)
     prompts = wording.captions(who, torch.tensor([5]).repeat(12), generator(), words=1., rare=0., drop=0.)
-    read = judge.load_judge()(model.sample(prompts, steps=10))[2]
+    read = judge.load_judge()(nano.sample(prompts, steps=10))[2]
     truth = faces.attributes(who)
     right = [(logits.argmax(1) == truth[k]).float().mean() for k, logits in read.items()]
     assert sum(right) / len(right) > .7  # by chance: about .3
 
 
-def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(model):
+def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(nano):
     def change(one, other):
-        a, b = (model.context([text])[0, -1] for text in (one, other))
+        a, b = (nano.context([text])[0, -1] for text in (one, other))
         return (a - b).norm() / a.norm()
 
     rare = change("a zwx face with pale skin", f"a {clip.IDENTIFIER} face with pale skin")
@@ -65,7 +62,7 @@ def test_text_encoder_listens_to_attribute_words_and_not_to_rare_ones(model):
         assert change(f"a face with {word}", f"a face with {other}") > .2 + rare
 
 
-def test_standardised_latents(model):
+def test_standardised_latents(nano):
     """Of mean 0 and variance 1, while pictures are decoded as before."""
     autoencoder = vae.VAE(vae.NANO)
     pretrain.restore(autoencoder, pretrain.VAE)
@@ -86,7 +83,11 @@ def test_standardised_latents(model):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains a part in a copy of nano/, which is left as it is."""
+    """Trains a part in a copy of nano/, which is left as it is. Few pictures are drawn, in a step each."""
+    drawn, sample = pretrain.random_pictures, sd.StableDiffusion.sample
+    monkeypatch.setattr(pretrain, "random_pictures", lambda count, *more: drawn(min(count, 2), *more))
+    monkeypatch.setattr(sd.StableDiffusion, "sample",
+                        lambda *given, **more: sample(*given, **more | {"steps": 1}))
     for name in ("vae", "unet", "text_encoder"):
         no_loss = shutil.ignore_patterns("config.json")
         shutil.copytree(pretrain.FOLDER / name, tmp_path / name, ignore=no_loss)
@@ -122,6 +123,15 @@ def test_the_encoder_is_written_by_one_of_several_processes(train, monkeypatch):
         assert not list((train(*options) / "runs/encoder").iterdir())
     written = load_file(train(*options) / "runs/encoder/vit.safetensors")
     assert written.keys() == ViT(NANO_VIT).state_dict().keys()
+    assert all(t.isfinite().all() for t in written.values())
+
+
+def test_the_encoder_goes_on_from_the_shipped_one(train):
+    file = train("encoder", *SMALL, "--warm", "--lr", 0, "--fresh", 1) / "runs/encoder/vit.safetensors"
+    again = load_encoder(file, "cpu")
+    shipped = load_file(ROOT / "nano/hypernet.safetensors")
+    assert all(torch.equal(t, shipped[f"vit.{name}"].float()) for name, t in again.state_dict().items())
+    assert not any(p.requires_grad for p in again.parameters())
 
 
 def test_unet_goes_on_with_the_autoencoder_that_it_depends_on(train):

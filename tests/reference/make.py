@@ -210,7 +210,7 @@ def lora():
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
 
-    from test_person import TEXT, UNET, lora_inputs
+    from personal import TEXT, UNET, lora_inputs
     some = r"(down_blocks\.0|mid_block|up_blocks\.1)\..*"
     every = (r"(to_[qkv]|to_out\.0|ff\.net\.(0\.proj|2)|proj_in|proj_out|time_emb_proj|conv_shortcut)"
              r"|time_embedding\.linear_1")
@@ -310,7 +310,7 @@ def lcm():
 
     from test_diffusion import LCM_STEPS, SHAPE, toy
     from test_lora import lcm_lora
-    from test_person import TEXT, UNET, lora_inputs
+    from personal import TEXT, UNET, lora_inputs
     scheduler, out, times = LCMScheduler.from_config(SD15_SCHEDULER), {}, []
     for n in range(1, 51):
         scheduler.set_timesteps(n)
