@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from program import console  # noqa: E402
@@ -34,6 +36,7 @@ def train(folder, steps):
             trainer.update((model(x) - x).square().mean())
             trainer.save()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and leaks where one is killed
     sys.stdout = sys.stderr = open(os.devnull, "w")
     console.run(main, lambda: None)
 

@@ -79,7 +79,7 @@ def test_everybody_is_drawn_once_under_their_own_noise(tmp_path, side):
                                     "Perfusion"])
 def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
     """Two people side by side, and the second alone: the same adapters."""
-    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    method = hdb.HyperDreamBooth(shared_model())
     method.predict = lambda photo, iterations: torch.full((len(photo), *method.lidb.shape), .01)
     fitted, usual = [], evaluate.hdb.fit_or_take_back
     modules = [sys.modules[name] for name in ("hdb", "methods.dreambooth", "methods.textual_inversion",
@@ -88,10 +88,10 @@ def test_nobody_depends_on_who_is_beside_them(system, monkeypatch):
         monkeypatch.setattr(module, "fit_or_take_back", lambda loss, parameters, steps, *rest, **more:
                             fitted.append(steps) or usual(loss, parameters, 1, *rest, **more))
     monkeypatch.setattr(systems.dreambooth, "class_pictures",
-                        lambda *_: torch.randn(5, 4, 16, 16, generator=generator(9)))
+                        lambda *_: torch.randn(5, 4, 8, 8, generator=generator(9)))
     some = next(one for one in systems.rows(True) if one.system == system)
-    photos = faces.photos(torch.rand(2, 27, generator=generator(1)), generator(2), "cpu")[:, None]
-    both, alone = (experiment.fit(some, torch.tensor(who), method, photos).tensors for who in ([0, 1], [1]))
+    both, alone = (experiment.fit(some, torch.tensor(who), method, photo(2)[:, None]).tensors
+                   for who in ([0, 1], [1]))
     assert fitted[0] >= 40 and both.keys() == alone.keys()
 
     def apart(person):

@@ -268,9 +268,10 @@ def test_what_is_fitted_is_where_the_model_is(monkeypatch):
 
 def test_the_defaults_of_fine_tuning(method):
     losses = []
-    default = method.fine_tune(photo(), callback=lambda step, loss: losses.append(loss))
-    same = method.fine_tune(photo(), None, 40, 4, 3e-3, 4, generator(0))
-    assert len(losses) == 40 and all(torch.equal(default[k].b, same[k].b) for k in same)
+    method.fine_tune(photo(), callback=lambda step, loss: losses.append(loss))
+    same = []  # of four steps, which suffice: the rate and the rank show from the second on
+    method.fine_tune(photo(), None, 4, 4, 3e-3, 4, generator(0), lambda step, loss: same.append(loss))
+    assert len(losses) == 40 and losses[:4] == same
     assert sum(losses[-8:]) < sum(losses[:8])
 
 

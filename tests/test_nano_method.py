@@ -9,18 +9,17 @@ from nano.training.pretrain import FOLDER
 
 
 @pytest.fixture(scope="module")
-def method():
-    model = hdb.load("nano", "cpu")
-    return hdb.HyperDreamBooth(model, hdb.load_hypernet(FOLDER / "hypernet.safetensors", model))
+def method(nano):
+    return hdb.HyperDreamBooth(nano, hdb.load_hypernet(FOLDER / "hypernet.safetensors", nano))
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return HeldOut(8, "cpu", seeds.VALIDATION)
+    return HeldOut(4, "cpu", seeds.VALIDATION)
 
 
 def measure(held_out, method, adapters, style, who=slice(None)):
-    numbers = list(range(8))[who]
+    numbers = list(range(4))[who]
     _, likeness, right = held_out.measure(method.model, adapters, style, numbers, who, steps=10)
     return likeness.mean().item(), right.mean().item()
 
@@ -35,7 +34,7 @@ def test_the_prediction_is_far_above_nobody(method, held_out):
 
 
 def test_tuning_keeps_the_prediction_and_lifts_it(method, held_out):
-    who = slice(0, 2)
+    who = slice(0, 1)
     theta = method.predict(held_out.photos[who])
     predicted = method.lidb.adapters(theta)
     tuned = join(predicted, method.fine_tune(held_out.photos[who], theta))

@@ -295,17 +295,16 @@ def test_the_network_gives_every_head_and_its_looks_are_averaged():
 
 
 def test_the_shipped_reader_knows_drawings(shipped):
-    identity = people(44)
-    styles = torch.arange(44) % len(faces.STYLES)
+    identity, styles = people(22), torch.arange(len(faces.STYLES))
     plain = faces.photos(identity, generator(5), "cpu")
     assert reader.drawn(shipped, plain).float().mean() == 1
     assert reader.drawn(shipped, faces.photos(identity, generator(6), "cpu", styles)).float().mean() >= .99
-    smaller = F.interpolate(plain, (100, 100), mode="area")
+    smaller = F.interpolate(plain[:8], (100, 100), mode="area")
     assert reader.drawn(shipped, smaller).float().mean() >= .99
 
 
 def test_the_shipped_reader_reads_drawn_people(shipped):
-    identity = people(44)
+    identity = people(24)
     found = avatar.identity_of(reader.read(shipped, faces.photos(identity, generator(5), "cpu")))
     ours, theirs = faces.attributes(found), faces.attributes(identity)
     right = {name: (ours[name] == theirs[name]).float().mean().item() for name in ours}
