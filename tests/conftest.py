@@ -18,6 +18,13 @@ def nano():
     return sd.load("nano", "cpu")
 
 
+@pytest.fixture(scope="session")
+def coarse():
+    """Pictures of nano's world are read from a start that is fitted on few drawings, which suffices here."""
+    from nano import instrument
+    instrument.DRAWINGS = 300
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command line here, which has to end with one line for the user and exit code 2: the line."""

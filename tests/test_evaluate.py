@@ -360,7 +360,7 @@ def test_the_papers_metrics(paper):
         torch.testing.assert_close(torch.tensor(found[name]), value)
 
 
-def test_the_judges_scores():
+def test_the_judges_scores(coarse):
     """Of drawings whose everything is known: the photo itself, another photo, a king, somebody with
     glasses."""
     judged = scores.Judged(3, "cpu")

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from programs import ROOT, run
+from tiny import shared_model
 
 import hdb
 from diffusion import noised
@@ -69,10 +70,10 @@ def train_here(monkeypatch, *arguments):
     return steps
 
 
-def test_ten_losses_of_a_training(runs, monkeypatch):
+def test_losses_of_a_training(runs, monkeypatch):
     """Stored ones: whatever changes them changes the method."""
     steps = train_here(monkeypatch, "--out", runs, *OPTIONS[:2], "--iterations", 3, *OPTIONS[4:],
-                       "--steps", 10, "--alpha", 2, "--beta", .5)
+                       "--steps", 4, "--alpha", 2, "--beta", .5)
     assert [loss for _, loss, *_ in steps] == pytest.approx(LOSSES, rel=2e-3)
     for passes, loss, denoising, distance in steps:
         assert len(passes) == 3 and set(passes) <= {1, 2, 3}
@@ -131,7 +132,7 @@ def test_train_and_resume_with_targets(runs, monkeypatch):
 
 def test_training_goes_on_from_a_hypernetwork(runs, monkeypatch):
     shipped, same = ROOT / "nano/hypernet.safetensors", runs / "same.safetensors"
-    steps = train_here(monkeypatch, "--out", runs, "--start", shipped, *OPTIONS[:2], *OPTIONS[4:],
+    steps = train_here(monkeypatch, "--out", runs, "--start", shipped, "--batch", 2, "--every", 1000,
                        "--steps", 1, "--lr", 0, "--dtype", "bfloat16", "--save", same)
     before, after = load_file(shipped), load_file(same)
     assert set(steps[0][0]) <= {1, 2, 3, 4}
@@ -217,7 +218,7 @@ def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, w
 class Two:
     """Two people with two pictures each."""
     count = 2
-    latents = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def pictures(self, who, generator):
         view = torch.randint(2, (len(who),), generator=generator)
@@ -229,7 +230,7 @@ def target_settings(**more):
 
 
 def test_fitted_targets_explain_their_people(tmp_path):
-    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    method = hdb.HyperDreamBooth(shared_model())
     settings = target_settings(batch=2, target_steps=15)
     theta = train.fit_targets(method, Two(), settings, tmp_path / "t", {}, math.inf)
 
@@ -243,7 +244,7 @@ def test_fitted_targets_explain_their_people(tmp_path):
 
 
 def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitted_for(tmp_path):
-    method = hdb.HyperDreamBooth(hdb.load("nano", "cpu"))
+    method = hdb.HyperDreamBooth(shared_model())
     folder, of = tmp_path / "targets", {"unet": "12ab"}
     straight = train.fit_targets(method, Two(), target_settings(), tmp_path / "straight", of, math.inf)
     train.fit_targets(method, Two(), target_settings(), folder, of, math.inf)
@@ -263,18 +264,18 @@ def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitt
 
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(runs, monkeypatch):
     """To the same bytes, by SIGTERM in the middle of a step; the people it draws follow from the step."""
-    common = "--out", runs, "--batch", 3, "--steps", 4, "--every", 1000
+    common = "--out", runs, "--batch", 2, "--steps", 2, "--every", 1000
     update = Trainer.update
 
     def stopped(trainer, loss, **numbers):
-        if trainer.step == 1:
+        if trainer.step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         update(trainer, loss, **numbers)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", stopped)
-        with pytest.raises(console.Stopped, match="stopped at step 2 of 4; the same command goes on"):
+        with pytest.raises(console.Stopped, match="stopped at step 1 of 2; the same command goes on"):
             train_here(patch, *common, "--name", "stopped")
-    assert len(train_here(monkeypatch, *common, "--name", "stopped")) == 2
+    assert len(train_here(monkeypatch, *common, "--name", "stopped")) == 1
     train_here(monkeypatch, *common, "--name", "straight")
     stopped, straight = (load_file(runs / name / "state.safetensors") for name in ("stopped", "straight"))
     assert all(torch.equal(t, stopped[name]) for name, t in straight.items())
@@ -289,7 +290,7 @@ def test_minutes_are_for_every_stage(tmp_path):
 
 def test_a_run_is_tied_to_what_it_was_made_with(runs, monkeypatch):
     """Another UNet or another encoder than the state's is refused, and the refusal names it."""
-    common = "--out", runs, *OPTIONS, "--steps", 1
+    common = "--out", runs, "--batch", 2, "--steps", 1, "--every", 1000
     train_here(monkeypatch, *common)
     load = hdb.load
 
@@ -311,7 +312,7 @@ def test_a_start_brings_its_own_encoder(runs, monkeypatch):
     """Whatever lies in the runs' folder."""
     vit = load_file(runs / "encoder/vit.safetensors")
     write({k: torch.zeros_like(t) for k, t in vit.items()}, runs / "encoder/vit.safetensors")
-    train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 1,
+    train_here(monkeypatch, "--out", runs, "--batch", 2, "--steps", 1, "--every", 1000,
                "--start", ROOT / "nano/hypernet.safetensors")
     kept = load_file(runs / "hypernet/hypernet.safetensors")
     assert all(torch.equal(kept[f"vit.{k}"].float(), t) for k, t in vit.items())
