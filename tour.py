@@ -69,7 +69,7 @@ def step_2(tour):
 
     noise = diffusion.seeded_noise(latent.shape, [0])
     noisy = diffusion.add_noise(latent.expand(3, -1, -1, -1), noise, torch.tensor([250, 500, 999]))
-    king = model.sample(["a face as a king"], seeds=[0])
+    king = tour.draw("a face as a king", {})
     tour.show("a photo, its latent's picture, the latent with noise, and a sample of the text",
               torch.cat([photo, back, model.decode(noisy).clamp(-1, 1), king]),
               ["photo", "decoded", "t = 250", "t = 500", "t = 999", "a face as a king"])

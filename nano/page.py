@@ -23,7 +23,7 @@ class Tour:
     def __init__(self, folder, fast):
         self.folder, self.parts, self.fast = Path(folder), [HEAD], fast
         (self.folder / "tour").mkdir(parents=True, exist_ok=True)
-        self.count, self.steps = (2, 3) if fast else (8, 15)  # people; of the sampler
+        self.count, self.steps = (2, 1) if fast else (8, 15)  # people; of the sampler
         self.model = hdb.load("nano", "cpu")
         hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
         self.method = hdb.HyperDreamBooth(self.model, hypernet)

@@ -90,6 +90,21 @@ def test_consistency_sampling_equals_diffusers_at_every_step(steps):
     assert max(difference(a, b) for a, b in zip(ours, expected, strict=True)) <= 1e-4
 
 
+def test_the_consistency_function_between_its_boundaries(monkeypatch):
+    """Where t is so small that f has something of x; and what the callback is told of two steps."""
+    monkeypatch.setattr(diffusion, "LCM_TIME_SCALE", .001)
+    told, before = [], draw(SHAPE, "x")
+    noise = torch.randn(SHAPE, generator=generator("noise"))
+    ours = diffusion.lcm(toy, before, 2, generator("noise"), lambda *step: told.append(step))
+    for i, t in enumerate((999, 499)):
+        (abar, following), s = diffusion.ALPHAS_CUMPROD[[t, 499]], t / 1000
+        x0 = (before - (1 - abar).sqrt() * toy(before, t)) / abar.sqrt()
+        f = s / (s ** 2 + .25) ** .5 * x0 + .25 / (s ** 2 + .25) * before
+        assert told[i][:2] == (i, t) and torch.allclose(told[i][3], x0, rtol=1e-3, atol=1e-4)
+        before = following.sqrt() * f + (1 - following).sqrt() * noise
+    assert torch.allclose(ours, f, rtol=1e-3, atol=1e-4)
+
+
 def test_consistency_samplings_time_steps_equal_diffusers():
     ours = [t for n in range(1, 51) for t in diffusion.lcm_timesteps(n)]
     assert ours == stored("lcm")["times"].tolist()
@@ -126,6 +141,7 @@ def test_any_number_of_steps(sampler, steps):
 def test_the_usual_number_of_steps():
     assert len(way(diffusion.ddim, toy, draw(SHAPE, 0))) == 50
     assert len(way(diffusion.dpmpp_2m, toy, draw(SHAPE, 0))) == 25
+    assert len(way(diffusion.lcm, toy, draw(SHAPE, 0), generator=generator("x"))) == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -223,16 +239,17 @@ def test_guidance_to_a_person_is_three_evaluations():
             calls.append((len(x), context[:, 0, 0].tolist()))
             return strength * x * context.mean((1, 2))[:, None, None, None]
         return spy
-    x, one = draw((2, 4, 3, 3), "person"), torch.ones(1, 7, 24)
-    prompts = torch.cat([one, 2 * one])
+    x, one = draw((3, 4, 3, 3), "person"), torch.ones(1, 7, 24)
+    prompts = torch.cat([one, 2 * one, 0 * one])
 
-    def guided(text, person):
+    def guided(*weights):
         features = prompts, 10 * one, 20 * one
-        return diffusion.guided_to_person(model(3.), model(1.), *features, text, person)(x, 5)
-    # base(∅) is 20x, person(∅) 30x, person(c) 3x and 6x
-    expected = torch.stack([(20 + 1.5 * (30 - 20) + 2 * (c - 30)) * picture for c, picture in zip((3, 6), x)])
-    assert torch.allclose(guided(2., 1.5), expected, atol=1e-4)
-    assert calls == [(4, [10, 10, 1, 2]), (2, [20, 20])]
+        return diffusion.guided_to_person(model(3.), model(1.), *features, *weights)(x, 5)
+    # base(∅) is 20x, person(∅) 30x, person(c) 3x, 6x and 0
+    expected = [(20 + 1.5 * (30 - 20) + 2 * (c - 30)) * picture for c, picture in zip((3, 6, 0), x)]
+    assert torch.allclose(guided(2., 1.5), torch.stack(expected), atol=1e-4)
+    assert calls == [(6, [10, 10, 10, 1, 2, 0]), (3, [20, 20, 20])]
+    assert torch.equal(guided(), guided(7.5, 1.5))
     assert torch.allclose(guided(4., 1.), diffusion.guided(model(3.), prompts, 10 * one, 4.)(x, 5), atol=1e-4)
 
 

@@ -6,7 +6,6 @@ import torch
 from tiny import Stage, generator, photo, shared_model, tiny_model, untouched
 from torch.func import functional_call
 
-import clip
 import hdb
 from methods import perfusion
 from methods.perfusion import (
@@ -234,9 +233,8 @@ def test_encodings_are_those_of_the_word_at_its_places():
     assert (ours[0] - ours[1]).abs().max() > .1
 
 
-def test_captions_are_nanos_own_or_everyday_things(monkeypatch):
+def test_captions_are_nanos_own_or_everyday_things(monkeypatch, nano):
     monkeypatch.undo()
-    nano = SimpleNamespace(text=SimpleNamespace(config=clip.NANO))
     texts = perfusion.captions(nano)
     assert len(texts) == 1024 and texts == perfusion.captions(nano) and len(set(texts)) > 700
     assert "" in texts and any("astronaut" in text for text in texts)

@@ -57,10 +57,10 @@ def test_parts_of_a_person(tmp_path, monkeypatch):
 
 
 def test_no_basis_is_made_for_a_person_without_theta(tmp_path):
-    lora = hyperdreambooth.person(None, lora_of(someone()))
-    without = SimpleNamespace(model=method().model, layers=method().layers, basis_seed=0)  # no lidb
-    save_person(lora, without, tmp_path / "lora.safetensors", dtype=torch.float32)
-    assert same(load_person(tmp_path / "lora.safetensors", without, METHODS).tensors, lora.tensors)
+    lora, fresh = hyperdreambooth.person(None, lora_of(someone())), hdb.HyperDreamBooth(method().model)
+    save_person(lora, fresh, tmp_path / "lora.safetensors", dtype=torch.float32)
+    assert same(load_person(tmp_path / "lora.safetensors", fresh, METHODS).tensors, lora.tensors)
+    assert "lidb" not in vars(fresh)
 
 
 def test_factors_are_the_sum_at_the_default_strength():

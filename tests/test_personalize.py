@@ -11,13 +11,15 @@ from PIL import Image
 from programs import ROOT, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import Stage, generator, photo
+from tiny import Stage, generator, photo, shared_model
 
 import diffusion
 import hdb
 import personalize
 from files import images
+from files.person import load_person
 from methods import hyperdreambooth, sitting
+from methods.table import METHODS
 from nano import faces, seeds, wording
 
 HEADS = 33  # pixels over the columns of a sheet
@@ -52,24 +54,20 @@ def test_columns_of_a_sheet_say_what_they_show():
     sittings = {None: ["photo", "prediction alone", "a", "b"],
                 torch.zeros(2, 3, 8, 8): ["photo", "photo", "drawn", "prediction alone", "a", "b"]}
     for shown, heads in sittings.items():
-        assert personalize.heads_of(SimpleNamespace(shown=shown, seen=seen), seen, ["a", "b"]) == heads
+        photos = sitting.Sitting(shown, seen, None, "face", [])
+        assert personalize.heads_of(photos, seen, ["a", "b"]) == heads
 
 
-def test_the_sampler_gets_what_is_asked_for_and_moves_a_bar(monkeypatch):
-    asked, moved = [], []
-    monkeypatch.setattr(personalize.tqdm, "update", lambda bar, n=1: moved.append((n, bar.total)))
-
-    def sample(prompts, adapters, seeds, callback, **options):
-        for i in range(3):
-            callback(i, 7, torch.zeros(1), torch.zeros(1))
-        asked.append((prompts, seeds, options))
-        return torch.zeros(len(prompts), 3, 8, 8)
-    args = SimpleNamespace(prompts=["[V] face"], people=["a"], seed=7, side_by_side=8, sample_steps=3,
-                           guidance=4., person_guidance=1.5, negative="blurry", sampler="lcm")
-    personalize.draw([hyperdreambooth.person()], [{}], args, SimpleNamespace(sample=sample))
-    options = {"steps": 3, "guidance": 4., "person_guidance": 1.5, "negative": "blurry",
-               "sampler": diffusion.lcm}
-    assert asked == [([" sks  face"], [7], options)] and moved == 3 * [(1, 3)]
+def test_a_picture_is_what_the_options_say(tmp_path, nano):
+    file = ROOT / "tests/reference/person.safetensors"
+    done = run(file, "[V] face", "--sampler", "lcm", "--sample-steps", 2, "--guidance", 4, "--seed", 7,
+               "--person-guidance", 1.5, "--negative", "blurry", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    method = hdb.HyperDreamBooth(nano)
+    adapters = load_person(file, method, METHODS).adapters(method)
+    expected = method.sample(["[V] face"], adapters, [7], steps=2, guidance=4., negative="blurry",
+                             person_guidance=1.5, sampler=diffusion.lcm)
+    assert (images.read(tmp_path / "0.png", 128) - expected).abs().max() < .02
 
 
 @pytest.mark.parametrize("given, expected", [
@@ -132,9 +130,8 @@ def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, 
 @pytest.mark.parametrize("model, lr, warned", [
     ("x", 3e-3, True), ("x", 5e-4, False), ("nano", 3e-3, False)])
 def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
-    engine = SimpleNamespace(hypernet=None, basis_seed=0, fine_tune=lambda *_, **__: {})
     args = SimpleNamespace(model=model, lr=lr, steps=1, rank=1, batch=1, views=1)
-    hyperdreambooth.make(engine, photo()[None], [], args, Stage())
+    hyperdreambooth.make(hdb.HyperDreamBooth(shared_model()), photo()[None], [generator(0)], args, Stage())
     assert any("is large for this model" in str(w.message) for w in recwarn) == warned
 
 

@@ -1,6 +1,5 @@
 """training/watched.py: the losses of photos kept apart, by numbers, and what is written of them."""
 import json
-from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -62,7 +61,7 @@ def test_what_is_watched_is_logged_and_drawn(tmp_path):
     latents, adapters = people(model)
     trainer = Trainer({"a": torch.nn.Linear(2, 2)}, tmp_path, 5, .1)
     watched = WatchedPhotos(None, latents, hdb.PROMPT)
-    watched.watch(model, [SimpleNamespace(), adapters], trainer)
+    watched.watch(model, [{}, adapters], trainer)
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert {"own", "another", "nobody", "gap"} <= line.keys()
     assert Image.open(tmp_path / "step_000000.png").size == (3 * 64, 2 * 64)
