@@ -1,9 +1,13 @@
 """A person of a small model, and what is asked of files: for all tests of files that hold a person."""
+import json
+import warnings
 from functools import cache
 
 import pytest
 import torch
 from rule import draw, fill, generator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small import MERGES, SMALL, VOCAB
 from tiny import UNET, VAE
 
@@ -59,6 +63,26 @@ def refused(call, *words):
     message = str(info.value)
     assert "\n" not in message and all(word in message for word in words), message
     return message
+
+
+def warned(call):
+    """What a call warns of, and that in one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    texts = [str(warning.message) for warning in caught]
+    assert not any("\n" in text for text in texts)
+    return texts
+
+
+def altered(file, tensors=None, settings=None, **note):
+    """Give a file other tensors, metadata, or settings among them; without those that are None."""
+    with safe_open(file, "pt") as f:
+        found = f.metadata()
+    found |= {"config": json.dumps(json.loads(found["config"]) | settings)} if settings else {}
+    tensors, found = load_file(file) | (tensors or {}), found | note
+    tensors, found = ({k: v for k, v in pairs.items() if v is not None} for pairs in (tensors, found))
+    save_file(tensors, file, found)
 
 
 def same(ours, theirs):

@@ -1,7 +1,7 @@
 """DreamBooth by numbers: the prior's term and its gradient, whose weights move, and by how much."""
 import pytest
 import torch
-from tiny import generator, photo, shared_model, tiny_model
+from tiny import generator, photo, shared_model, times_and_noise, tiny_model
 from torch.func import functional_call
 
 import hdb
@@ -18,10 +18,7 @@ PRIOR = torch.randn(5, 4, 8, 8, generator=generator(8))
 
 def written_out(model, weights, latent, prompts, g):
     """The denoising loss of each sample, by functional_call with other weights."""
-    count = len(latent)
-    spread = (torch.arange(count) + torch.rand(count, generator=g)) / count
-    t = (spread * 1000).long()[torch.randperm(count, generator=g)]
-    noise = torch.randn(latent.shape, generator=g)
+    t, noise = times_and_noise(latent.shape, g)
     abar = ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
     parts = [{name.removeprefix(f"{part}."): p for name, p in weights.items() if name.startswith(part)}
              for part in ("text", "unet")]

@@ -16,12 +16,7 @@ from vit import encode_face
 STEPS = {"steps": 2, "batch": 2}
 
 
-@cache
-def model_in(dtype):
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.to(dtype)
-    return model
+model_in = cache(tiny_model)  # by dtype
 
 
 def hyperdreambooth(model):

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import (
-    Changed, Stage, deltas, generator, photo, shared_model, tiny_hypernet, tiny_model, untouched)
+    Changed, Stage, deltas, generator, photo, shared_model, some_latent, times_and_noise, tiny_hypernet,
+    tiny_model, untouched)
 
 import diffusion
 import hdb
@@ -26,10 +27,6 @@ def method():
 
 def some_theta(method, people=1, seed=3, size=.3):
     return size * torch.randn(people, *method.lidb.shape, generator=generator(seed))
-
-
-def some_latent(count, seed=0):
-    return torch.randn(count, 4, 8, 8, generator=generator(seed))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,10 +72,7 @@ def written_out_loss(model, thetas, latent, prompts, seed):
     a0, a_aux, b_aux = hdb.HyperDreamBooth(model).lidb.basis
     a, layers = len(a0), hdb.HyperDreamBooth(model).layers
     g = generator(seed)
-    count = len(latent)
-    u = (torch.arange(count) + torch.rand(count, generator=g)) / count
-    t = (u * 1000).long()[torch.randperm(count, generator=g)]
-    noise, losses = torch.randn(latent.shape, generator=g), []
+    (t, noise), losses = times_and_noise(latent.shape, g), []
     for i, theta in enumerate(thetas):
         changed = {name: a_aux[j] @ (a0 + theta[j, :a, None]) @ theta[j, None, a:] @ b_aux[j]
                    for j, name in enumerate(layers)}
@@ -186,11 +180,8 @@ def written_out_fine_tuning(model, photos, predicted, steps, rank, lr, batch, se
     parameters, losses = [t for pair in pairs.values() for t in pair], []
     mean, square = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(steps):
-        count = batch
         latent = latents[[(step * batch + i) % len(latents) for i in range(batch)]]
-        u = (torch.arange(count) + torch.rand(count, generator=g)) / count
-        t = (u * 1000).long()[torch.randperm(count, generator=g)]
-        noise = torch.randn(latent.shape, generator=g)
+        t, noise = times_and_noise(latent.shape, g)
         both = predicted | {k: v + predicted.get(k, 0) for k, v in deltas(pairs).items()}
         changed = Changed(model, both)
         abar = diffusion.ALPHAS_CUMPROD[t].view(-1, 1, 1, 1)
@@ -257,9 +248,7 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     for name in "fit", "fit_or_take_back":  # whose optimiser knows no meta tensors
         monkeypatch.setattr(hdb, name, lambda *_, **__: None)
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.to("meta")
+    model = tiny_model("meta")
     method = hdb.HyperDreamBooth(model)
     theta = method.fit_theta(None, 2, 1, .1, None)
     lora = method.fine_tune(photo(2), theta)

@@ -348,9 +348,7 @@ def test_groups_of_parameters_have_a_rate_each():
 
 
 def test_half_precision_trains_in_float32():
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.bfloat16()
+    model = tiny_model(torch.bfloat16)
     ours = learn(model, photo(), 1, .01, .01, 1)
     assert all(t.dtype == torch.float32 for t in ours.values())
     with torch.no_grad(), model.adapted(adapters(ours, hdb.HyperDreamBooth(model))):

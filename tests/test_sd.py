@@ -47,9 +47,7 @@ def test_the_parts_are_frozen_and_in_eval_mode():
 
 
 def test_everything_goes_where_the_model_is():
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.to("meta")
+    model = tiny_model("meta")
     image, latent, ids = torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8), []
     model.text.register_forward_pre_hook(lambda text, inputs: ids.append(*inputs))
     for found in (model.encode(image), model.decode(latent), model.context(["a"]),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Stage, generator, photo, shared_model, tiny_model, untouched
+from tiny import Stage, generator, photo, shared_model, times_and_noise, tiny_model, untouched
 from torch.func import functional_call
 
 import clip
@@ -135,9 +135,7 @@ def written_out_training(model, photos, steps, lr, batch, tokens, seed, prompt=N
     mean, square = ([torch.zeros_like(start) for _ in range(people)] for _ in range(2))
     for step in range(1, steps + 1):
         count = batch * people
-        u = (torch.arange(count) + torch.rand(count, generator=g)) / count
-        t = (u * 1000).long()[torch.randperm(count, generator=g)]
-        noise = torch.randn(count, *latent.shape[1:], generator=g)
+        t, noise = times_and_noise((count, *latent.shape[1:]), g)
         loss = 0.
         for i in range(count):
             who, abar = i % people, diffusion.ALPHAS_CUMPROD[t[i]]
@@ -235,16 +233,12 @@ def test_a_rate_of_nothing_is_no_training_and_a_good_one_fits_the_photo():
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     # its optimiser knows no meta tensors
     monkeypatch.setattr(textual_inversion, "fit_or_take_back", lambda *_, **__: None)
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.to("meta")
+    model = tiny_model("meta")
     assert learn(model, photo(2), 1, tokens=2)["vectors"].device == model.device
 
 
 def test_a_half_precision_models_vectors_are_float32():
-    model = tiny_model()
-    for part in model.unet, model.text, model.vae:
-        part.bfloat16()
+    model = tiny_model(torch.bfloat16)
     vectors = learn(model, photo(), 2, .01, 2, 2)["vectors"]
     assert vectors.dtype == torch.float32 and not torch.equal(vectors.bfloat16().float(), vectors)
 

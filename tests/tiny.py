@@ -25,9 +25,11 @@ VIT = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_a
                 image_size=16, patch_size=8, layer_norm_eps=1e-6)
 
 
-def tiny_model():
+def tiny_model(to=torch.float32):
+    """On another device, or of another dtype."""
     text, tokenizer = fill(clip.TextTransformer(TEXT)), clip.Tokenizer(VOCAB, MERGES, 12)
-    return StableDiffusion("tiny", fill(unet.UNet(UNET)), text, tokenizer, fill(vae.VAE(VAE)))
+    parts = fill(unet.UNet(UNET)).to(to), text.to(to), tokenizer, fill(vae.VAE(VAE)).to(to)
+    return StableDiffusion("tiny", *parts)
 
 
 @cache
@@ -86,6 +88,17 @@ def generator(seed=0):
 def photo(people=1, seed=1):
     """(people, 3, 64, 64) in [-1, 1]."""
     return torch.rand(people, 3, 64, 64, generator=generator(seed)) * 2 - 1
+
+
+def some_latent(count, seed=0):
+    return torch.randn(count, 4, 8, 8, generator=generator(seed))
+
+
+def times_and_noise(shape, g):
+    """Of denoising_loss: time steps (B,), one in each B-th part of all of them, and noise of this shape."""
+    u = (torch.arange(shape[0]) + torch.rand(shape[0], generator=g)) / shape[0]
+    t = (u * 1000).long()[torch.randperm(shape[0], generator=g)]
+    return t, torch.randn(shape, generator=g)
 
 
 class Stage:
