@@ -26,6 +26,17 @@ def coarse():
 
 
 @pytest.fixture
+def runs(tmp_path):
+    """A folder of runs that has the encoder already."""
+    from files.checkpoints import Tensors, write
+    from files.layouts import HERE
+    hypernet = Tensors(HERE / "nano/hypernet.safetensors").all()
+    vit = {k.removeprefix("vit."): v.float() for k, v in hypernet.items() if k.startswith("vit.")}
+    write(vit, tmp_path / "encoder/vit.safetensors")
+    return tmp_path
+
+
+@pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command line here, which has to end with one line for the user and exit code 2: the line."""
     from program import console

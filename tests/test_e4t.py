@@ -1,7 +1,6 @@
 """methods/e4t.py and its pre-training by numbers, on a tiny model: against other weights, other words."""
 import argparse
 import copy
-import inspect
 import itertools
 import shutil
 import json
@@ -546,12 +545,6 @@ def test_another_model_needs_an_encoder():
         e4t.make(hdb.HyperDreamBooth(shared_model()), photo()[:, None], [], options(), Stage())
 
 
-def test_the_options_are_fits_defaults():
-    names, nano = inspect.signature(e4t.learn).parameters, options(model="nano")
-    assert all(getattr(nano, name) == names[name].default for name in ("steps", "lr", "batch"))
-    assert (nano.encoder, nano.steps) == (None, 15)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training
 
@@ -670,21 +663,3 @@ def test_nano_draws_its_people_and_watches_others(train, monkeypatch, tmp_path, 
     assert lines[0]["likeness rock star"] == .375 and lines[0]["both photo"] == .125
     assert lines[0]["leaked a face"] == pytest.approx(.2) and lines[0]["obeyed"] == 1
     assert safe_open(tmp_path / "e4t/e4t.safetensors", "pt").metadata()["vit"] == "nano/hypernet.safetensors"
-
-
-@pytest.mark.parametrize("arguments, why", [
-    (["--encoder", "x/y"], "--encoder cannot be chosen"),
-    (["--steps", 0], "--steps: must be"),
-    (["--batch", 0], "--batch: must be"),
-    (["--lr", "nan"], "--lr: must be"),
-    (["--every", 0], "--every: must be"),
-    (["--seed", 10 ** 30], "--seed: must be"),
-    (["--faces", "nano"], "--faces is for a model other"),
-    (["--model", "somewhere"], "required: --faces"),
-    (["--out", "README.md/runs"], "is a file"),
-    (["--save", "nano"], "is a folder"),
-])
-def test_what_a_user_did_wrong_is_one_clear_line(refusal, monkeypatch, arguments, why):
-    monkeypatch.chdir(HERE)
-    monkeypatch.setattr(train_e4t, "__name__", "train_e4t")
-    assert why in refusal(train_e4t, *arguments)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from rule import draw, fill
 from programs import ROOT, run
-from test_train import runs  # noqa: F401  (a fixture)
 from torch.nn.functional import interpolate
 
 import clip
@@ -96,7 +95,7 @@ def test_the_main_job(tmp_path, dtype):
     assert len(likeness) == 2 and min(likeness) > .5
 
 
-def test_training_and_going_on(runs):  # noqa: F811  (that fixture)
+def test_training_and_going_on(runs):
     for steps in 1, 2:
         done = run("--out", runs, "--batch", 4, "--every", 1000, "--steps", steps,
                    "--start", ROOT / "nano/hypernet.safetensors", device="cuda", script="train.py")

@@ -347,23 +347,16 @@ def test_colours_that_are_hdr_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
-def test_a_profile_goes_before_what_an_avif_says(tmp_path):
-    Image.new("RGB", (80, 80), (40, 120, 60)).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4",
-                                                   icc_profile=swapped_profile())
-    data = (tmp_path / "a.avif").read_bytes()
+@pytest.mark.parametrize("codes, profile, right", [
+    (None, {}, (210, 160, 130)), ((12, 13), {}, (219, 157, 125)),
+    ((9, 16), {"icc_profile": swapped_profile()}, (160, 210, 130))])
+def test_colours_that_an_avif_says(tmp_path, codes, profile, right):
+    path = tmp_path / "a.avif"
+    Image.new("RGB", (80, 80), (210, 160, 130)).save(path, quality=100, subsampling="4:4:4", **profile)
+    data = path.read_bytes()
     at = data.index(b"colrnclx") + 8
-    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", 9, 16) + data[at + 4:])
-    assert colour(tmp_path / "a.avif") == pytest.approx([120, 40, 60], abs=2)
-
-
-@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
-def test_colours_that_an_avif_says(tmp_path):
-    Image.new("RGB", (80, 80), (210, 160, 130)).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
-    data = (tmp_path / "a.avif").read_bytes()
-    plain, at = colour(tmp_path / "a.avif"), data.index(b"colrnclx") + 8
-    (tmp_path / "a.avif").write_bytes(data[:at] + struct.pack(">HH", 12, 13) + data[at + 4:])
-    assert plain == pytest.approx([210, 160, 130], abs=1)
-    assert colour(tmp_path / "a.avif") == pytest.approx([219, 157, 125], abs=2)
+    path.write_bytes(data[:at] + struct.pack(">HH", *codes) + data[at + 4:] if codes else data)
+    assert colour(path) == pytest.approx(right, abs=2)
 
 
 @pytest.mark.parametrize("said", [{0xA001: 0xFFFF, 0xA005: {1: "R03", 2: b"0100"}}, {0xA001: 2}])

@@ -48,8 +48,6 @@ def test_links_to_folders_are_followed_once(tmp_path):
         assert len([*read_photos(folder, 64)]) == 3
 
 
-
-
 def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
     folder = put(tmp_path / "photos", "x.png", "closed/y.png")
     walk = os.walk

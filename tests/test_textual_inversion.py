@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from personal import refused
 from tiny import Stage, generator, photo, shared_model, times_and_noise, tiny_model, untouched
 from torch.func import functional_call
 
@@ -328,13 +329,6 @@ def test_embeddings_of_others(tmp_path, name, shape, dtype):
     assert vectors.dtype == torch.float32 and torch.equal(vectors, embedding.float().reshape(1, -1, WIDTH))
     engine = hdb.HyperDreamBooth(shared_model())
     assert shapes({"vectors": vectors}, engine)["vectors"] == vectors.shape and is_embedding(path)
-
-
-def refused(call, *words):
-    with pytest.raises(UserError) as info:
-        call()
-    message = str(info.value)
-    assert "\n" not in message and all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("tensors, words, one", [

@@ -16,9 +16,8 @@ from programs import ROOT, run
 from tiny import shared_model
 
 import hdb
-from diffusion import noised
 import train
-from diffusion import denoising_loss
+from diffusion import denoising_loss, noised
 from files import images
 from program import console
 from program.options import usual_steps
@@ -27,18 +26,10 @@ from files.checkpoints import checksum, write
 from files.disk import LoadError
 from training import photos
 from training.photos import Photos
+from methods import train_e4t
 from nano import seeds
 from training.trainer import Trainer
 from vit import encode_face
-
-
-@pytest.fixture
-def runs(tmp_path):
-    """A folder of runs that has the encoder already."""
-    hypernet = load_file(ROOT / "nano/hypernet.safetensors")
-    vit = {k.removeprefix("vit."): v.float() for k, v in hypernet.items() if k.startswith("vit.")}
-    write(vit, tmp_path / "encoder/vit.safetensors")
-    return tmp_path
 
 
 OPTIONS = ["--batch", 3, "--iterations", 2, "--beta", 1, "--targets", 8, "--target-steps", 1, "--every", 1000]
@@ -195,23 +186,28 @@ def test_training_on_photos_names_its_encoder(tmp_path, monkeypatch):
         hdb.load_hypernet(file, model)
 
 
-@pytest.mark.parametrize("arguments, why", [
+BOTH = [
     (["--encoder", "x/y"], "--encoder cannot be chosen"),
     (["--steps", 0], "--steps: must be"),
     (["--batch", 0], "--batch: must be"),
     (["--lr", "nan"], "--lr: must be"),
-    (["--iterations", -3], "--iterations"),
+    (["--every", 0], "--every: must be"),
     (["--seed", 10 ** 30], "--seed: must be"),
-    (["--alpha", 0], "cannot both be 0"),
     (["--faces", "nano"], "--faces is for a model other"),
     (["--model", "somewhere"], "required: --faces"),
-    (["--out", "README.md/runs"], "is a file"),
-    (["--save", "nano"], "is a folder"),
     (["--model", "somewhere", "--faces", "nowhere"], "no such folder"),
-    (["--start", "nano/judge.safetensors"], "not a hypernetwork"),
-])
+    (["--out", "README.md/runs"], "is a file"),
+    (["--save", "nano"], "is a folder")]
+ONE = [
+    (["--iterations", -3], "--iterations"),
+    (["--alpha", 0], "cannot both be 0"),
+    (["--start", "nano/judge.safetensors"], "not a hypernetwork")]
+
+
+@pytest.mark.parametrize("arguments, why", BOTH + ONE)
 def test_what_a_user_did_wrong_is_one_clear_line(tmp_path, refusal, arguments, why):
-    assert why in refusal(train, "--out", tmp_path / "runs", *arguments)
+    for program in (train, train_e4t) if (arguments, why) in BOTH else (train,):
+        assert why in refusal(program, "--out", tmp_path / "runs", *arguments)
     assert not (tmp_path / "runs").exists()
 
 
