@@ -386,6 +386,14 @@ def test_the_denoising_loss_is_the_error_of_the_clean_latent():
     torch.testing.assert_close(loss, torch.where(strong, 5 * e_error, x_error), rtol=1e-3, atol=1e-6)
 
 
+def test_places_weigh_the_error():
+    noisy, noise, places = draw((2, 4, 5, 3), "noisy"), draw((2, 4, 5, 3), "noise"), draw((5, 3), "places")
+    weight = torch.tensor([2., 3.])
+    got = diffusion.denoising_error(lambda x, t, c: x, torch.zeros(1, 2, 3), noisy, 5, noise, weight, places)
+    expected = [w * ((x - e).square() * places).mean() for w, x, e in zip(weight, noisy, noise)]
+    assert torch.allclose(got, torch.stack(expected), atol=1e-5)
+
+
 def test_shares_of_a_batch_are_the_batch():
     """What several processes draw is what one would have drawn for all."""
     latent = draw((6, 4, 5, 3), "latent")

@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kill import kill
 from safetensors.torch import load_file, save_file
-from tiny import adam_by_hand, generator
+from tiny import adam_by_hand, generator, shared_model
 from torch import nn
 
 from program import distributed
@@ -17,7 +19,7 @@ from files import disk
 from files.checkpoints import write
 from program.console import Stopped, UserError
 from training.parts import differences
-from training.trainer import Pool, Trainer, global_seed
+from training.trainer import Pool, Trainer, global_seed, say_start
 
 
 def train(out, steps, total=120, **options):
@@ -284,6 +286,24 @@ def test_the_average_is_lent_to_the_modules(tmp_path):
     with trainer.averaged():
         assert torch.equal(model.weight, trainer.ema["m.weight"]) and not torch.equal(model.weight, now)
     assert torch.equal(model.weight, now)
+
+
+def test_what_a_training_says_and_leaves(tmp_path, capsys):
+    """The average: in the run's folder, and where it was asked for once it is done."""
+    model, trainer = some_trainer(tmp_path)
+    say_start(trainer, shared_model(), SimpleNamespace(told="2 photos"), 4)
+    first, memory = capsys.readouterr().out.splitlines()
+    assert first == "tiny on cpu, float32; 2 photos; 100 steps of 4" and "memory" in memory
+    written = []
+    stopped = 3, tmp_path / "its", "stopped, the same command goes on"
+    for step, file, said in stopped, (100, "good", "finished"):
+        trainer.update(model.weight.square().sum())
+        trainer.step = step
+        trainer.finish("good", "its", written.append)
+        assert capsys.readouterr().out == f"{said}; {file}\n" and written[-1] == Path(file)
+        assert torch.equal(model.weight, trainer.ema["m.weight"])
+    trainer.finish(None, "its", written.append)
+    assert written[-1] == tmp_path / "its"
 
 
 def test_log_lines_and_schedule(tmp_path):
