@@ -61,3 +61,9 @@ def test_half(folder):
     image = model.decode(latent.float())
     assert model.sample(["a"], steps=1, size=(16, 16)).dtype == torch.float32
     assert latent.dtype == image.dtype == model.context(["a"]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype, warned", [(torch.float16, 1), (torch.bfloat16, 0)])
+def test_a_dtype_that_is_slow_on_a_cpu_is_warned_of(recwarn, dtype, warned):
+    sd.load("nano", "cpu", dtype)
+    assert sum("float16 is many times slower" in str(w.message) for w in recwarn) == warned

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 PROMPT = "a [V] face as a rock star"
 ONE = ["--steps", 1, "--batch", 1, "--sample-steps", 1, "--dtype", "bfloat16"]
 
-def make(folder):
-    """A model, encoders of pictures and photos, of random numbers."""
+def make(folder, nano):
+    """A model, encoders of pictures and photos, of random numbers; for nano the photos alone."""
     import torch
     import clip
     from evaluation.bench import full_size
@@ -35,6 +35,8 @@ def make(folder):
     for i in range(4):
         picture = torch.rand(3, 512, 512, generator=random) * 2 - 1
         images.save(images.to_pil(picture), folder / f"photos/{i}.png", generated=False)
+    if nano:
+        return
     model = full_size("cpu", torch.float32)
     merge_to_folder(model, {}, None, folder / "model")
     towers = {"vit": ViT(VIT_H), "dino": ViT(DINO_S), "clip": clip.CLIP()}
@@ -113,9 +115,11 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         folder, failed = Path(options.folder or temporary), 0
         if options.make:
-            return make(folder)
-        if not (folder / "clip").exists():  # by a process of its own, whose memory would count as the others'
-            subprocess.check_call([sys.executable, __file__, "--make", "--folder", folder])
+            return make(folder, options.nano)
+        # by a process of its own, whose memory would count as that of those it starts
+        if not (folder / ("photos" if options.nano else "clip")).exists():
+            kind = ["--nano"] * options.nano
+            subprocess.check_call([sys.executable, __file__, "--make", "--folder", folder, *kind])
         (folder / "out").mkdir(exist_ok=True)
         print("| journey | CPU-seconds | peak, GB | left, MB |\n|---|---|---|---|")
         for name, (command, theirs) in journeys(folder, options.nano).items():
