@@ -209,8 +209,7 @@ def in_srgb(image, path):
     image = image if image.mode in ("L", "CMYK") else to_rgb(image, path)
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
         source = ImageCms.ImageCmsProfile(io.BytesIO(info.get("icc_profile") or b""))
-        image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     image = to_rgb(image, path)
     return colours.in_srgb(image, *info["colours"]) if info.get("colours") else image
 

@@ -79,13 +79,12 @@ def load_lora(path, model, strength=1.0):
     file = Tensors(path)
     found = keys_of_layers(path, file.outlines(), model)
     tensors, adapters = file.all(), {}  # only now is read what may be large
+    ranks = {name: len(tensors[keys["down"]]) for name, keys in found.items()}
+    scales = peft_scales(path, file.note, tensors, ranks)
     for name, keys in found.items():
-        pair = tensors[keys["down"]], tensors[keys["up"]]
-        adapters[name] = LowRank(*(t.float().flatten(1).T[None].to(model.device) for t in pair))
-    scales = peft_scales(path, file.note, tensors, adapters)
-    for name, (a, b) in adapters.items():
-        if "alpha" in found[name]:
-            scales[name] = tensors[found[name]["alpha"]].item() / a.shape[2]
+        a, b = (tensors[keys[role]].float().flatten(1).T[None].to(model.device) for role in ("down", "up"))
+        if "alpha" in keys:
+            scales[name] = tensors[keys["alpha"]].item() / ranks[name]
         adapters[name] = LowRank(a, b * (strength * scales[name]))
     numbers = {key: t.float() if key.endswith(".alpha") else t for key, t in tensors.items()}
     check_numbers(numbers | {f"{name}, scaled,": b for name, (_, b) in adapters.items()}, path, "empty")
@@ -156,7 +155,7 @@ def normalised(key):
     return key
 
 
-def peft_scales(path, note, tensors, adapters):
+def peft_scales(path, note, tensors, ranks):
     """Layer -> its residual's scale by PEFT's LoraConfig, alpha / r or, rank-stabilised, alpha / √r; else 1.
     diffusers has it in the metadata, its keys after "unet." or "text_encoder." if a pipeline wrote it,
     PEFT in adapter_config.json, without which its files can't be read: alpha is in no tensor."""
@@ -166,13 +165,13 @@ def peft_scales(path, note, tensors, adapters):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
             kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
-        for part in {name.split(".")[0] for name in adapters}:
+        for part in {name.split(".")[0] for name in ranks}:
             check_plain(config, PREFIXES[part])
             patterns, usual, stabilised = (config.get(f"{PREFIXES[part]}.{key}", config.get(key))
                                            for key in ("alpha_pattern", "lora_alpha", "use_rslora"))
-            special, mine = compiled(patterns or {}), [name for name in adapters if name.startswith(part)]
-            for name in mine:
-                layer, rank = name.removeprefix(f"{part}."), adapters[name].a.shape[2]
+            special = compiled(patterns or {})
+            for name, rank in ((name, rank) for name, rank in ranks.items() if name.startswith(part)):
+                layer = name.removeprefix(f"{part}.")
                 names = layer, layer.removeprefix("text_model.")  # which transformers 5 leaves out
                 alpha = next((v for pattern, v in special if any(map(pattern.fullmatch, names))), usual)
                 scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))

@@ -42,7 +42,7 @@ def class_pictures(model, count, seed):
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
     """Eq. 2: the denoising loss on the person's latents (n, 4, h, w) under "a [V] face" + weight · the same
-    on as many of `prior` (N, 4, h, w) under "a face". generator: as of diffusion.noised."""
+    on as many of `prior` (N, 4, h, w) under "a face". generator: as in diffusion.noised."""
     own = len(latent)
     prompts = [PROMPT] * own
     if weight:
