@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from evaluation import report
 from files import images
@@ -84,7 +85,7 @@ def draw(method, adapters, group, names, scores, settings):
     depends on the prompt and on who it is alone."""
     listed, pictures = [*scores.prompts], []
     some = max(1, settings.side // len(group))
-    for i in range(0, len(names), some):
+    for i in tqdm(range(0, len(names), some), desc="pictures", leave=False, delay=2):
         each = [(name, who) for name in names[i:i + some] for who in group.tolist()]
         noises = [1000 * listed.index(name) + who for name, who in each]
         prompts = [scores.prompts[name] for name, _ in each]

@@ -1,12 +1,16 @@
 """The compared systems, each with its settings: a photo of P people in, a Person of P people out."""
+from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import NamedTuple
-from collections.abc import Callable
+
+from tqdm import tqdm
 
 from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversion
 from adapters import scale
 from files.layouts import HERE
 from files.person import Person
+from program.console import advance
 
 PEOPLE = 8  # side by side on nano, where a method takes several
 
@@ -28,11 +32,20 @@ class Job(NamedTuple):
     whole: bool = False
 
 
+@contextmanager
+def moving(steps):
+    """Gives a callback that moves a bar of so many steps."""
+    with tqdm(total=steps, desc="fine-tuning", leave=False, delay=2) as bar:
+        yield lambda *step: advance(bar)
+
+
 def ours(method, photo, generators, steps=40, predict=True, iterations=None, rank=4, lr=3e-3, views=8):
     """HyperDreamBooth and, with parts left out, the rows of Table 3: predict=False and steps=0."""
     theta = method.predict(photo, iterations) if predict else None
     photos = photo if photo.dim() == 5 else photo[:, None]
-    lora = hyperdreambooth.tune(method, photos, theta, generators, views, steps, rank, lr) if steps else {}
+    with moving(steps) as moved:
+        settings = method, photos, theta, generators, views, steps, rank, lr
+        lora = hyperdreambooth.tune(*settings, callback=moved) if steps else {}
     return hyperdreambooth.person(theta, lora)
 
 
@@ -40,7 +53,8 @@ def theirs(module, shared=None, **settings):
     """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
     def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
-        tensors = module.learn(method.model, photo, generator=generators, **given)
+        with moving(given["steps"]) as moved:
+            tensors = module.learn(method.model, photo, generator=generators, callback=moved, **given)
         return Person(module.METHOD, tensors)
     return fit
 
@@ -83,7 +97,7 @@ def rows(nano, quick=False):
             noises=2),
         Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4), noises=2),
         Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch")), noises=16),
-        Job("E4T", theirs(e4t, domain), 1, needs="encoder"),
+        Job("E4T", theirs(e4t, domain, steps=15), 1, needs="encoder"),
         Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1, **copy),
         Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1, **copy),
         Job("No Hyper", partial(ours, predict=False, **fast)),
@@ -105,4 +119,4 @@ def curves():
              for s in (1, 2, 3, 4, 6)]
     return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *several, *alone,
             Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),
-            Job("Perfusion", theirs(perfusion), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]
+            Job("Perfusion", theirs(perfusion, steps=400), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]
