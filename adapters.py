@@ -76,8 +76,8 @@ class Change(NamedTuple):
 
 
 def shared(tensor, batch):
-    """What belongs to one person (1, …) as it is, or to each of P people (P, …) once for each sample of a
-    batch of k·P, in k groups of all people in order. ValueError for another batch."""
+    """One person's tensor (1, …) as it is; that of P people (P, …) repeated for a batch of k·P samples, which
+    is k groups of all people in order. ValueError for a batch of another size."""
     groups, rest = divmod(batch, len(tensor))
     if rest:
         raise ValueError(f"a batch of {batch} cannot be shared among {len(tensor)} people")
@@ -91,9 +91,9 @@ def adapted(layers, adapters):
 
     Several `with` add up: the inner adapters see what the outer ones made. The backward pass belongs inside
     too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its first argument; several threads need a model each. Adapters that fits_weights() go into the weights
-    and cost nothing there; all others are hooks. ValueError for a name that `layers` lack, and for a copy of
-    an adapted model."""
+    as its first argument; several threads need a model each. Adapters that pass fits_weights() go into the
+    weights and cost nothing there; all others are hooks. ValueError for a name that `layers` lacks, and for
+    copying an adapted model."""
     if unknown := [name for name in adapters if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
     in_weights = {name: adapter for name, adapter in adapters.items() if fits_weights(layers[name], adapter)}
@@ -152,7 +152,8 @@ class Hook(NoCopy):
 
 
 class WeightChanges(NoCopy):
-    """The changes of one layer's weights, outermost first, with the parameters before; left in any order."""
+    """The changes of one layer's weights, outermost first, each with the parameters before it. They may be
+    left in any order."""
 
     def __init__(self, layer):
         self.layer, self.entries = layer, []
@@ -259,13 +260,14 @@ def fastest(lora, layers):
 
 
 def detach(adapters):
-    """The same low-rank adapters, as numbers without a history."""
+    """The same low-rank adapters, without the graph that made them."""
     return {name: LowRank(a.detach(), b.detach()) for name, (a, b) in require_low_rank(adapters).items()}
 
 
 def stack(people):
-    """A list of low-rank adapters, of one person or several each, to those of all of them in order: one per
-    picture of a batch. Zeros fill up lower ranks and layers without an adapter; {} is the model as it is."""
+    """From a list of low-rank adapters, each of one person or several, those of all these people in order:
+    one per picture of a batch. Zeros fill up lower ranks and layers without an adapter; {} is the model as it
+    is."""
     counts = [len(next(iter(require_low_rank(own).values())).a) if own else 1 for own in people]
     stacked = {}
     for name in dict.fromkeys(name for adapters in people for name in adapters):

@@ -36,26 +36,27 @@ def seeded_noise(shape, source):
 
 
 def generators(seeds):
-    """A CPU torch.Generator for each of the seeds; one that is there already is itself."""
+    """A CPU torch.Generator for each of the seeds; a seed that is a generator already stays as it is."""
     return [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in seeds]
 
 
 def denoising_loss(model, latent, prompts, generator):
     """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), of the model as it is adapted now.
 
-    latent x (B, 4, h, w); prompts c: B of them, or one for each of the people that take turns in the batch; a
-    CPU generator for time steps and noise, or one for each of those people."""
+    latent x (B, 4, h, w); prompts c: B of them, or one for each of the P people that take turns in the batch;
+    generator: a CPU generator for time steps and noise, or a list with one for each of those people."""
     return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
 
 
 def noised(latent, generator, part=(0, 1)):
     """The latent x₀ (B, 4, h, w) with noise, the time steps t (B,), the noise ε, and the weight (B,) of each
-    sample's error; on latent's device, drawn by a CPU generator, or by a list of one for each of the people
-    that take turns in the batch, so that nobody's noise depends on who is beside them.
+    sample's error, all on latent's device. They are drawn by a CPU generator, or by a list of one for each of
+    the P people that take turns in the batch: then nobody's noise depends on who is beside them. Taking turns
+    means that sample i is of person i mod P.
 
     t is stratified: one in each of B equal parts of the schedule, in random order, which makes a batch's mean
     less noisy. part (i, n): these B are the i-th part of a batch of n·B, drawn as that batch draws them.
-    ValueError for a batch of none, whose mean error is no number."""
+    ValueError for an empty batch, whose mean error would be NaN."""
     if not len(latent):
         raise ValueError("a batch of 0 has no loss")
     if isinstance(generator, list):
@@ -74,7 +75,7 @@ def noised(latent, generator, part=(0, 1)):
 
 
 def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
-    """Squared error (B,) of the clean latent implied by the UNet's prediction ε̂ in what noised() gives,
+    """Squared error (B,) of the clean latent that the UNet's prediction ε̂ implies, for what noised() gives,
     under the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in
     the dtype of `context`, the error is float32.
 
@@ -185,8 +186,8 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
 
 
 def lcm_timesteps(steps):
-    """The time steps lcm() visits, from noisy to clean: of LCM_STEPS, 19, 39, … 999, as many as evenly as can
-    be, from the last on. ValueError for more than there are."""
+    """The time steps that lcm() visits, from noisy to clean: `steps` of the LCM_STEPS that are 19, 39, …,
+    999, as evenly spaced as possible, from 999 down. ValueError for more than there are."""
     if not 1 <= steps <= LCM_STEPS:
         raise ValueError(f"steps must be from 1 to {LCM_STEPS}, not {steps}")
     every = STEPS // LCM_STEPS
@@ -224,8 +225,8 @@ def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_
 
     base is the model as it is, person the same with a person's adapters, ∅ the negative prompt, c the prompt;
     w_text is `scale`. The first difference leads to the person, the second to what the prompt says of them.
-    At w_person 1 base(∅) cancels out and guided() remains; with both weights equal person(∅) does, which is
-    away from the model's own ∅, to the person's c.
+    At w_person 1 base(∅) cancels out, and guided() remains. With both weights equal person(∅) cancels out:
+    this guides away from the model's own ∅ to the person's c.
 
     person(x, t, context) is called once a step on a batch of 2B, all B negatives, then all B prompts, and
     base(x, t, context) once on B: half as much again as guided() costs. context and negative, (B, n, d) or

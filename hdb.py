@@ -1,5 +1,5 @@
-"""HyperDreamBooth (Ruiz et al., arXiv 2307.06949): one photo of a face to a person that a text-to-image model
-can draw.
+"""HyperDreamBooth (Ruiz et al., arXiv 2307.06949): from one photo of a face to a person that a text-to-image
+model can draw.
 
     model = hdb.load("nano")                      # or a Stable Diffusion 1.5
     method = HyperDreamBooth(model, load_hypernet("nano/hypernet.safetensors", model))
@@ -8,24 +8,27 @@ can draw.
     with model.adapted(join(method.lidb.adapters(theta), lora)):
         pictures = model.sample(["a [V] face as a rock star"], seeds=[0])
 
-Idea. DreamBooth teaches a model one face in a thousand steps and keeps a gigabyte. HyperDreamBooth looks for
-the person where there is less to find, and starts near it:
+Idea. DreamBooth takes a thousand steps to teach a model one face, and keeps more than a gigabyte of weights.
+HyperDreamBooth searches a far smaller space, and starts near the answer:
 
     ΔW = A_aux · A_train · B_train · B_aux       Eq. 1 (lidb.py): 28,800 numbers in a random subspace
     θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1})               Eq. 3 (hypernet.py): a network predicts them from a photo
     L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖²       Eq. 2 (train.py): what trains the network
     W' = W + ΔW_θ̂ + A·B                          section 4.3 (here): a LoRA of rank r > 1 on top, 40 steps
 
-Why relax the rank. Rank one in a 100-dimensional subspace is enough for a likeness, not for details. The
-prediction stays as it is, and a LoRA with B = 0 starts exactly there; training θ̂ itself further would stay
-in the subspace, and would overfit the one prompt that it is trained with.
+θ is (A_train, B_train) of every layer, θ̂ a prediction of it; f are the photo's features, T is the decoder;
+D_θ̂ is the model under the weights θ̂, x the latent of a picture, ε noise, c the features of a prompt.
+
+Why relax the rank. Rank one in so small a subspace is enough for a likeness, not for details. The prediction
+stays as it is, and a LoRA with B = 0 starts exactly there. Training θ̂ itself further would stay in the
+subspace, and would overfit the one prompt that it is trained with.
 
 Cost. One pass of the encoder and s of the decoder; then 40 steps of the UNet, forward and back. A person is
-the seed of the basis, θ̂ and A, B: on SD 1.5 58 KB and 3.1 MB in fp16.
+the seed of the basis, θ̂ and A, B: on SD 1.5 58 KB for θ̂ and 2.5 MB for A and B, in fp16.
 
-Where the paper is silent (chosen here, measured in docs/choices.md): the rank (4), the rate and the batch of
-fine-tuning, and which layers it trains: the UNet's alone where there is a prediction, since a text encoder
-that is trained on one prompt forgets what others say."""
+Where the paper is silent (chosen here; docs/choices.md has the evidence): the rank (4), the learning rate and
+the batch of fine-tuning, and which layers it trains. Those are the UNet's alone where there is a prediction,
+since a text encoder that is trained on one prompt forgets what others say."""
 import itertools
 from functools import cached_property
 
@@ -45,10 +48,10 @@ PROMPT = "a [V] face"
 
 
 class HyperDreamBooth:
-    """The method around one StableDiffusion `model`, which it never changes: a person is adapters."""
+    """The method around a StableDiffusion `model`, which it never changes: a person is a dict of adapters."""
 
     def __init__(self, model, hypernet=None, basis_seed=0):
-        """hypernet: a HyperNetwork, which brings its basis; basis_seed: of the LiDB basis without one."""
+        """hypernet: a HyperNetwork, which brings its basis; basis_seed: of the basis where there is none."""
         self.model, self.hypernet = model, hypernet
         self.layers = personal_layers(model.unet, model.text)
         self.basis_seed = hypernet.config.basis_seed if hypernet else basis_seed
@@ -60,14 +63,14 @@ class HyperDreamBooth:
 
     @torch.no_grad()
     def predict(self, photo, iterations=None):
-        """Section 4.2: a photo (P, 3, H, W) in [-1, 1] -> θ̂ (P, layers, r·(a + b)), by the hypernetwork (Eq.
-        3); of N photos each, (P, N, 3, H, W), the mean.
+        """Section 4.2: a photo (P, 3, H, W) in [-1, 1] of each of P people -> θ̂ (P, layers, r·(a + b)), by
+        the hypernetwork (Eq. 3). Of N photos each, (P, N, 3, H, W), it is the mean of N predictions.
 
         iterations: s, the hypernetwork's own if None. ValueError where there is no hypernetwork."""
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
-        encoder = self.hypernet.vit.to(self.model.device)  # it may have been moved off it meanwhile
+        encoder = self.hypernet.vit.to(self.model.device)  # methods/hyperdreambooth.py moves it off
         features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
@@ -77,12 +80,12 @@ class HyperDreamBooth:
         """Section 4.3, rank-relaxed fast fine-tuning: photo (P, 3, H, W) in [-1, 1] and the prediction θ̂ (P,
         layers, size) -> the LoRA's adapters alone; join() them with the prediction's.
 
-        The predicted ΔW stays as it is, and a LoRA of a higher rank is trained beside it with the denoising
-        loss on the one photo, `batch` noises a step. N photos of a person, (P, N, 3, H, W), take turns.
-        generator: a CPU generator, or a list of one for each of P people, who are then trained side by side
-        and as they would be alone. theta None: without a prediction; then the text encoder is trained too,
-        since nothing else tells it who [V] is. callback(step, loss) after every step; True ends it. places:
-        weights (h, w) of the latent's places in the loss (training/views.py)."""
+        The predicted ΔW stays as it is, and a LoRA of a higher rank is trained beside it by the denoising
+        loss on the one photo, with `batch` noises in each step. N photos of a person, (P, N, 3, H, W), take
+        turns. generator: a CPU generator, or a list with one for each of P people: they are trained side by
+        side, and each as if alone. theta None: there is no prediction; then the text encoder is trained too,
+        since nothing else tells it who [V] is. callback(step, loss) is called after every step; if it returns
+        True, training ends. places: weights (h, w) of the latent's places in the loss (training/views.py)."""
         photos = photo if photo.dim() == 5 else photo[:, None]
         people, count = photos.shape[:2]
         generator = generator or seeded(0)
@@ -99,7 +102,7 @@ class HyperDreamBooth:
         turns = itertools.cycle(range(count))
 
         def inputs():
-            """Every person's `batch` noisy latents, in turn: of each tensor (batch·P, …)."""
+            """`batch` noisy latents of every person; the first axis of each tensor is batch·P long."""
             which = [next(turns) for _ in range(batch)]
             return noised(latents[:, which].transpose(0, 1).flatten(0, 1), generator)
 
@@ -114,8 +117,9 @@ class HyperDreamBooth:
         return detach(lora)
 
     def fit_theta(self, draw, people, steps, lr, generator, callback=None):
-        """Target θ (P, layers, size) of Eq. 2 for P people side by side, from one start, by the denoising
-        loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P prompts."""
+        """Target θ (P, layers, size) of Eq. 2 for P people side by side, each fitted from θ = 0 by the
+        denoising loss on their pictures. draw() -> latents (P, 4, h, w) of a picture of each, and P prompts.
+        """
         theta = torch.zeros(people, *self.lidb.shape, device=self.model.device, requires_grad=True)
         fit(lambda: denoising_loss(self.model, *draw(), generator).sum(), [theta], steps, lr,
             lambda: self.model.adapted(self.lidb.adapters(theta)), callback)

@@ -4,8 +4,9 @@ A ViT encodes the photo once; a small transformer decoder with one token per per
 times, each pass looking at the face and at its own last estimate and predicting a correction (Eq. 3).
 
 The paper does not say what the passes before the last should give. Here every estimate is trained to be worth
-using: train.py leaves each sample after a number of passes of its own. With the loss on the last pass alone,
-the others are free to make anything that helps it (on nano the second then undid the first)."""
+using: train.py draws a number of passes for each sample, and the loss sees the estimate after so many. With
+the loss on the last pass alone, the others may make anything that helps it (on nano the second then undid the
+first)."""
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +18,15 @@ from vit import NANO_VIT, ViT, ViTConfig
 @dataclass(frozen=True)
 class HyperConfig:
     layers: int           # personalised layers, one token each
-    size: int             # numbers a layer, r·(a + b)
+    size: int             # numbers of θ for each layer, r·(a + b)
     width: int = 160
     heads: int = 4
     depth: int = 2        # the paper's "2 hidden layers"
     iterations: int = 4   # s of Eq. 3; the same in training and use
-    output_scale: float = .1
+    output_scale: float = .1  # of T: a usual θ̂ is then an output of about 1
     vit: ViTConfig = NANO_VIT
     basis_seed: int = 0   # of the LiDB basis that θ belongs to
-    encoder: str = ""     # where the ViT comes from, if it is an official one: files name it then
+    encoder: str = ""     # an official ViT's name, which files have in place of its weights
 
 
 class HyperNetwork(nn.Module):
@@ -36,7 +37,7 @@ class HyperNetwork(nn.Module):
         self.config = config
         self.vit = vit or ViT(config.vit)
         self.face = nn.Linear(config.vit.hidden_size, config.width)
-        # without a bias, θ̂ = 0 makes a token of zeros, as the paper starts
+        # without a bias, θ̂ = 0 makes a token of zeros, as in the paper
         self.estimate = nn.Linear(config.size, config.width, bias=False)
         self.position = nn.Parameter(torch.empty(config.layers, config.width))
         nn.init.normal_(self.position, std=.02)
@@ -54,15 +55,15 @@ class HyperNetwork(nn.Module):
     def refine(self, features, iterations=None):
         """ViT features f (B, n, d) -> θ̂_s (B, layers, size), what the last pass arrives at.
 
-        iterations: s, config's if None. ValueError for none."""
+        iterations: s, config's if None. ValueError if it is less than 1."""
         if iterations is not None and iterations < 1:
             raise ValueError(f"{iterations} iterations predict nothing")
         return self.passes(features, iterations)[-1]
 
     def passes(self, features, iterations=None):
-        """Eq. 3, θ̂_k = T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> all of θ̂_0, …, θ̂_s as one
-        tensor (s + 1, B, layers, size). Every pass runs the same decoder on the same f: nothing but θ̂_{k−1}
-        tells it how far it has come."""
+        """Eq. 3, θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> all of θ̂_0, …,
+        θ̂_s as one tensor (s + 1, B, layers, size). Every pass runs the same decoder on the same f: only
+        θ̂_{k−1} tells it how far it has come."""
         steps = self.config.iterations if iterations is None else iterations
         face = self.face(features)
         estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]

@@ -1,4 +1,8 @@
-"""Lightweight DreamBooth (arXiv 2307.06949, section 4.1): personal weights in a frozen random subspace."""
+"""Lightweight DreamBooth (arXiv 2307.06949, section 4.1): personal weights in a frozen random subspace.
+
+Why A_aux and B_aux are frozen: a seed makes them again, so they are neither stored nor predicted, and all
+people share one space. Why they are orthonormal: ‖A_aux·v‖ = ‖v‖ in a layer of any width, so that one scale
+of θ and one learning rate suit all layers."""
 import zlib
 from functools import lru_cache
 
@@ -24,7 +28,7 @@ def personal_layers(unet, text):
 
 
 def unet_layers(layers):
-    """Of these layers the UNet's."""
+    """Those of `layers` that belong to the UNet."""
     return {name: layer for name, layer in layers.items() if name.startswith("unet.")}
 
 
@@ -32,12 +36,13 @@ class LiDB:
     """Eq. 1: ΔW = A_aux · A_train · B_train · B_aux, with only A_train (a, r) and B_train (r, b) trained, for
     every layer at once.
 
-    θ is one tensor (P, layers, r·(a + b)): for each layer A_train, then B_train. It is counted from a start
-    A₀, the same for everybody, that is not zero: so θ = 0 leaves the model untouched although its gradient
-    doesn't vanish, and θ fitted for two people are comparable."""
+    θ is one tensor (P, layers, r·(a + b)): for each layer A_train − A₀, then B_train. A₀ is random and the
+    same for everybody. So at θ = 0, where B_train = 0, the model is untouched, but the gradient of B_train is
+    not zero; and θ fitted for two people are comparable."""
 
     def __init__(self, layers, a=None, b=None, rank=1, seed=0, device=None):
-        """layers: name -> nn.Linear. a, b: as in the paper 100 and 50, at most the narrowest layer's width.
+        """layers: name -> nn.Linear. a, b: if None the paper's 100 and 50, or the width of the narrowest
+        layer where that is less.
 
         ValueError where a or b exceeds that width. The basis itself is made when it is first used."""
         self.sizes = tuple((layer.in_features, layer.out_features) for layer in layers.values())
@@ -55,12 +60,13 @@ class LiDB:
 
     @property
     def basis(self):
-        """A₀ (a, r) and each layer's A_aux (in, a), B_aux (b, out), their columns and rows of length 1."""
+        """A₀ (a, r), and of each layer A_aux (in, a), whose columns are orthonormal, and B_aux (b, out),
+        whose rows are."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[0]
 
     @property
     def checksum(self):
-        """Of the basis, to 4 digits: equal wherever `seed` means the same."""
+        """Of the basis, rounded to 4 decimals: equal on every machine where `seed` makes the same basis."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[1]
 
     def adapters(self, theta):
@@ -80,8 +86,8 @@ class LiDB:
 
 @lru_cache(maxsize=2)
 def make_basis(sizes, a, b, rank, seed, device):
-    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes, made in a second, once. One
-    CPU generator, in float64 for the bases, draws all: `seed` means the same on every device."""
+    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes. It takes a second, once.
+    One CPU generator draws everything, the bases in float64: `seed` makes the same basis on every device."""
     generator = torch.Generator().manual_seed(seed)
     a0 = torch.randn(a, rank, generator=generator, dtype=torch.float32, device="cpu") / a ** .5
     a_aux = [orthonormal(n_in, a, generator) for n_in, _ in sizes]
@@ -92,6 +98,6 @@ def make_basis(sizes, a, b, rank, seed, device):
 
 
 def orthonormal(rows, columns, generator):
-    """Random (rows, columns) with orthonormal columns: by float64 and signs the same with every LAPACK."""
+    """Random (rows, columns) with orthonormal columns; in float64, and with fixed signs: as by any LAPACK."""
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu"))
     return (q * r.diagonal().sign()).float()

@@ -74,9 +74,9 @@ class StableDiffusion:
                sampler=diffusion.dpmpp_2m, callback=None, adapters=None, person_guidance=1.):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, one seed for each (0, 1, … if None).
 
-        adapters: applied meanwhile, as in `with model.adapted(adapters)`, which still serves where nobody
-        asks for the model without the person. person_guidance: w_person of diffusion.guided_to_person, half
-        as much time again where it is not 1; ValueError where `adapters` are not given.
+        adapters: applied while sampling, as `with model.adapted(adapters)` around the call would do.
+        person_guidance: w_person of diffusion.guided_to_person. Any other than 1 takes half as long again and
+        needs the model without the person as well: `adapters` must then be given here (ValueError).
         size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
         sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.); callback: the sampler's."""
         side = 8 * self.unet.config.sample_size
@@ -116,7 +116,7 @@ def load(source=HUB, device=None, dtype=None):
     """The StableDiffusion at `source`, one of
 
     * "nano": the miniature in nano/;
-    * a hub id "owner/name": what is needed is downloaded once, in half precision where dtype is;
+    * a hub id "owner/name": what is needed is downloaded once, in half precision if dtype is half;
     * a folder in the hub's layout (unet/, vae/, text_encoder/, tokenizer/), plain or .fp16, or in shards;
     * a .safetensors file in the original (CompVis) layout, vocab.json and merges.txt beside it or on the hub.
 

@@ -6,19 +6,20 @@
 Three stages, each of which goes on where it was stopped, by the same command; --minutes is for all together:
   1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/training/pretrain.py
      encoder);
-  2. --beta above 0: the target θ of Eq. 2, fitted person by person;
-  3. the hypernetwork. The loss and, at every --every steps, what is measured of people kept for watching go
-     to runs/<name>/log.jsonl, with pictures beside it: for the miniature the judge's likeness; of photos the
-     denoising loss under their own θ, under another's and under none. The gap between own and another's is
-     what the hypernetwork knows of identity.
+  2. --beta above 0: the target θ of Eq. 2, fitted for every person;
+  3. the hypernetwork. runs/<name>/log.jsonl gets the loss and, at every --every steps, what is measured of
+     people kept apart for watching; pictures of them lie beside it. For the miniature it is the judge's
+     likeness; for photos the denoising loss under their own θ, under another person's and under none. The
+     gap between own and another's is what the hypernetwork knows of identity.
 
-Two things go beyond the paper, which is silent on both. Each sample is left after a number of passes of its
-own (left_after), so that every estimate of Eq. 3 is trained and not the last alone. And in a share of the
-samples the person is applied while the picture is another's, under a prompt without [V], so that a person
-shows in what is said of [V] and in nothing else. For the miniature a further share has prompts about looks.
+Two things go beyond the paper, which is silent on both. For each sample a number of passes is drawn
+(left_after), and the loss sees the estimate after so many: thus every estimate of Eq. 3 is trained, and not
+the last alone. And in a share of the samples the picture is a stranger's, under a prompt without [V], while
+the person's weights are on: thus they learn to act on [V] and on nothing else. For the miniature a further
+share has prompts about looks.
 
-Photos are encoded first, once. On N GPUs:
-torchrun --nproc-per-node=N -- train.py …, each with --batch people."""
+Photos are encoded once, before the first step. On N GPUs, each with --batch people:
+torchrun --nproc-per-node=N -- train.py …"""
 import os
 import time
 from dataclasses import replace
@@ -81,7 +82,7 @@ def main(args):
         generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
         who = torch.randint(data.count, (size * args.batch,), generator=generator)
         features, latents, prompts = data.samples(who, generator, mine)
-        # each sample is left after a number of passes of its own, so that every estimate is worth something
+        # the loss sees each sample's estimate after a number of passes, so that every estimate is trained
         after = left_after(len(who), hypernet.config.iterations, step / trainer.steps, generator)[mine]
         theta = hypernet.passes(features)[after, torch.arange(len(after))]
         target = None if targets is None else targets[who[mine]].to(model.device)
@@ -98,15 +99,16 @@ def main(args):
 
 
 def left_after(count, iterations, progress, generator):
-    """The number of passes, 1 to `iterations`, after which each of `count` samples is left: all equally often
-    in the first half of a training (progress below .5), then k passes k times as often as one."""
+    """For each of `count` samples, after how many passes, 1 to `iterations`, the loss sees its estimate. In
+    the first half of a training (progress below .5) all are equally likely, later k passes k times as likely
+    as 1."""
     weights = torch.ones(iterations) if progress < .5 else torch.arange(1., iterations + 1)
     return 1 + torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def hypernetwork(args, model, deadline):
     """The HyperNetwork to train: --start's, or a fresh one around an encoder that stays as it is. An official
-    encoder's numbers stay in its file, which Photos reads for as long as it needs them."""
+    encoder's weights stay in its file; training/photos.py reads them while it needs them."""
     if args.start:
         hypernet = load_hypernet(args.start, model, encoder_device="meta").requires_grad_()
         if args.iterations:
@@ -141,8 +143,8 @@ def nano_encoder(args, device, deadline):
 
 
 def fit_targets(method, data, args, folder, of, deadline):
-    """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU; those in `folder`
-    were fitted before (LoadError for another's, as in training.parts)."""
+    """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU. Those in `folder`
+    were fitted before (LoadError for those of another run, as in training.parts)."""
     def fitted(who):
         generator = hdb.seeded(args.seed + who[0].item())
 
