@@ -114,7 +114,7 @@ def warn_of_prompts(args, tokenizer):
 
 def make_people(sittings, args, engine, stage):
     """Everybody's Person, by --method, and the paths of their files. Each is as the file keeps it, in half
-    precision: pictures from there are the same again. UserError for numbers that are none."""
+    precision: pictures from there are the same again. UserError for NaN or infinity."""
     method, people, written = METHODS[args.method], [], []
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1

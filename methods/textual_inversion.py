@@ -134,7 +134,7 @@ METHOD = Method("textual_inversion", "the embedding of one new word, and nothing
 def save_embedding(tensors, path, token=TOKEN, photos=""):
     """Write one person's vectors as diffusers' load_textual_inversion, ComfyUI and A1111 read them, in
     float32. In diffusers' prompts the word is `token`, in the others' the file's name. photos: digits, as in
-    a personal file. ValueError for several people, UserError for numbers that are none."""
+    a personal file. ValueError for several people, UserError for NaN or infinity."""
     if len(tensors["vectors"]) != 1:
         raise ValueError(f"one person's vectors are needed, not {len(tensors['vectors'])} people's")
     embedding = tensors["vectors"][0].float()

@@ -65,7 +65,7 @@ def check(files, depends_on, shapes):
 
 
 def load_all(files, name):
-    """The tensor of this name in all files, one after the other. UserError for numbers that are none."""
+    """The tensor of this name in all files, one after the other. UserError for NaN or infinity."""
     parts = {file: Tensors(file)[name] for file in files}
     for file, tensor in parts.items():
         check_numbers({name: tensor}, file)

@@ -167,7 +167,7 @@ class Photos:
         return features, self.read("latents", shown[mine]).to(self.model.dtype), prompts[mine]
 
     def read(self, name, who):
-        """From the files: 15,000 people would fill most memories. UserError for numbers that are none."""
+        """From the files: 15,000 people would fill most memories. UserError for NaN or infinity."""
         rows = []
         for part, i in (self.rows[n] for n in who.tolist()):
             rows.append(part.row(name, i))
