@@ -26,7 +26,6 @@ from diffusion import denoising_loss
 from files import encoders, images
 from program import console
 from program.options import add
-from files.disk import LoadError
 from files.layouts import HERE
 from training.photos import Photos
 from nano import people, seeds
@@ -425,19 +424,6 @@ def test_shapes_are_those_of_one_person():
         assert e4t.shapes(tensors | {name: torch.zeros(1, 7)}, hdb.HyperDreamBooth(model)) != found
 
 
-@torch.no_grad()
-def test_a_model_in_half_precision(monkeypatch):
-    half, domain = tiny_model(torch.bfloat16), tiny_domain()
-    tensors = e4t.learn(half, photo(), domain, 1, 1e-3, 2)
-    assert all(t.dtype == torch.float32 for t in tensors.values())
-    with half.adapted(e4t.adapters(tensors, hdb.HyperDreamBooth(half))):
-        pictures = half.sample(PEOPLE[:1], [0], steps=2)
-    whole = shared_model()
-    with whole.adapted(e4t.adapters(tensors, hdb.HyperDreamBooth(whole))):
-        expected = whole.sample(PEOPLE[:1], [0], steps=2)
-    assert (pictures - expected).norm() < .1 * expected.norm()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The file
 
@@ -495,14 +481,6 @@ BIAS = "encoder.word.bias"
 def test_a_file_that_does_not_fit_is_refused(file, tensors, settings, note, words):
     altered(file, tensors, settings, **note)
     refused(lambda: e4t.load_domain(file, shared_model()), str(file), words)
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    for text, words in ((None, "No such file"), ("hello", "not safetensors")):
-        if text:
-            (tmp_path / "e4t.safetensors").write_text(text)
-        with pytest.raises(LoadError, match=words):
-            e4t.load_domain(tmp_path / "e4t.safetensors", shared_model())
 
 
 def test_another_models_weights_are_warned_of(file):

@@ -132,13 +132,13 @@ def test_groups_have_rates_of_their_own():
         return [k.to(memory_format=torch.channels_last).requires_grad_() for k in kernels]
 
     def groups(p, q, alone):
-        return [{"params": [p, alone], "lr": .1}, {"params": [q], "lr": .01}]
+        return [{"params": [p, alone], "lr": .1}, {"params": [q]}]
 
     def loss(p, q, alone):
         return (p ** 3 * torch.arange(3.) + (2 * q).sin()).sum()
     ours, theirs = some(), some()
-    fit(lambda: loss(*ours), groups(*ours), 6, .1)
-    optimizer = torch.optim.AdamW(groups(*theirs), betas=(.9, .99), weight_decay=0., fused=True)
+    fit(lambda: loss(*ours), groups(*ours), 6, .01)
+    optimizer = torch.optim.AdamW(groups(*theirs), .01, betas=(.9, .99), weight_decay=0., fused=True)
     for _ in range(6):
         loss(*theirs).backward()
         optimizer.step()

@@ -19,6 +19,11 @@ STEPS = {"steps": 2, "batch": 2}
 model_in = cache(tiny_model)  # by dtype
 
 
+def in_float32(tensors):
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    return tensors
+
+
 def hyperdreambooth(model):
     method = HyperDreamBooth(model)
     method.hypernet = tiny_hypernet(*method.lidb.shape)
@@ -40,28 +45,28 @@ def target(model):
 def class_lora(model):
     prior = dreambooth.class_pictures(model, 2, 8)
     learnt = dreambooth.learn(model, photo(), rank=2, lr=.005, prior=prior, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, HyperDreamBooth(model))
+    return dreambooth.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 def lora_without_a_class(model):
     learnt = dreambooth.learn(model, photo(), rank=2, lr=.02, prior_weight=0, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, HyperDreamBooth(model))
+    return dreambooth.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 def all_weights(model):
     prior = torch.randn(3, 4, 8, 8, generator=generator(8))
     learnt = dreambooth.learn(model, photo(), lr=1e-3, prior=prior, generator=generator(3), **STEPS)
-    return dreambooth.adapters(learnt, HyperDreamBooth(model))
+    return dreambooth.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 def a_word(model):
     learnt = textual_inversion.learn(model, photo(), generator=generator(3), **STEPS)
-    return textual_inversion.adapters(learnt, HyperDreamBooth(model))
+    return textual_inversion.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 def gated_values(model):
     learnt = perfusion.learn(model, photo(), generator=generator(3), **STEPS)
-    return perfusion.adapters(learnt, HyperDreamBooth(model))
+    return perfusion.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 def encoded(model):
@@ -69,7 +74,7 @@ def encoded(model):
         domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
         torch.nn.init.normal_(domain.encoder.word.weight, std=.01)
     learnt = e4t.learn(model, photo(), domain, generator=generator(3), **STEPS)
-    return e4t.adapters(learnt, HyperDreamBooth(model))
+    return e4t.adapters(in_float32(learnt), HyperDreamBooth(model))
 
 
 @cache

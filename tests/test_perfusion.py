@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import Stage, generator, photo, shared_model, tiny_model, untouched
+from tiny import Stage, generator, photo, shared_model, untouched
 from torch.func import functional_call
 
 import hdb
@@ -29,7 +29,6 @@ from program.console import UserError
 from methods import hyperdreambooth
 from methods.table import METHODS
 from files.person import Person, load_person, save_person
-from training.fit import fit
 
 VOCAB = shared_model().tokenizer.vocab
 SKS, FACE, ROCK = (VOCAB[f"{word}</w>"] for word in ("sks", "face", "rock"))
@@ -338,22 +337,6 @@ def test_people_are_fitted_side_by_side_as_alone():
         return sum((both[name][person] - others[name][person]).square().sum() for name in both) ** .5
     assert apart(0) < .002 and apart(1) > 5 * apart(0)  # whoever the other is
     assert all(len(t) == 2 for t in both.values())
-
-
-def test_groups_of_parameters_have_a_rate_each():
-    p, q, r = (torch.ones(1, requires_grad=True) for _ in range(3))
-    fit(lambda: (3 * p + q ** 2 - r).sum(), [{"params": [p, q], "lr": .1}, {"params": [r]}], 1, .01)
-    assert [t.item() for t in (p, q, r)] == pytest.approx([.9, .9, 1.01], abs=1e-5)
-    assert p.grad is None and q.grad is None
-
-
-def test_half_precision_trains_in_float32():
-    model = tiny_model(torch.bfloat16)
-    ours = learn(model, photo(), 1, .01, .01, 1)
-    assert all(t.dtype == torch.float32 for t in ours.values())
-    with torch.no_grad(), model.adapted(adapters(ours, hdb.HyperDreamBooth(model))):
-        context = model.context(["a [V] face"])
-        assert model.unet(some(1, 4, 8, 8).bfloat16(), 5, context).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------------

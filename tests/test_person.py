@@ -219,13 +219,6 @@ def test_what_is_no_safetensors_is_refused(tmp_path, content, words):
     refused(lambda: load_lora(path, method().model), words)
 
 
-@pytest.mark.parametrize("size", [5, 100, 5000, -1])
-def test_a_truncated_file_is_refused(file, size):
-    file.write_bytes(file.read_bytes()[:size])
-    refused(lambda: load(file), str(file))
-    refused(lambda: load_lora(file, method().model), str(file))
-
-
 def test_what_cannot_be_kept_is_not_written(tmp_path):
     path = tmp_path / "me.safetensors"
     person = someone()

@@ -238,12 +238,6 @@ def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     assert learn(model, photo(2), 1, tokens=2)["vectors"].device == model.device
 
 
-def test_a_half_precision_models_vectors_are_float32():
-    model = tiny_model(torch.bfloat16)
-    vectors = learn(model, photo(), 2, .01, 2, 2)["vectors"]
-    assert vectors.dtype == torch.float32 and not torch.equal(vectors.bfloat16().float(), vectors)
-
-
 @pytest.mark.parametrize("words", [["a", "face", "as"], ["a", "sks"]])
 def test_the_words_have_to_be_one_token_each(words):
     ours = shared_model()
