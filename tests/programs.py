@@ -4,14 +4,23 @@ import io
 import sys
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import hdb
 from program import console
 
 ROOT = Path(__file__).parents[1]
+LOAD = hdb.load
+shipped = cache(partial(LOAD, "nano"))
+
+
+def load(source, *given):
+    """hdb.load, which reads the shipped model once for all programs: they leave it as it is."""
+    return shipped(*given) if source == "nano" else LOAD(source, *given)
 
 
 def run(*arguments, script="personalize.py", device="cpu"):  # where results are the same to the last bit
@@ -26,6 +35,7 @@ def run(*arguments, script="personalize.py", device="cpu"):  # where results are
         patch.setattr(sys, "argv", [script, "--device", device, *map(str, arguments)])
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a program replaces
         patch.setattr(warnings, "showwarning", warn)
+        patch.setattr(hdb, "load", load)
         patch.chdir(ROOT)
         warnings.simplefilter("default")
         with redirect_stdout(streams[0]), redirect_stderr(streams[1]):

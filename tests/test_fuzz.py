@@ -33,7 +33,7 @@ from methods.table import METHODS
 from files.person import load_person, save_person
 from training.trainer import Trainer
 
-COUNT, SEED = int(os.environ.get("FUZZ", 200)), int(os.environ.get("FUZZ_SEED", 0))  # inputs for each format
+COUNT, SEED = int(os.environ.get("FUZZ", 120)), int(os.environ.get("FUZZ_SEED", 0))  # inputs for each format
 ODD = [None, True, -1, 0, 2 ** 70, 1e400, "", "x" * 9000, "\x1b[2J", "a\nb", [], {}, [1] * 3000, "F64", "I8",
        {"a": {"b": []}}]
 

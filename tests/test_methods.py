@@ -4,30 +4,21 @@ import importlib
 import inspect
 import shutil
 
+import programs
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
 from methods.table import METHODS
 import personalize
-from program import console
 
 OPTIONS = {"dreambooth": ["--prior-pictures", 1], "textual_inversion": [], "perfusion": [], "e4t": []}
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A command line here, by method: what it printed, on both streams."""
-    def run(method, *arguments):
-        given = [*map(str, arguments), "--method", method, "--device", "cpu"]
-        monkeypatch.setattr("sys.argv", ["personalize.py", *given])
-        try:
-            console.run(personalize.main, personalize.arguments)
-        except SystemExit:
-            pass
-        printed = capsys.readouterr()
-        return printed.out + printed.err
-    return run
+def run(method, *arguments):
+    """What a command line printed, on both streams."""
+    done = programs.run(*arguments, "--method", method)
+    return done.stdout + done.stderr
 
 
 def test_every_module_is_a_method():
@@ -50,7 +41,7 @@ def test_what_is_usual_on_nano_is_what_learning_does(method):
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_one_photo_to_a_person_and_their_picture_again(tmp_path, run, method):
+def test_one_photo_to_a_person_and_their_picture_again(tmp_path, method):
     prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
     said = run(method, "nano/example.png", *prompt, "--steps", 1, *OPTIONS[method], "--out", tmp_path / "a")
     assert "person.safetensors" in said and said.count("likeness") == 1 and "seed 7" in said, said
@@ -65,7 +56,7 @@ def test_one_photo_to_a_person_and_their_picture_again(tmp_path, run, method):
     assert max(abs(x - y) for x, y in zip(one, other)) <= 1
 
 
-def test_an_embedding_goes_to_other_programs_and_comes_back(tmp_path, run):
+def test_an_embedding_goes_to_other_programs_and_comes_back(tmp_path):
     """And beside a person of another method; one of no method here is refused."""
     prompt = "[V] face as a king", "--sample-steps", 1, "--seed", 7
     said = run("textual_inversion", "nano/example.png", *prompt, "--steps", 1, "--tokens", 2, "--export",
@@ -85,14 +76,14 @@ def test_an_embedding_goes_to_other_programs_and_comes_back(tmp_path, run):
     assert "made by textual_inverzion, which is not hyperdreambooth or dreambooth" in said
 
 
-def test_a_lora_of_dreambooths_goes_to_other_programs(tmp_path, run):
+def test_a_lora_of_dreambooths_goes_to_other_programs(tmp_path):
     few = "--steps", 1, "--prior-weight", 0, "--sample-steps", 1, "--dtype", "bfloat16", "--out", tmp_path
     run("dreambooth", "nano/example.png", "[V] face", *few, "--rank", 2, "--export", "lora", "--strength", .5)
     with safe_open(tmp_path / "lora.safetensors", "pt") as f:
         assert f.metadata()["ss_network_dim"] == "2"
 
 
-def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
+def test_dreambooths_whole_weights_can_be_merged(tmp_path):
     prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
     prompt = *prompt, "--guidance", 2
     run("dreambooth", "nano/example.png", *prompt, "--steps", 1, "--prior-weight", 0, "--lr", .001,
@@ -113,13 +104,13 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path, run):
     ("dreambooth", ["nano/example.png", "[V] face"], "stands where a prompt is expected"),
     ("dreambooth", ["--rank", -1], "--rank: must be"), ("perfusion", ["--tau", 0], "--tau: must be"),
     ("textual_inversion", ["--tokens", 76], "--tokens: must be"), ("e4t", ["--lr", -1], "--lr: must be")])
-def test_what_cannot_be_is_said_before_the_work(run, method, arguments, why):
+def test_what_cannot_be_is_said_before_the_work(method, arguments, why):
     said = run(method, "nano/example.png", "[V] face", *arguments, "--out", "out/never")
     assert why in said.splitlines()[-1] and "loaded" not in said
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_they_take_one_photo(tmp_path, run, method):
+def test_they_take_one_photo(tmp_path, method):
     for name in "a.png", "b.png":
         shutil.copy(personalize.HERE / "nano/example.png", tmp_path / name)
     for given in [tmp_path], [tmp_path / "a.png", tmp_path / "b.png"]:

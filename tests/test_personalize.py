@@ -211,7 +211,7 @@ def difference(one, two):
 
 def test_every_photo_is_another_person(tmp_path):
     """Their files, each in a folder; their pictures are those of the files; a bad photo is reported."""
-    everybody, out, settings = tmp_path / "photos", tmp_path / "out", ("--sample-steps", 2, "--seed", 7)
+    everybody, out, settings = tmp_path / "photos", tmp_path / "out", ("--sample-steps", 1, "--seed", 7)
     who, names = range(seeds.VALIDATION, seeds.VALIDATION + 3), ("a.png", "...png", "deep/a.png")
     portraits = faces.photos(faces.identities(who), generator(1), "cpu")
     for name, portrait in zip(names, portraits):
@@ -307,7 +307,7 @@ def test_no_photo_that_can_be_used(tmp_path, refusal):
 
 
 def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
-    few = ["--sample-steps", 2, "--guidance", 2, "--seed", 7]
+    few = ["--sample-steps", 1, "--guidance", 2, "--seed", 7]
     for name, crop in (("a", "0,0,128"), ("b", "10,10,100")):
         made = run("nano/example.png", "[V] face as a king", "--steps", 1, *few, "--crop", crop,
                    "--out", tmp_path / name)
