@@ -1,4 +1,4 @@
-"""One photo of a face in, pictures of that person out; or a personal file made before, and nothing is fitted.
+"""One photo of a face in, pictures of that person out; or pictures from a personal file, without training.
 
     python personalize.py nano/example.png "a [V] face as a rock star"
     python personalize.py me.jpg "a [V] face" --out me --model stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -113,8 +113,8 @@ def warn_of_prompts(args, tokenizer):
 # People
 
 def make_people(sittings, args, engine, stage):
-    """Everybody's Person, by --method, and the paths of their files. Each is as the file keeps it, in half
-    precision: pictures from there are the same again. UserError for NaN or infinity."""
+    """Everybody's Person, by --method, and the paths of their files. Each is rounded to half
+    precision, as in its file, so that the file gives the same pictures. UserError for NaN or infinity."""
     method, people, written = METHODS[args.method], [], []
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1
@@ -137,7 +137,7 @@ def make_people(sittings, args, engine, stage):
 
 
 def save(person, engine, out):
-    """Write a new person, in the parts that the method keeps; return the paths. Those of another run go."""
+    """Write a new person, in the parts that the method keeps; return the paths. Old parts are removed."""
     parts = {f"{name}.safetensors": part for name, part in person.method.parts(person).items()}
     with whole_files(*(out / name for name in parts)) as temporary:
         for part, new in zip(parts.values(), temporary):

@@ -24,7 +24,7 @@ class UNetConfig:
     attention_head_dim: int = 8  # despite its name the NUMBER of heads: that is how SD 1.x files use it
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    sample_size: int = 64  # the latent that it was trained on: pictures of 8 times as many pixels
+    sample_size: int = 64  # side of the latents in training; a picture's side is 8 times that
 
 
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # to the text

@@ -112,7 +112,7 @@ def split_given(args):
 
 
 def refusals(args, method):
-    """What options cannot be had together: (whether it is so, why)."""
+    """Options that exclude each other, as pairs: whether they are given, and what is wrong with that."""
     several = args.each or len(args.people) > 1
     merge, out = real(args.merge or "."), real(args.out)
     for prompt in args.prompts:
@@ -148,7 +148,7 @@ def refusals(args, method):
 
 
 def check_kinds(args, kinds):
-    """UserError if an option asks for what adapters of these kinds can't do; None: not known yet."""
+    """UserError if an option asks for what adapters of these kinds can't do; kinds None: not known yet."""
     for option, asked, possible in (
             ("--strength", args.strength != 1, (LowRank, Change)),
             ("--merge", args.merge, (LowRank,) if args.lora else (LowRank, Change)),
@@ -161,7 +161,7 @@ def check_kinds(args, kinds):
 
 
 def real(path):
-    """`path` without links; with loops of them, which Path.resolve() doesn't take."""
+    """`path` without links. Links may form a loop, which Path.resolve() refuses."""
     return Path(os.path.realpath(path))
 
 

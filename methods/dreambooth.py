@@ -1,5 +1,5 @@
-"""DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder learn one photo, while
-pictures that the model itself draws of the class keep it from forgetting what a face is.
+"""DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder are trained on one photo.
+Pictures of the class, drawn by the model itself beforehand, keep it from forgetting what a face is.
 
     python personalize.py face.png "a [V] face as a king" --method dreambooth
     python personalize.py … --method dreambooth --steps 400 --lr 2e-5               # Agg-1

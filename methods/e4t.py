@@ -3,9 +3,9 @@ faces, says at every step of sampling which word [V] is; then 15 steps of fine-t
 
     python personalize.py face.png "a [V] face as a rock star" --method e4t
 
-The word embedding is e = e_face + s·E(photo, z_t, t). Since it is another one for every z_t, the text encoder
-runs anew within each call of the UNet: the prompt's word embeddings, with a hole where [V] stands, take the
-place of its features, and what the UNet gets is read from them as soon as the hole is filled.
+The word embedding is e = e_face + s·E(photo, z_t, t). It changes with z_t, so the text encoder has to run
+within each call of the UNet. So the prompt's word embeddings take the place of the model's text features,
+with a hole where [V] stands (Hole); Word fills the hole when the UNet is called, and runs the text encoder.
 
 Pre-training (train_e4t.py) also learns offsets W' = W ⊙ (1 + Δ) of the UNet's attention. A person's UNet,
 fine-tuned whole, goes on from W', so that its differences from the model's say both."""
@@ -35,8 +35,9 @@ from program.options import Option, number, old_file, same
 from hdb import PROMPT, seeded
 from vit import encode_face
 
-# s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's words are .2 long, as Stable Diffusion's
-# are, but one that shows a person is longer: Textual Inversion has a likeness of .6 at .9, of .8 at 2.6.
+# s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's word embeddings have a norm of .2, as have
+# Stable Diffusion's, but one that shows a person is longer: Textual Inversion's has a likeness of .6 at .9,
+# and of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
 NANO_LOOKER = "nano/hypernet.safetensors"  # has nano's encoder of photos
 
@@ -48,8 +49,8 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """E: the mean of a photo's tokens (B, photo) and the UNet's look at z_t, u (B, features), to how far the
-    word is from the class's (B, d), in units of s.
+    """E: from the mean of a photo's tokens (B, photo), and u (B, features), what the UNet sees in z_t, to the
+    word's difference from the class's (B, d), in units of s.
 
     Each token h_i is mapped linearly, as [h_i; u], and then the mean is taken; the mean of a linear map's
     values is the map of the mean, so no more is needed of a photo."""
@@ -70,7 +71,7 @@ class Encoder(nn.Module):
 
 class Domain(nn.Module):
     """What pre-training makes of a model for all people: `encoder`, and of every attention layer the factors
-    of Δ, rows (out, 3) and columns (in, 3). `vit` looks at photos and is another's."""
+    of Δ, rows (out, 3) and columns (in, 3). `vit` encodes photos and is not saved with it."""
 
     def __init__(self, config, model, vit=None):
         super().__init__()
@@ -150,7 +151,7 @@ class Word:
 
 
 def total(denoising, word):
-    """The loss, denoising (B,) while `word` was in force + λ‖E‖², and the second term without λ."""
+    """The loss, the mean of denoising (B,), computed while `word` was applied, + λ‖E‖²; and ‖E‖² alone."""
     size = word.predicted.pow(2).sum(1).mean()
     return denoising.mean() + LAMBDA * size, size
 

@@ -14,11 +14,11 @@ with C the uncentred covariance of encodings, so that s is 1 at i* and about 0 a
 locked: o* is W times the encoding of "face", so that the person gets the attention that any face gets. Of the
 values o* is trained, and so is the embedding of the person's word. β and τ can be changed after training.
 
-Where s = 0, h is W·e and the gate's tail σ(−β/τ)·o*. At β → ∞ the gate is 0 and h is W·e⊥, which is W·e only
-where s = 0: what lies along i* is still taken away, so the person's own word then says nothing, W·i* becoming
-0, while other words, and prompts without the person, are as if untouched.
+Where s = 0, h is W·e plus the gate's tail σ(−β/τ)·o*. At β → ∞ the gate is 0 and h is W·e⊥, which is W·e only
+where s = 0. What lies along i* is still taken away then: W·i* becomes 0, so the person's own word says
+nothing, while other words, and prompts without the person, are as if untouched.
 
-A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding and which token's it is: on
+A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding, and the token's id: on
 SD 1.5 12,480 + 3·768 + 2, in float16 30 KB, in float32 59 (the paper's 100 KB have the keys as well); on nano
 544 + 3·128 + 2, 1.9 or 3.7 KB. The names in the file add 1 to 2 KB."""
 from typing import NamedTuple

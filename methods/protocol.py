@@ -1,6 +1,13 @@
-"""What a personalisation method is, for whoever adds one: one file, and one row of methods/table.py.
+"""What a personalisation method is. To add one, write one file, and name it in methods/table.py.
 
-`engine` is an hdb.HyperDreamBooth, for its model and its LiDB; `args` are the parsed options."""
+Method's functions get these:
+
+    engine       an hdb.HyperDreamBooth, for its model and its LiDB
+    args         the parsed options
+    generators   a CPU generator for each of P people
+    tensors      the numbers of P people, name -> (P, …)
+    stage        stage("trained") prints that, and how long it took; `with stage.progress(steps) as show`
+                 makes a progress bar, and show(step, loss) is the callback of a fit"""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,14 +27,14 @@ def unchanged(adapters, args, engine):
 class Method(NamedTuple):
     """A photo in, a Person out, and the adapters that make a model draw that person."""
     name: str                          # of --method, and in the person's file
-    what: str                          # a line of --help
-    options: Callable                  # (model, hypernet) -> rows of program.options beside those of all
+    what: str                          # its description in --help
+    options: Callable                  # (model, hypernet) -> rows of program.options that are its own
     make: Callable                     # (engine, photos (P, N, 3, H, W), generators, args, stage) -> Person
     adapters: Callable                 # (tensors, engine) -> layer name -> adapter
     shapes: Callable                   # (tensors, engine) -> name -> shape of one person's tensors
     kinds: Callable                    # (args) -> the classes of its adapters, before there are any
-    at_sampling: Callable = unchanged  # (adapters, args, engine) -> adapters, turned by the method's knobs
-    parts: Callable = whole            # (person) -> file's name -> Person: what is kept of a person
-    note: Callable = nothing           # (tensors, engine) -> what else the numbers depend on
+    at_sampling: Callable = unchanged  # (adapters, args, engine) -> adapters, changed by its own options
+    parts: Callable = whole            # (person) -> dict of a file's name -> the Person to save in it
+    note: Callable = nothing           # (tensors, engine) -> name -> what else the tensors depend on
     scalable: bool = False             # whether a file may hold a default strength other than 1
     several: bool = False              # whether it takes N photos of a person, and P people side by side

@@ -1,4 +1,4 @@
-"""The photos that a person is made of: what the user shows, what a method sees, and what nano says."""
+"""The photos that a person is made from: what the user shows, what a method sees, and what nano says."""
 import itertools
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def sit(args, model):
 
 
 def look_at(paths, args, side):
-    """The Sitting of one person's photos. nano, which knows drawings alone, says and draws what it saw."""
+    """The Sitting of one person's photos. nano knows drawings alone: of a photograph it draws what it saw."""
     if args.model != "nano":
         return Sitting(None, read(paths, side, args.crop), None, args.crop, paths)
     center = args.crop if isinstance(args.crop, tuple) else "center"
@@ -61,7 +61,7 @@ def read(paths, side, crop):
 
 
 def folders_of(sittings, args):
-    """A folder in --out for everybody, of their photo's name, in no place of another file or person."""
+    """A folder in --out for each person, named after their photo, where there is no other file or person."""
     pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
     taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
     held = {path.parent.name: {*photos_of(path)} for path in args.out.glob("*/person*.safetensors")}
@@ -73,6 +73,6 @@ def folders_of(sittings, args):
 
 
 def free_name(stem, taken):
-    """`stem`, or with the first number that makes it none of the names `taken`, in capitals or not."""
+    """The first of stem, stem_2, stem_3, … that is not among the names `taken`, whatever their case."""
     names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
     return next(name for name in names if name.casefold() not in map(str.casefold, taken))

@@ -1,4 +1,4 @@
-"""The methods that there are, by the name that --method and a person's file call them."""
+"""All methods, by the name that --method and a person's file give them."""
 from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversion
 
 METHODS = {module.METHOD.name: module.METHOD

@@ -2,9 +2,9 @@
 
     python personalize.py nano/example.png "a [V] face as a rock star" --method textual_inversion
 
-The paper's Eq. 2 is v* = argmin over v of the denoising loss, v being the row of the token embedding that the
-identifier looks up: a vector of d numbers, 768 in Stable Diffusion 1.5, or N of them where the prompt says
-the identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2."""
+The paper's Eq. 2 is v* = argmin over v of the denoising loss, where v is the row of the token embedding that
+the identifier looks up: a vector of d numbers, 768 in SD 1.5, or N of them where the prompt says the
+identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2."""
 import math
 from contextlib import suppress
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from hdb import PROMPT, seeded
 
 LAYER = "text.text_model.embeddings.token_embedding"
 CLASS = "face"   # the word of PROMPT that the person is one of
-SPREAD = .1      # of the vectors after the first around it, in standard deviations of its numbers
+SPREAD = .1      # of the other vectors around the first, in standard deviations of its numbers
 TOKEN = "<sks>"  # the identifier in other programs, which know "sks" already
 
 

@@ -3,10 +3,10 @@
     python -m methods.train_e4t                       # nano's, on people that its renderer draws
     python -m methods.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-The same people and pictures as train.py's, so that HyperDreamBooth and E4T have had the same chance: the
-photo of a person, and another picture of them to denoise, under its prompt. It goes on where it was stopped,
-by the same command. Published are a rate of 1e-6 and batch 16, where all of a Stable Diffusion is tuned as
-well; here the model stays as it is, and encoder and offsets, which start from nothing, take a higher rate."""
+It trains on the same people and pictures as train.py, so that HyperDreamBooth and E4T get the same chance:
+the photo of a person, and another picture of them to denoise, under its prompt. The same command resumes it.
+The paper has a rate of 1e-6 and batch 16, but trains all of a Stable Diffusion as well. Here the model stays
+as it is, and encoder and offsets, which start from nothing, take a higher rate."""
 import time
 from pathlib import Path
 

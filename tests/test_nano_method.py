@@ -1,4 +1,4 @@
-"""The method on the shipped miniature, by the likeness that README claims."""
+"""The method on the shipped miniature, by likeness."""
 import pytest
 
 import hdb
@@ -25,7 +25,7 @@ def measure(held_out, method, adapters, style, who=slice(None)):
 
 
 def test_the_prediction_is_far_above_nobody(method, held_out):
-    """README has .88 against .04 on the plain photo, .75 against .00 in styles."""
+    """results/tables.md has the likeness of Only Hyper and of the model itself, by 32 people."""
     predicted = method.lidb.adapters(method.predict(held_out.photos))
     for style, margin in (("photo", .7), ("professional", .6)):
         mine, right = measure(held_out, method, predicted, style)
