@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import hdb
 from program import console
@@ -21,6 +22,11 @@ shipped = cache(partial(LOAD, "nano"))
 def load(source, *given):
     """hdb.load, which reads the shipped model once for all programs: they leave it as it is."""
     return shipped(*given) if source == "nano" else LOAD(source, *given)
+
+
+def difference(one, two):
+    """The greatest one between two pictures' bytes."""
+    return max(abs(x - y) for x, y in zip(Image.open(one).tobytes(), Image.open(two).tobytes(), strict=True))
 
 
 def run(*arguments, script="personalize.py", device="cpu"):  # where results are the same to the last bit

@@ -370,7 +370,7 @@ def test_the_judges_scores(coarse):
     who = next(i for i, kind in enumerate(faces.attributes(judged.identity)["glasses"]) if kind != 1)
     one, bespectacled = judged.identity[who:who + 1], judged.identity[who:who + 1].clone()
     bespectacled[:, faces.IDENTITY.index("glasses")] = faces.number("glasses", 1)
-    king = faces.photos(one, generator(3), "cpu", torch.tensor([faces_index("king")]))
+    king = faces.photos(one, generator(3), "cpu", torch.tensor([list(faces.STYLES).index("king")]))
     glasses = faces.photos(bespectacled, generator(4), "cpu")
     pictures = torch.cat([judged.photos[who, :1], judged.photos[who, 3:4], king, king, glasses])
     drawn = [(name, who) for name in ("photo", "photo again", "king", "pixar", "round glasses")]
@@ -383,10 +383,6 @@ def test_the_judges_scores(coarse):
     assert found["error"][0] < .1 and found["error"][2:] == [None] * 3
     has = judged(glasses, [("a full beard", who)])["obeyed"]
     assert has == ([0] if faces.attributes(one)["beard"] != 3 else [None])
-
-
-def faces_index(style):
-    return list(faces.STYLES).index(style)
 
 
 def test_every_system_of_the_tables_is_there():

@@ -18,8 +18,6 @@ from files.lora import adaptable_layers, export_lora, load_lora
 REFERENCE = Path(__file__).parent / "reference/lora.safetensors"
 NAMINGS = ["diffusers peft", "diffusers lora.down", "diffusers processor", "kohya", "peft"]
 KEY = f"lora_unet_{LAYER[5:].replace('.', '_')}"
-
-
 LCM_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1",
               "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj")
 

@@ -188,16 +188,13 @@ def test_training_on_photos_names_its_encoder(tmp_path, monkeypatch):
 
 BOTH = [
     (["--encoder", "x/y"], "--encoder cannot be chosen"),
-    (["--steps", 0], "--steps: must be"),
-    (["--batch", 0], "--batch: must be"),
-    (["--lr", "nan"], "--lr: must be"),
-    (["--every", 0], "--every: must be"),
+    (["--steps", 0], "--steps: must be"), (["--batch", 0], "--batch: must be"),
+    (["--lr", "nan"], "--lr: must be"), (["--every", 0], "--every: must be"),
     (["--seed", 10 ** 30], "--seed: must be"),
     (["--faces", "nano"], "--faces is for a model other"),
     (["--model", "somewhere"], "required: --faces"),
     (["--model", "somewhere", "--faces", "nowhere"], "no such folder"),
-    (["--out", "README.md/runs"], "is a file"),
-    (["--save", "nano"], "is a folder")]
+    (["--out", "README.md/runs"], "is a file"), (["--save", "nano"], "is a folder")]
 ONE = [
     (["--iterations", -3], "--iterations"),
     (["--alpha", 0], "cannot both be 0"),
