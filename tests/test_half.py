@@ -43,7 +43,7 @@ def target(model):
 
 
 def class_lora(model):
-    prior = dreambooth.class_pictures(model, 2, 8)
+    prior = dreambooth.class_pictures(model, 1, 8)
     learnt = dreambooth.learn(model, photo(), rank=2, lr=.005, prior=prior, generator=generator(3), **STEPS)
     return dreambooth.adapters(in_float32(learnt), HyperDreamBooth(model))
 
