@@ -14,8 +14,8 @@ from nano.photo.reader import CLASSES, COUNTS, NUMBERS, read
 SURE = .7
 SAID_OF = {"no face": "no face for sure, so this is a guess", "several faces": "several faces, read as one"}
 # How probable what is worn must be to be drawn, chosen on every fifth portrait. Costs alone would ask for .67
-# and .75, but nobody without glasses came above .2, and who has a beard minds its absence
-WORN = {"glasses": .4, "beard": .55}
+# and .75, but nobody without glasses came above .1, and who has a beard minds its absence
+WORN = {"glasses": .3, "beard": .55}
 
 
 def costs():
