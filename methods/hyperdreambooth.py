@@ -15,9 +15,9 @@ from training.views import crops, face_weights
 STEPS = "of fine-tuning; 0: the prediction alone"
 USUAL = {"nano": (40, 4, 3e-3), "predicted": (40, 4, 5e-4), "alone": (200, 16, 2e-4)}
 LARGE = 5e-4  # a rate above this suits nano alone
-# How much of what views teach is added to a prediction. On 12 validation people of nano, all of it, .8, .6 and
-# nothing: likeness in styles .854, .873, .876 and .872, to the photo .947, .952, .946 and .922, and .59, .50,
-# .38 and .05 of the photo's circumstances come back
+# How much of what views teach is added to a prediction. On 12 validation people of nano, all of it, .8, .6
+# and nothing: likeness in styles .854, .873, .876 and .872, to the photo .947, .952, .946 and .922, and .59,
+# .50, .38 and .05 of the photo's circumstances come back
 KEPT = .7
 
 
