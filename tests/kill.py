@@ -6,7 +6,6 @@ The training is a small one that saves after every step, so that kills fall into
 """
 import os
 import random
-import signal
 import sys
 import threading
 import time
@@ -68,7 +67,7 @@ def kill(rounds, steps=150, seed=0):
             while process.is_alive() and not (log.exists() and log.stat().st_mtime > before):
                 time.sleep(.01)
             time.sleep(dice.random() * .3)
-            os.kill(process.pid, signal.SIGKILL if i % 2 else signal.SIGTERM)
+            (process.kill if i % 2 else process.terminate)()  # which may have ended
             codes.append(end_of(process))
         assert end_of(child(killed, steps)) == 0
         ours, theirs = (load_file(path / "state.safetensors") for path in (killed, straight))

@@ -116,7 +116,7 @@ def test_a_signal_ends_the_step_and_saves(tmp_path, signum):
 
 
 def test_killed_again_and_again_it_ends_the_same():
-    differ, codes, left = kill(2, steps=40)
+    differ, codes, left = kill(2, steps=80)
     assert differ == [] and left == set() and set(codes) <= {-signal.SIGKILL, 143, 0}
 
 
