@@ -101,7 +101,7 @@ def training(log, file):
         return None
     figure = sheet(9, 3)
     for axes, (start, title) in zip(figure.subplots(1, 3), LEARNT.items()):
-        for name in watched[0]:
+        for name in watched[-1]:
             if name.startswith(start):
                 axes.plot([line["step"] for line in watched], [line[name] for line in watched], ".-",
                           label=NAMES.get(name, name.removeprefix(f"{start} ")))
