@@ -130,7 +130,7 @@ def step_4(tour):
 def step_5(tour):
     """The hypernetwork (section 4.2, Eq. 3)
 
-    A network sees the photo and says θ at once: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. The photo is
+    A network sees the photo and says θ: `θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1})`, from `θ̂_0 = 0`. The photo is
     encoded once to f; the decoder, with a token for each layer, then runs s times, and each pass sees the
     estimate that it is to correct."""
     hypernet = tour.method.hypernet
