@@ -51,6 +51,8 @@ def dots(main, file, across, up, xlabel, ylabel):
     points = {system: (values[across], values[up]) for system, values in main.items()
               if values.get(across) and values.get(up) and values[up][2] > 1}  # one person has no error
     points.pop("the model itself", None)  # nobody in particular, far from all others
+    for passes in [system for system in points if system.startswith("k = ")]:
+        del points[passes]  # they would hide each other
     if len(points) < 2:
         return None
     figure = sheet(7, 5)

@@ -15,9 +15,8 @@ from training.views import crops, face_weights
 STEPS = "of fine-tuning; 0: the prediction alone"
 USUAL = {"nano": (40, 4, 3e-3), "predicted": (40, 4, 5e-4), "alone": (200, 16, 2e-4)}
 LARGE = 5e-4  # a rate above this suits nano alone
-# How much of what views teach is added to a prediction. On 12 validation people of nano, all of it, .8, .6
-# and nothing: likeness in styles .854, .873, .876 and .872, to the photo .947, .952, .946 and .922, and .59,
-# .50, .38 and .05 of the photo's circumstances come back
+# How much of what fine-tuning learns is added to nano's predictions. All of it lowered the likeness in styles
+# from .872 to .854 on 12 validation people; .6 and .8 raised it a little (docs/choices.md)
 KEPT = .7
 
 
@@ -61,13 +60,13 @@ def make(engine, photos, generators, args, stage):
 def tune(engine, photos, theta, generators, views, *settings, callback=None):
     """engine.fine_tune with these settings: on `views` crops of the photo, if there is one of each person
     (training/views.py), else on the photos (P, N, 3, H, W) as they are."""
-    places, strength = 1., 1.
+    places = 1.
     if views > 1 and photos.shape[1] == 1:
         places = face_weights(*(length // 8 for length in photos.shape[-2:]), photos.device)
         photos = crops(photos[:, 0], views, generators)
-        strength = 1. if theta is None else KEPT
     lora = engine.fine_tune(photos, theta, *settings, generator=generators, callback=callback, places=places)
-    return scale(lora, strength)
+    measured = engine.model.name == "nano" and theta is not None
+    return scale(lora, KEPT if measured else 1.)
 
 
 def person(theta=None, lora=None, basis_seed=0, **about):

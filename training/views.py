@@ -4,7 +4,7 @@ A LoRA trained on one photo learns its pose, light and background with the face:
 back in "a [V] face". Two things that a user's photo allows lower that: it takes turns with crops of itself,
 and what lies around the face counts less in the loss. On 8 validation people of nano: .63 came back, the
 likeness to a photo that nothing had seen rose from .926 to .939, that in styles from .821 to .866, and the
-likeness to the photo itself fell from .966 to .945."""
+likeness to the photo itself fell from .966 to .945 (an earlier hypernetwork; docs/choices.md has today's)."""
 import torch
 import torch.nn.functional as F
 
