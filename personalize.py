@@ -256,7 +256,7 @@ def write_for_other_programs(person, adapters, args, model):
     if args.export:
         paths.append(args.out / f"{args.export}.safetensors")
     if args.export == "lora":
-        export_lora(adapters, paths[0], {"modelspec.trigger_phrase": word})
+        export_lora(adapters, paths[0], {"modelspec.trigger_phrase": word, "photos": person.photos})
     if args.export == "embedding":
         word = textual_inversion.TOKEN
         textual_inversion.save_embedding(person.tensors, paths[0], photos=person.photos)

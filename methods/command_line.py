@@ -12,6 +12,7 @@ from files.layouts import model_name
 from files.merged import free_folder
 from files.person import OURS, is_person
 from methods import textual_inversion
+from methods.sitting import free_name
 from methods.table import METHODS
 from nano import wording
 from program.console import Parser, UserError, printable
@@ -133,18 +134,31 @@ def refusals(args, method):
     outputs += [f"{args.export}.safetensors"] * bool(args.export)
     outputs += [*PERSONAL] * bool(args.photos and not args.each)
     written = [real(args.out / name) for name in outputs]
-    loras, hypernet = [lora for lora, _ in args.lora], getattr(args, "hypernet", None)
-    for path in (*args.photos, *args.people, *loras, hypernet):
+    photos = [file for path in args.photos for file in (photo_files(path) if os.path.isdir(path) else [path])]
+    more = *(lora for lora, _ in args.lora), getattr(args, "hypernet", None), getattr(args, "beside", None)
+    for path in (*photos, *args.people, *more):
         yield path and real(path) in written, f"{path} would be overwritten; give another folder with --out"
-    there = set().union(*map(photos_of, filter(Path.is_file, written)))
-    another = there and not there & (set().union(*map(photos_of, args.people)) | known_by(args.photos))
-    yield another, (f"--out {args.out} holds another person's files; give this one a folder, "
-                    f"such as --out {Path(args.photo).stem}")
+    for path in args.people:  # what is no person is said here, by its header
+        Tensors(path)
+    if replaces_another(written, args):
+        yield True, (f"--out {args.out} holds another person's files; give this one a folder, such as "
+                     f"--out {unused_folder(args)}")
     if args.merge:
         free_folder(args.merge)
         new_folder(args.merge)
-    for path in args.people:  # what is no person is said here, by its header
-        Tensors(path)
+
+
+def replaces_another(written, args):
+    """Whether one of the files that are `written` is there and was made of none of these people's photos."""
+    held = [photos for photos in map(photos_of, filter(Path.is_file, written)) if photos]
+    own = held and set().union(*map(photos_of, args.people)) | known_by(args.photos)
+    return any(own.isdisjoint(photos) for photos in held)
+
+
+def unused_folder(args):
+    """A folder beside --out that isn't there, of the photo's name."""
+    stem = Path(os.path.abspath(args.photo)).stem
+    return args.out.parent / free_name(stem, os.listdir(args.out.parent))
 
 
 def check_kinds(args, kinds):

@@ -21,6 +21,7 @@ from files.person import load_person
 from methods import hyperdreambooth, sitting
 from methods.table import METHODS
 from nano import faces, seeds, wording
+from training.photos import known_by, photos_of
 
 HEADS = 33  # pixels over the columns of a sheet
 
@@ -293,6 +294,28 @@ def test_a_second_person_takes_nobodys_place(tmp_path, refusal, monkeypatch):
     assert sitting.folders_of(whose[:1], each) == [each.out / "a"]
 
 
+def test_every_file_that_would_be_replaced_is_this_persons(tmp_path, refusal, monkeypatch):
+    """A sheet of two people lets neither replace the other's files; what is wrong with a file comes first."""
+    a, b, out = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "out"
+    for i, path in enumerate((a, b)):
+        images.save(Image.new("RGB", (8, 8), (i, 0, 0)), path)
+    digits = {path: " ".join(known_by([path])) for path in (a, b)}
+    out.mkdir()
+    save_file({"x": torch.zeros(1)}, out / "person.safetensors", {"photos": digits[a]})
+    images.save(Image.new("RGB", (8, 8)), out / "sheet.png", photos=f"{digits[a]} {digits[b]}")
+    given = a, "[V] face", "--out", out
+    monkeypatch.setattr("sys.argv", ["personalize.py", *map(str, given)])
+    assert personalize.arguments().out == out
+    for stem in "b", "b_2":
+        assert f"such as --out {tmp_path / stem}" in refusal(personalize, b, *given[1:])
+        (tmp_path / stem).mkdir()
+    assert "No such file" in refusal(personalize, tmp_path / "none.safetensors", *given[1:])
+    beside = "--method", "perfusion", "--with", out / "person.safetensors"
+    assert "person.safetensors would be overwritten" in refusal(personalize, *given, *beside)
+    (tmp_path / "0.png").write_bytes(b.read_bytes())
+    assert "0.png would be overwritten" in refusal(personalize, tmp_path, "[V] face", "--out", tmp_path)
+
+
 def test_no_photo_that_can_be_used(tmp_path, refusal):
     (tmp_path / "notes.txt").write_text("not a photo")
     common = "[V] face", "--each", "--out", tmp_path / "out"
@@ -312,6 +335,7 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
                 "--merge", tmp_path / "merged")
     assert again.returncode == 0, again.stderr
     assert difference(tmp_path / "a/0.png", tmp_path / "again/0.png") == 0
+    assert photos_of(tmp_path / "again/lora.safetensors") == photos_of(a) == [*known_by(["nano/example.png"])]
     merged = run("nano/example.png", "[V] face as a king", *few, "--model", tmp_path / "merged",
                  "--steps", 1, "--lr", 0, "--out", tmp_path / "m")
     assert merged.returncode == 0, merged.stderr

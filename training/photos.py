@@ -20,7 +20,8 @@ from vit import encode_face
 PART = 64  # photos in a file of the cache
 EMPTY = .3  # of the prompts that speak of nobody, the empty ones
 # What programs keep for themselves
-HIDDEN = ".", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found"
+HIDDEN = ".", "@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found", \
+    "Thumbs.db", "desktop.ini"
 
 
 def photo_files(folder):
