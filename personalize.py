@@ -113,8 +113,8 @@ def warn_of_prompts(args, tokenizer):
 # People
 
 def make_people(sittings, args, engine, stage):
-    """Everybody's Person, by --method, and the paths of their files. Each is rounded to half
-    precision, as in its file, so that the file gives the same pictures. UserError for NaN or infinity."""
+    """Everybody's Person, by --method, and the paths of their files. Each is rounded to half precision, as in
+    its file, so that the file gives the same pictures. UserError for NaN or infinity."""
     method, people, written = METHODS[args.method], [], []
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1

@@ -172,17 +172,19 @@ def arguments():
     own = "--encoder cannot be chosen for nano or with --start, which bring their own"
     parser = parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
-        same("start", old_file, None, "hypernetwork to go on from, with its encoder", metavar="FILE"),
+        Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that looks at photos; nano "
+               "and --start bring their own"),
+        same("start", old_file, None, "hypernetwork to go on from, with its encoder; if not given, a new one",
+             metavar="FILE"),
         *training_rows(*usual),
         same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, that of --start, or else 4"),
         same("alpha", number(float, 0, 10 ** 6), 1., "weight of Eq. 2's denoising term"),
         same("beta", number(float, 0, 10 ** 6), 0., "weight of Eq. 2's distance to fitted targets"),
         same("targets", number(int, 1, 10 ** 6), 1024, "nano: people that targets are fitted for"),
-        same("target-steps", number(int, 1, 10 ** 6), 150, "of fitting targets"),
+        same("target-steps", number(int, 1, 10 ** 6), 150, "of fitting a target"),
         same("target-lr", number(float, 0, 1), .02, "learning rate of that"),
         Option("watch", refused("--watch is for --faces") if nano else number(int, 0, 64), 0, 8,
-               "photos to keep apart and measure at every --every steps, a quarter of all at most"),
+               "of --faces, photos to keep apart and measure at every --every steps, a quarter at most"),
         *run_rows("hypernet", 250)], model)
     args = parser.parse_args()
     if args.start and args.encoder not in (None, FACE_ENCODER):

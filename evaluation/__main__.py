@@ -129,18 +129,20 @@ def arguments():
     model = model_name(early("model").model or "nano")
     parser = parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        same("quick", None, False, "1 person, fewer prompts, no curves, and elsewhere than on nano a "
-             "twentieth of all steps; to runs/quick", action="store_true"),
-        same("people", number(int, 1, 10 ** 6), None, "how many; 32, or 1 with --quick, if not given"),
-        same("rows", str, None, "of the tables; all if not given; of nothing: curves alone", nargs="*"),
-        same("no-curves", None, True, "the tables alone", action="store_false", dest="curves"),
-        same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own"),
+        same("quick", None, False, "1 person, fewer prompts, no curves; on other models than nano "
+             "a twentieth of all steps", action="store_true"),
+        same("people", number(int, 1, 10 ** 6), None, "how many; if not given, 32, or 1 with --quick"),
+        same("rows", str, None, "systems to measure, without curves; if not given, all, with curves; if "
+             "none is named, the curves alone", nargs="*"),
+        same("no-curves", None, True, "measure the tables alone", action="store_false", dest="curves"),
+        same("hypernet", old_file, None, "file of train.py, to predict with; if not given, nano's own; other "
+             "models then leave out the systems that predict"),
         Option("sample_steps", number(int, 1, 999), 15, 30, "of the sampler"),
         Option("guidance", number(float, -100, 100), 2., 7.5, "of the sampler"),
-        same("clip", str, "openai/clip-vit-large-patch14", "of CLIP-I and CLIP-T"),
-        same("dino", str, "facebook/dino-vits16", "of DINO"),
-        same("out", new_folder, None, "folder of the results; if not given, results/ for nano, else "
-             "runs/evaluation_ and the model's name")], model)
+        same("clip", str, "openai/clip-vit-large-patch14", "CLIP that measures CLIP-I and CLIP-T"),
+        same("dino", str, "facebook/dino-vits16", "ViT that measures DINO"),
+        same("out", new_folder, None, "folder of the results; if not given, results/ (runs/quick with "
+             "--quick) for nano, else runs/evaluation_ and the model's name")], model)
     args = parser.parse_args()
     nano = args.model == "nano"
     args.curves = args.curves and nano and not (args.quick or args.rows)

@@ -49,12 +49,13 @@ def ours(method, photo, generators, steps=40, predict=True, iterations=None, ran
     return hyperdreambooth.person(theta, lora)
 
 
-def theirs(module, shared=None, **settings):
+def theirs(module, shared=None, *, steps, **settings):
     """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
     def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
-        with moving(given["steps"]) as moved:
-            tensors = module.learn(method.model, photo, generator=generators, callback=moved, **given)
+        with moving(steps) as moved:
+            tensors = module.learn(method.model, photo, steps=steps, generator=generators, callback=moved,
+                                   **given)
         return Person(module.METHOD, tensors)
     return fit
 

@@ -28,10 +28,9 @@ def save_hypernet(hypernet, model, path):
 
 def load_hypernet(path, model, encoder=None, encoder_device=None):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
-    official encoder that it names is, if neither where it was nor beside the file; encoder_device: for that,
-    if not the model's. LoadError if it is none,
-    was made for other layers than this model's or with another encoder, or holds NaN or infinity; a
-    warning where the layers fit but it was trained for another model's weights."""
+    official encoder that it names is, if neither where it was nor beside the file; encoder_device: where that
+    encoder goes, if not to the model's. LoadError if it is none, was made for other layers than this model's
+    or with another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = Tensors(path).note
         found = json.loads(note["config"])

@@ -30,11 +30,12 @@ def sampling_rows(sampler):
              "model or with a LoRA made for it", choices=list(SAMPLERS)),
         Option("sample_steps", number(int, 1, most), *steps, "of the sampler"),
         Option("guidance", number(float, -100, 100), *guidance, "classifier-free guidance scale"),
-        same("person_guidance", number(float, -100, 100), 1., "of guidance, weight of the person; any but 1 "
-             "takes half as long again"),
-        same("strength", number(float, 0, 1.5), 1., "of the person"),
-        Option("side_by_side", number(int, 1, 1024), 8, 2, "people in a batch, where there are several"),
-        same("negative", printable, "", "what to avoid")]
+        same("person_guidance", number(float, -100, 100), 1., "how strongly guidance leads to the "
+             "person; any other than 1 takes half as long again"),
+        same("strength", number(float, 0, 1.5), 1., "of the person's weights; 0: nobody"),
+        Option("side_by_side", number(int, 1, 1024), 8, 2, "of several people, how many are made and "
+               "drawn in one batch"),
+        same("negative", printable, "", "prompt of what to avoid; if not given, nothing")]
 
 
 def lora_and_strength(text):
@@ -65,8 +66,9 @@ OUTPUTS = [
     same("export", str, None, "also write, for diffusers, ComfyUI and A1111, lora.safetensors, with "
          "--strength and --lora in it, or embedding.safetensors, what textual inversion has learnt",
          choices=["lora", "embedding"]),
-    same("merge", str, None, "also write the model with the person merged in", metavar="FOLDER"),
-    SEED._replace(nano=None, elsewhere=None, help="of all that is drawn; a new one, printed, if not given"),
+    same("merge", str, None, "also write a whole model, with the person in its weights", metavar="FOLDER"),
+    SEED._replace(nano=None, elsewhere=None, help="of all that is drawn at random; if not given, a "
+                  "new one, which is printed"),
     same("out", new_folder, Path("out"), "folder of all that is written")]
 
 
@@ -86,7 +88,7 @@ def arguments(description):
     look = wording.understood if model == "nano" else refused("--look is for photos, on nano")
     photos = [same("crop", square, "face", "of the photo: face, the largest; center; or X,Y,SIZE in pixels",
                    metavar="SQUARE"),
-              same("look", look, None, 'nano: corrects what is seen in a photo: "grey hair, no beard"')]
+              same("look", look, None, 'nano: correct what was seen in the photo: "grey hair, no beard"')]
     add(parser, model_rows(model_name), model)
     parser.add_argument_group(method.name)
     add(parser, [*photos, *method.options(model, said.hypernet)], model)

@@ -138,7 +138,7 @@ def make(engine, photos, generators, args, stage):
 def options(model, hypernet=None):
     return [Option("steps", number(int, 1, 100_000), 1200, 1200, "of training"),
             Option("lr", number(float, 0, 1), 1e-5, 1e-6, "learning rate"),
-            Option("batch", number(int, 1, 1024), 1, 1, "noises of the photo a step"),
+            Option("batch", number(int, 1, 1024), 1, 1, "noises of the photo in each step"),
             Option("rank", number(int, 0, 320), 0, 0, "train a LoRA of this rank; 0: all weights"),
             Option("prior_weight", number(float, 0, 1000), 1., 1., "of the prior preservation; 0: none"),
             Option("prior_pictures", number(int, 1, 10_000), 64, 200, "of the class, drawn first")]

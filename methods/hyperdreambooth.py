@@ -26,11 +26,13 @@ def options(model, hypernet):
     return [same("steps", number(int, 0, 100_000), steps, STEPS),
             same("rank", number(int, 1, 320), rank, "of the LoRA that is fine-tuned"),
             same("lr", number(float, 0, 1), lr, "learning rate of fine-tuning"),
-            same("batch", number(int, 1, 1024), 4, "noises of the photo a step of fine-tuning"),
-            same("views", number(int, 1, 64), 8 if model == "nano" else 1, "of the one photo: crops of it, "
-                 "its surroundings weighted down, so that less is copied; 1: the photo as it is"),
-            same("hypernet", old_file, None, "file of train.py, to predict with; nano brings its own"),
-            same("encoder", str, None, "where the ViT is that --hypernet was trained with, if it has moved",
+            same("batch", number(int, 1, 1024), 4, "noises of the photo in each step of fine-tuning"),
+            same("views", number(int, 1, 64), 8 if model == "nano" else 1, "crops of the one photo to train "
+                 "on, with less weight around the face, so that less is copied; 1: the photo as it is"),
+            same("hypernet", old_file, None, "file of train.py, to predict with; if not given, nano's own, "
+                 "and on other models fine-tuning alone"),
+            same("encoder", str, None, "the ViT that --hypernet was trained with; if not given, where it was "
+                 "then",
                  dest="face_encoder")]
 
 

@@ -265,7 +265,7 @@ def options(model, hypernet=None):
     return [Option("steps", number(int, 1, 100_000), 400, 400, "of training"),
             Option("lr", number(float, 0, 1), .1, .03, "learning rate of the values"),
             Option("embedding_lr", number(float, 0, 1), .02, .006, "learning rate of the word's embedding"),
-            Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo a step"),
+            Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo in each step"),
             Option("beta", number(float, -100, 100), .7, .7, "bias of the gate in sampling; higher for less "
                    "of the person"),
             Option("tau", number(float, .001, 100), .15, .15, "temperature of the gate in sampling"),

@@ -120,7 +120,7 @@ def options(model, hypernet=None):
     after 300 steps of 5e-3, 1e-2, 2e-2 and 5e-2; with 2e-2 it is .46 after 100 steps and .57 after 600."""
     return [Option("steps", number(int, 1, 100_000), 300, 5000, "of training the vectors"),
             Option("lr", number(float, 0, 1), 2e-2, 5e-3, "learning rate"),
-            Option("batch", number(int, 1, 1024), 2, 2, "noises of the photo a step"),
+            Option("batch", number(int, 1, 1024), 2, 2, "noises of the photo in each step"),
             Option("tokens", number(int, 1, 75), 1, 1, "how many vectors the person is")]
 
 

@@ -105,7 +105,8 @@ def arguments():
     own = refused("--encoder cannot be chosen for nano, which brings its own")
     return parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that looks at photos"),
+        Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that looks at photos; nano "
+               "brings its own"),
         *training_rows(*usual), *run_rows("e4t", 100)], model).parse_args()
 
 

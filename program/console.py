@@ -26,7 +26,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the description's lines and adds every option's default, where there is one to tell."""
 
     def _get_help_string(self, action):
-        told = action.default not in (None, "", False, [], math.inf)
+        told = action.default not in (None, "", [], math.inf) and not isinstance(action.default, bool)
         return super()._get_help_string(action) if told else action.help
 
 

@@ -47,7 +47,7 @@ def plan_memory(model, samples, whole=False):
     activations = kept(model, samples, 4 if whole else parameters[0].element_size())
     free, copies = free_memory(parameters[0].device), COPY * count if whole else 0
     model.unet.gradient_checkpointing = count > LARGE and activations > SHARE * (free - copies)
-    words = f"{free / 1e9:.1f} GB of memory are free"
+    words = f"{free / 1e9:.1f} GB of memory are free" if free else "how much memory is free is not known"
     if count > LARGE:
         words += f", a step needs about {(activations + copies) / 1e9:.1f} GB beside the model"
     return words + ", so activations are computed twice" * model.unet.gradient_checkpointing

@@ -36,7 +36,7 @@ def number(kind, least, most):
 
 def folder_of_faces(model):
     """Of --faces, which a model other than nano needs: nano draws its own."""
-    what = "folder of photos, one person each"
+    what = "folder of photos, one person each, which every model but nano needs"
     if model != "nano":
         return same("faces", old_folder, None, what, required=True)
     return same("faces", refused("--faces is for a model other than nano, which draws its own"), None, what)
@@ -92,11 +92,12 @@ def model_rows(check):
 
 
 SEEN = 100  # times that a training sees each photo, and its mirror image
-DEVICE = same("device", str, None, "cuda, mps or cpu; the fastest that is there, if not given")
-DTYPE = same("dtype", str, None, "of the model; what the device is fast in, if not given",
+DEVICE = same("device", str, None, "cuda, mps or cpu; if not given, the fastest that is there")
+DTYPE = same("dtype", str, None, "of the model; if not given, the one that the device is fast in",
              choices=["float32", "float16", "bfloat16"])
 SEED = same("seed", number(int, 0, 2 ** 40), 0, "of all that is drawn at random")
-MINUTES = same("minutes", number(float, 0, math.inf), math.inf, "stop then; the same command goes on")
+MINUTES = same("minutes", number(float, 0, math.inf), math.inf, "stop after so many, to go on by the same "
+               "command; if not given, train to the end")
 RUNS = same("runs", new_folder, Path("runs"), "folder of all runs")
 
 
@@ -105,7 +106,7 @@ def training_rows(steps, batch, lr, most_steps=10 ** 9, most_seed=2 ** 40):
     there `most_steps` and `most_seed` are less. steps None: usual_steps(), of the photos."""
     usual = "" if steps else f"; if not given, enough to see each photo {SEEN} times"
     return [same("steps", number(int, 1, most_steps), steps, "of the training" + usual),
-            same("batch", number(int, 1, 4096), batch, "samples a step"),
+            same("batch", number(int, 1, 4096), batch, "samples in each step"),
             same("lr", number(float, 0, 1), lr, "learning rate"),
             same("seed", number(int, 0, most_seed), 0, SEED.help), MINUTES]
 
@@ -119,7 +120,7 @@ def run_rows(name, every):
     """Where a training's run and its result go."""
     return [same("name", str, name, "of this run's folder in --out"),
             same("out", new_folder, Path("runs"), "folder of all runs"),
-            same("save", new_file, None, "where the result goes, if not into the run's folder"),
+            same("save", new_file, None, "file of the result; if not given, it is in the run's folder"),
             same("every", number(int, 1, 10 ** 9), every, "steps between measures of watched people")]
 
 

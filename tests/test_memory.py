@@ -46,7 +46,8 @@ def test_those_of_a_small_model_always_fit(monkeypatch):
     model = large()
     model.unet.weight = torch.nn.Parameter(model.unet.weight[:100])
     model.text.weight = torch.nn.Parameter(model.text.weight[:1])
-    assert plan_memory(model, 1000) == "0.0 GB of memory are free" and not model.unet.gradient_checkpointing
+    assert plan_memory(model, 1000) == "how much memory is free is not known"
+    assert not model.unet.gradient_checkpointing
     assert fitting(model, 1000, 8) == 8
 
 

@@ -166,12 +166,14 @@ def arguments():
     parser = parser_of(__doc__, [
         same("photos", old_folder, None, "folder of the labelled portraits, of which every fifth is kept to "
              "measure by", required=True),
-        same("women", old_folder, None, "folder of further portraits, on none of which a beard may be drawn"),
+        same("women", old_folder, None, "folder of portraits of women, for a count "
+             "of beards drawn on them; if not given, it is left out"),
         same("start", old_file, str(FILE), "file of weights to go on from"),
-        same("thaw", None, False, "train the first three stages as well", action="store_true"),
+        same("thaw", None, False, "train the first three stages too, which else stay frozen",
+             action="store_true"),
         same("steps", number(int, 0, seeds.STEPS), 1000, "of the training; 0: the figures alone"),
-        same("batch", number(int, 32, 4096), 64, "pictures a step"),
-        same("drawings", number(int, 8, 10 ** 6), 1500, "of the renderer beside the portraits"),
+        same("batch", number(int, 32, 4096), 64, "pictures in each step"),
+        same("drawings", number(int, 8, 10 ** 6), 1500, "number of the renderer's to train on as well"),
         same("lr", number(float, 0, 1), 5e-4, "learning rate"),
         same("seed", number(int, 0, seeds.SEEDS), 0, "of all that is drawn at random"), RUNS, DEVICE])
     args = parser.parse_args()

@@ -240,8 +240,8 @@ def train_encoder(args):
 
 
 WARM = same("warm", None, False, "start from the weights in nano/, not from nothing", action="store_true")
-DECODER = same("decoder", None, False, "train only the decoder of nano/vae further", action="store_true")
-BF16 = same("bf16", None, False, "compute in bfloat16", action="store_true")
+DECODER = same("decoder", None, False, "go on from nano/vae, training its decoder alone", action="store_true")
+BF16 = same("bf16", None, False, "compute in bfloat16, not in float32", action="store_true")
 EMA = same("ema", number(float, 0, 1), .998, "decay of the weights' average")
 
 
@@ -250,8 +250,8 @@ def usual(steps=6000, batch=16, lr=1e-3):
 
 
 def pool(size, fresh):
-    return [same("pool", number(int, 1, 10 ** 8), size, "pictures kept, to be drawn from"),
-            same("fresh", number(int, 1, 4096), fresh, "new pictures a step")]
+    return [same("pool", number(int, 1, 10 ** 8), size, "how many pictures are kept to draw samples from"),
+            same("fresh", number(int, 1, 4096), fresh, "new pictures in each step")]
 
 
 # What trains a part, and its options
