@@ -148,9 +148,9 @@ def test_files_that_belong_together_are_replaced_together(tmp_path):
 def test_ctrl_c_while_torch_is_imported_says_nothing(script):
     def heed():  # also where the tests run in the background, which ignores it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([sys.executable, *script.split()], stderr=subprocess.PIPE, cwd=ROOT, text=True,
-                               preexec_fn=heed)
-    time.sleep(.4)
+    process = subprocess.Popen([sys.executable, "-X", "importtime", *script.split()], stderr=subprocess.PIPE,
+                               cwd=ROOT, text=True, preexec_fn=heed)
+    assert any(" torch." in line for line in process.stderr)  # its first modules are there
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate()[1] and process.returncode in (-signal.SIGINT, 130)
 
