@@ -410,8 +410,8 @@ def test_quick_takes_fewer_steps_elsewhere(nano, part):
     def steps(quick):
         found = {job.system: job.fit for job in systems.rows(nano, quick)}
         fits = [found[name] for name in found if name not in ("E4T", "Only Hyper", "the model itself")]
-        settings = [fit.keywords if hasattr(fit, "keywords") else
-                    inspect.getclosurevars(fit).nonlocals["settings"] for fit in fits]
+        settings = [fit.keywords if hasattr(fit, "keywords") else inspect.getclosurevars(fit).nonlocals
+                    for fit in fits]
         return [each["steps"] for each in settings]
     assert steps(True) == [max(1, usual // part) for usual in steps(False)]
 
