@@ -130,7 +130,7 @@ def modules():
     for name, (x, y) in places.items():
         files = (HERE / name).glob("*.py") if (HERE / name).is_dir() else [HERE / f"{name}.py"]
         below = {other for file in files for other in house["imports"](file)}
-        for other in below & places.keys() - {name}:
+        for other in sorted(below & places.keys() - {name}):
             axes.plot((x, places[other][0]), (y, places[other][1]), color="#bbbbbb", lw=.6, zorder=0)
         folder = (HERE / name).is_dir()
         box(axes, x - .65, y - .17, 1.3, .34, f"{name}/" if folder else f"{name}.py",
