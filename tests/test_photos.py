@@ -84,7 +84,8 @@ def test_one_square_of_a_photo_in_training_evaluation_and_personalisation(tmp_pa
     monkeypatch.setattr(program, "Paper", lambda given, *rest: given)
     args = SimpleNamespace(faces=folder, people=2, clip="", dino="")
     assert program.paper(args, model).shape == (2, 1, 3, 64, 64) and asked[6:] == 2 * [(64, "face")]
-    monkeypatch.setattr("sys.argv", ["personalize.py", str(folder / "a.png"), "[V]", "--model", "elsewhere"])
+    line = ["personalize.py", str(folder / "a.png"), "[V]", "--model", "elsewhere", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", line)
     sitting.sit(personalize.arguments(), model)
     assert asked[8:] == [(64, "face")]
 
