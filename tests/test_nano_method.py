@@ -37,7 +37,7 @@ def test_tuning_keeps_the_prediction_and_lifts_it(method, held_out):
     who = slice(0, 1)
     theta = method.predict(held_out.photos[who])
     predicted = method.lidb.adapters(theta)
-    tuned = join(predicted, method.fine_tune(held_out.photos[who], theta))
+    tuned = join(predicted, method.fine_tune(held_out.photos[who], theta, steps=15))
     before, _ = measure(held_out, method, predicted, "photo", who)
     after, _ = measure(held_out, method, tuned, "photo", who)
     assert after > before - .02 and after > .85
