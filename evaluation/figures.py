@@ -32,7 +32,6 @@ def write(folder, found, scores):
     main = {system: found[system, "", ""] for system in listed if (system, "", "") in found}
     paths = [dots(main, folder / name, *axes) for name, axes in DOTS.items()]
     paths.append(curves(found, folder / "curves.png"))
-    paths.append(training(folder / "training.jsonl", folder / "training.png"))
     for title, systems in TABLES.items():
         number = title.split(":")[0].lower().replace(" ", "_")
         here = [system for system in systems if system in main]
@@ -48,11 +47,11 @@ def sheet(width, height):
 
 def dots(main, file, across, up, xlabel, ylabel):
     """A dot for each system that has both numbers, ± a standard error; the axes end where the dots do."""
-    points = {system: (values[across], values[up]) for system, values in main.items()
-              if values.get(across) and values.get(up) and values[up][2] > 1}  # one person has no error
-    points.pop("the model itself", None)  # nobody in particular, far from all others
-    for passes in [system for system in points if system.startswith("k = ")]:
-        del points[passes]  # they would hide each other
+    # the model itself is far from all others, the passes would hide each other, and one person has no error
+    shown = {system: values for system, values in main.items()
+             if system != "the model itself" and not system.startswith("k = ")}
+    points = {system: (values[across], values[up]) for system, values in shown.items()
+              if values.get(across) and values.get(up) and values[up][2] > 1}
     if len(points) < 2:
         return None
     figure = sheet(7, 5)

@@ -67,8 +67,9 @@ def tune(engine, photos, theta, generators, views, *settings, callback=None):
         places = face_weights(*(length // 8 for length in photos.shape[-2:]), photos.device)
         photos = crops(photos[:, 0], views, generators)
     lora = engine.fine_tune(photos, theta, *settings, generator=generators, callback=callback, places=places)
-    measured = engine.model.name == "nano" and theta is not None
-    return scale(lora, KEPT if measured else 1.)
+    if engine.model.name == "nano" and theta is not None:
+        return scale(lora, KEPT)
+    return lora
 
 
 def person(theta=None, lora=None, basis_seed=0, **about):

@@ -51,3 +51,19 @@ def test_tuning_is_on_the_views_of_one_photo_and_on_several_photos_as_they_are()
         asis = hyperdreambooth.tune(engine, photos, theta, [generator(5)], count, 2, 2, .01, 3)
         expected = engine.fine_tune(photos, theta, 2, 2, .01, 3, [generator(5)])
         assert all(torch.equal(asis[name].b, expected[name].b) for name in expected)
+
+
+def test_nano_adds_a_part_of_what_is_learnt_to_a_prediction_and_all_of_it_to_none(nano):
+    """On the views of one photo, and on the photo as it is."""
+    engine, seen = hdb.HyperDreamBooth(nano), torch.rand(1, 3, 128, 128, generator=generator(1)) * 2 - 1
+    theta = torch.randn(1, *engine.lidb.shape, generator=generator(2)) * .1
+    for given, part in (theta, .7), (None, 1.):
+        learnt = engine.fine_tune(seen, given, 2, 1, .01, 1, [generator(5)])
+        added = hyperdreambooth.tune(engine, seen[:, None], given, [generator(5)], 1, 2, 1, .01, 1)
+        for name, (a, b) in learnt.items():
+            assert b.norm() > 0 and torch.equal(added[name].a, a) and torch.equal(added[name].b, b * part)
+    onviews = hyperdreambooth.tune(engine, seen[:, None], theta, [generator(5)], 2, 2, 1, .01, 1)
+    g = generator(5)
+    views, places = crops(seen, 2, [g]), face_weights(16, 16)
+    learnt = engine.fine_tune(views, theta, 2, 1, .01, 1, [g], places=places)
+    assert all(torch.equal(onviews[name].b, learnt[name].b * .7) for name in learnt)
