@@ -1,7 +1,7 @@
 """The paper's experiment, measured again: every system on the same people, prompts and noises.
 
     python -m evaluation                # on nano: 32 test people, 18 pictures each, and the curves; hours
-    python -m evaluation --quick            # 1 person, 13 pictures, no curves: ten minutes
+    python -m evaluation --quick            # 1 to 4 people, 13 pictures each, no curves: ten minutes
     python -m evaluation --rows "Only Hyper" Perfusion --people 8
     python -m evaluation --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
@@ -50,7 +50,8 @@ def main(args):
     names = [*scores.few, *scores.more] if args.quick else [*scores.prompts]
     people = torch.arange(len(scores.photos))
     work = [(job, group, names) for job in jobs
-            for group in experiment.groups(people, fitting(model, job.noises, job.people))]
+            for group in experiment.groups(people[:job.quick] if args.few else people,
+                                           fitting(model, job.noises, job.people))]
     if args.curves:
         few = people[:systems.PEOPLE]
         work += [(job, few, [*scores.few]) for job in systems.curves()]
@@ -129,9 +130,10 @@ def arguments():
     model = model_name(early("model").model or "nano")
     parser = parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        same("quick", None, False, "1 person, fewer prompts, no curves; on other models than nano "
+        same("quick", None, False, "few people, fewer prompts, no curves; on other models than nano "
              "a twentieth of all steps", action="store_true"),
-        same("people", number(int, 1, 10 ** 6), None, "how many; if not given, 32, or 1 with --quick"),
+        same("people", number(int, 1, 10 ** 6), None, "how many; if not given, 32, or with "
+             "--quick 1, and 4 of nano's for systems that take seconds"),
         same("rows", str, None, "systems to measure, without curves; if not given, all, with curves; if "
              "none is named, the curves alone", nargs="*"),
         same("no-curves", None, True, "measure the tables alone", action="store_false", dest="curves"),
@@ -146,7 +148,8 @@ def arguments():
     args = parser.parse_args()
     nano = args.model == "nano"
     args.curves = args.curves and nano and not (args.quick or args.rows)
-    args.people = args.people or (1 if args.quick else 32)
+    args.few = args.quick and nano and not args.people
+    args.people = args.people or (4 if args.few else 1 if args.quick else 32)
     named = "results" if nano else f"runs/evaluation_{Path(args.model).stem}"
     args.out = args.out or Path("runs/quick" if args.quick and nano else named + "_quick" * args.quick)
     check_before_loading(parser, args)

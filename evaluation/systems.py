@@ -30,6 +30,7 @@ class Job(NamedTuple):
     needs: str = ""
     noises: int = 4
     whole: bool = False
+    quick: int = 1
 
 
 @contextmanager
@@ -90,21 +91,24 @@ def rows(nano, quick=False):
         return found | {"steps": max(1, found["steps"] // part)}
     fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
     copy = {"noises": 2, "whole": True}  # with as many pictures of the class
-    passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet") for k in (1, 2, 3)]
+    few = {"quick": 4}
+    passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet", **few)
+              for k in (1, 2, 3)]
     return [
-        Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet"),
+        Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet", **few),
         Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1, **copy),
         Job("Textual Inversion", theirs(textual_inversion, **known(textual_inversion, "lr", "batch")),
             noises=2),
         Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4), noises=2),
         Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch")), noises=16),
-        Job("E4T", theirs(e4t, domain, steps=15), 1, needs="encoder"),
+        Job("E4T", theirs(e4t, domain, steps=15), 1, needs="encoder", **few),
         Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1, **copy),
         Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1, **copy),
-        Job("No Hyper", partial(ours, predict=False, **fast)),
-        Job("Only Hyper", partial(ours, steps=0), needs="hypernet", noises=1),
+        Job("No Hyper", partial(ours, predict=False, **fast), **few),
+        Job("Only Hyper", partial(ours, steps=0), needs="hypernet", noises=1, **few),
         *passes,
-        Job("the model itself", lambda method, photo, generators: hyperdreambooth.person(), noises=1)]
+        Job("the model itself", lambda method, photo, generators: hyperdreambooth.person(), noises=1,
+            **few)]
 
 
 def curves():

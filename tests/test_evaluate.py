@@ -450,6 +450,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, n
     assert why in refusal(evaluate, "--device", "cpu", *arguments)
 
 
+@pytest.mark.parametrize("given, people, few", [
+    ([], 32, False), (["--quick"], 4, True), (["--quick", "--people", 2], 2, False),
+    (["--quick", "--model", "x/some-model", "--faces", "nano"], 1, False)])
+def test_how_many_people_are_measured(monkeypatch, given, people, few):
+    monkeypatch.setattr("sys.argv", ["evaluation", *map(str, given)])
+    args = evaluate.arguments()
+    assert (args.people, args.few) == (people, few)
+
+
 @pytest.mark.parametrize("given, out", [
     ([], "results"), (["--quick"], "runs/quick"), (["--model", "x/some-model", "--faces", "nano"],
                                                   "runs/evaluation_some-model"),
