@@ -40,7 +40,7 @@ from files.hypernetwork import load_hypernet
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load
 from training.fit import fit, fit_or_take_back
-from vit import encode_face
+from vit import encode_face, visiting
 
 __all__ = ["PROMPT", "HyperDreamBooth", "load", "load_hypernet"]
 
@@ -70,8 +70,8 @@ class HyperDreamBooth:
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
-        encoder = self.hypernet.vit.to(self.model.device)  # methods/hyperdreambooth.py moves it off
-        features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
+        with visiting(self.hypernet.vit, self.model.device) as encoder:
+            features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
 

@@ -26,10 +26,10 @@ def save_hypernet(hypernet, model, path):
     write({key: t.half() for key, t in kept.items()}, path, note)
 
 
-def load_hypernet(path, model, encoder=None, encoder_device=None):
+def load_hypernet(path, model, encoder=None, encoder_device="cpu"):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
     official encoder that it names is, if neither where it was nor beside the file; encoder_device: where that
-    encoder goes, if not to the model's. LoadError if it is none, was made for other layers than this model's
+    encoder stays while it does not look. LoadError if it is none, was made for other layers than this model's
     or with another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = Tensors(path).note
@@ -46,8 +46,7 @@ def load_hypernet(path, model, encoder=None, encoder_device=None):
     vit = torch.nn.Identity() if config.encoder else None
     built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:
-        where = encoder_device or model.device
-        built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), where, encoder)
+        built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), encoder_device, encoder)
         if built.vit.config != config.vit:
             raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
     return built

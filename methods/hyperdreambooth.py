@@ -41,7 +41,6 @@ def make(engine, photos, generators, args, stage):
     theta, lora = None, {}
     if engine.hypernet:
         theta = engine.predict(photos)
-        engine.hypernet.vit.to("cpu")  # fine-tuning can use the 2.5 GB of a GPU that ViT-H takes
         stage(f"predicted {theta.numel():,} personal weights")
     elif not args.steps:
         raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "

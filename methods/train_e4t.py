@@ -60,7 +60,8 @@ def main(args):
     data, watched = people.to_train_on(args, model, vit, hdb.PROMPT, folder / "photos", deadline, WATCHED,
                                        others=0, looks=0)
     with global_seed(args.seed):
-        domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model, vit).to(model.device)
+        domain = e4t.Domain(e4t.EncoderConfig(vit.config.hidden_size), model).to(model.device)
+        domain.vit = vit
         deltas = nn.ModuleList(Offset(layer) for layer in e4t.attention(model).values()).to(model.device)
 
     steps = args.steps or usual_steps(data.count, args.batch)

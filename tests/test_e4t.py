@@ -21,9 +21,11 @@ from torch.func import functional_call
 
 import diffusion
 import hdb
+import training.photos
 from methods import e4t, train_e4t
 from diffusion import denoising_loss
 from files import encoders, images
+from files.checkpoints import checksum
 from program import console
 from program.options import add
 from files.layouts import HERE
@@ -431,11 +433,12 @@ def test_shapes_are_those_of_one_person():
 def looker(monkeypatch):
     """A tiny ViT wherever one is looked for: by which name, and on which device."""
     asked, vit = [], tiny_hypernet(1, 1).vit
+    vit.source, vit.checksum_of_file = "some/vit", checksum(vit)
 
     def load_vit(source, device):
-        asked.append((source, device))
-        return vit
-    for module in e4t, encoders:
+        asked.append((source, str(device)))
+        return copy.deepcopy(vit).to(device)
+    for module in e4t, encoders, training.photos:
         monkeypatch.setattr(module, "load_vit", load_vit)
     return asked
 
@@ -448,7 +451,7 @@ def file(tmp_path, looker):
 
 def test_what_was_pre_trained_comes_back_in_half_precision(file, looker):
     domain, back = tiny_domain(), e4t.load_domain(file, shared_model())
-    assert looker == [("some/vit", torch.device("cpu"))] and back.config == domain.config
+    assert looker == [("some/vit", "cpu")] and back.config == domain.config
     assert not back.training and not any(p.requires_grad for p in back.parameters())
     stored = load_file(file)
     assert stored.keys() == {name for name in back.state_dict() if not name.startswith("vit.")}
@@ -550,8 +553,9 @@ def train(tmp_path, monkeypatch, looker):
     return run
 
 
-def test_training_moves_the_encoder_and_the_offsets_alone(train, tmp_path):
+def test_training_moves_the_encoder_and_the_offsets_alone(train, looker, tmp_path):
     steps = train("--steps", 2, "--dtype", "float16")
+    assert looker == [("some/vit", "meta"), ("some/vit", "cpu")]  # read where the photos are encoded
     for loss, denoising, size in steps:
         assert loss == pytest.approx(denoising + e4t.LAMBDA * size, rel=1e-4) and size > 0
     state = load_file(tmp_path / "e4t/state.safetensors")

@@ -1,11 +1,10 @@
 """The method by numbers, on a tiny model: each step against the same written out with changed weights."""
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import (
-    Changed, Stage, deltas, generator, photo, shared_model, some_latent, times_and_noise, tiny_hypernet,
+    Changed, deltas, generator, photo, shared_model, some_latent, times_and_noise, tiny_hypernet,
     tiny_model, untouched)
 
 import diffusion
@@ -13,7 +12,6 @@ import hdb
 import lidb
 from diffusion import denoising_loss, noised
 from adapters import Change, LowRank, adapted, fastest, fresh_lora, join, merge
-from methods import hyperdreambooth
 from training.fit import fit
 from vit import encode_face
 
@@ -488,9 +486,11 @@ def test_a_photo_of_another_shape_is_looked_at_whole(method):
     assert encode_face(vit, torch.zeros(1, 3, 64, 128)).shape == encode_face(vit, photo()).shape
 
 
-def test_the_encoder_leaves_the_device_once_it_has_looked(method, monkeypatch):
-    places, vit = [], method.hypernet.vit
-    monkeypatch.setattr(vit, "to", lambda place: places.append(torch.device(place)) or vit)
-    args = SimpleNamespace(model="nano", steps=0, lr=1e-3)
-    hyperdreambooth.make(method, photo()[:, None], [generator(0)], args, Stage())
-    assert places == [method.model.device, torch.device("cpu")]
+def test_the_encoder_visits_the_device_while_it_looks(method, monkeypatch):
+    """On another device than the model's it costs no memory there: personalize, evaluate, E4T."""
+    places, vit, look = [], method.hypernet.vit, hdb.encode_face
+    monkeypatch.setattr(vit, "to", lambda place: places.append(place) or vit)
+    monkeypatch.setattr(hdb, "encode_face", lambda *given: places.append("looks") or look(*given))
+    monkeypatch.setattr(type(method.model), "device", "the model's")
+    method.predict(photo())
+    assert places == ["the model's", "looks", torch.device("cpu")]
