@@ -1,18 +1,15 @@
 """HyperDreamBooth from end to end on nano, in nine steps: the paper's sections and equations, running.
 
     python tour.py          # about a minute on two cores; writes docs/tour.md with its pictures
-    python tour.py fast     # a few steps of everything, to out/tour/
+    python tour.py fast     # a few steps of everything, to out/
 
-Every step says what it claims, prints what it measured, asserts it, and draws one picture. docs/tour.md is
-this file's own report: the texts below, and the numbers and pictures of the run that wrote it.
+Each step says what it shows, prints what it measures, asserts it, and makes one picture.
 """
 import sys
-import time
 
-from program import START
+from nano.page import Page, to_scale
 
 import torch
-import torch.nn.functional as F
 
 import diffusion
 import hdb
@@ -25,259 +22,182 @@ from lidb import LiDB, personal_layers, unet_layers
 from methods import hyperdreambooth
 from methods.table import METHODS
 from nano import faces, people, seeds
-from nano.page import Tour, to_scale
+from training.trainer import global_seed
 from unet import UNet, UNetConfig
 from vit import encode_face
 
-ROCK = "a [V] face as a rock star"
+fast = "fast" in sys.argv
+count, sampler_steps = (2, 1) if fast else (8, 15)  # count: of people
+page = Page(HERE / "tour.py", fast)
+model = hdb.load("nano", "cpu")
+hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", model)
+method = hdb.HyperDreamBooth(model, hypernet)
+lidb = method.lidb
 
 
-def step_1(tour):
-    """The world
-
-    nano's world is drawn by a renderer (nano/faces.py). A person is 27 numbers, a photo adds 17 of
-    circumstances (pose, light, smile, …) and a style. So it is known exactly who is in a picture. What
-    measures it is the judge, a small network that was trained apart from everything it judges: *likeness* is
-    the cosine of its embeddings of two pictures."""
-    held_out = people.HeldOut(tour.count, "cpu", seeds.VALIDATION)  # people whom no training has seen
-    tour.photos, tour.judge = held_out.photos, held_out.judge
-    others = held_out.more_photos(1)[:, 0]
-    same, strangers = (tour.likeness(photos) for photos in (others, others.roll(1, 0)))
-    tour.say(f"likeness of two photos of one person {same:.2f}, of two people {strangers:.2f}")
-    assert same > .8 and (tour.fast or strangers < .4)
-
-    styles = torch.arange(len(faces.STYLES))
-    rows = [faces.photos(person.expand(len(styles), -1), hdb.seeded(1), "cpu", styles)
-            for person in held_out.identity[:3]]
-    tour.show("three people in every style", torch.cat(rows), list(faces.STYLES))
+def draw(prompt, adapters, copies=1):
+    """Pictures (copies, 3, 128, 128) of the prompt, always from the same noise."""
+    return model.sample([prompt] * copies, steps=sampler_steps, adapters=adapters)
 
 
-def step_2(tour):
-    """Stable Diffusion (section 3)
-
-    An autoencoder makes a latent x₀ of a picture, eight times smaller a side. Noise is added:
-    x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε. A UNet learns to tell ε from x_t, t and the features c of a text, and a
-    sampler walks from pure noise back to a picture. nano is the same code as SD 1.5 at a small size."""
-    model, photo = tour.model, tour.photos[:1]
-    latent = model.encode(photo)
-    back = model.decode(latent)
-    psnr = 10 * torch.log10(4 / F.mse_loss(back, photo)).item()
-    context = model.context(["a face as a king"])
-    tour.say(f"picture {tuple(photo.shape)} -> latent {tuple(latent.shape)} -> picture, {psnr:.1f} dB")
-    tour.say(f"text -> features {tuple(context.shape)}")
-    assert psnr > 25
-
-    noise = diffusion.seeded_noise(latent.shape, [0])
-    noisy = diffusion.add_noise(latent.expand(3, -1, -1, -1), noise, torch.tensor([250, 500, 999]))
-    king = tour.draw("a face as a king", {})
-    tour.show("a photo, its latent's picture, the latent with noise, and a sample of the text",
-              torch.cat([photo, back, model.decode(noisy).clamp(-1, 1), king]),
-              ["photo", "decoded", "t = 250", "t = 500", "t = 999", "a face as a king"])
+def likeness(pictures):
+    """The mean likeness of pictures of the first people, one each, to their photos."""
+    return judge.likeness(pictures, photos[:len(pictures)]).mean().item()
 
 
-def step_3(tour):
-    """Lightweight DreamBooth (section 4.1, Eq. 1)
+# %% 1. The world
+# A renderer draws everybody in nano's world (nano/faces.py), so we know exactly who is in a picture: a person
+# is 27 numbers. The judge, a small network that was trained apart, measures *likeness*: the cosine of its
+# embeddings of two pictures.
+held_out = people.HeldOut(count, "cpu", seeds.VALIDATION)  # people whom no training has seen
+photos, judge = held_out.photos, held_out.judge
+again = held_out.more_photos(1)[:, 0]
+same, strangers = likeness(again), likeness(again.roll(1, 0))
+page.say("likeness of two photos", {"of one person": same, "of two people": strangers})
+assert same > .8 and (fast or strangers < .4)
+page.show("two people in every style", {
+    style: faces.photos(held_out.identity[:2], hdb.seeded(1), "cpu", torch.tensor([i, i]))
+    for i, style in enumerate(faces.STYLES)})
 
-    ΔW = A_aux · A_train · B_train · B_aux for every attention layer. A_aux and B_aux are random and frozen: a
-    seed makes them again, so they are neither stored nor predicted, and all people share them, so there is
-    one space of people that a network can learn. They are orthonormal: ‖A_aux·a‖ = ‖a‖ in a layer of any
-    width, so one scale of numbers and of gradients suits all layers. θ = (A_train, B_train) counts from A₀
-    (random, shared) and 0: at θ = 0 the model is untouched, and yet B's gradient is not zero."""
-    model, lidb = tour.model, tour.method.lidb
-    weights = sum(p.numel() for part in (model.unet, model.text) for p in part.parameters())
-    with torch.device("meta"):  # SD 1.5's shapes, without its weights
-        large = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
-    for name, layers in (f"nano: {weights:,} weights;", tour.method.layers), ("SD 1.5:", large):
-        lora = sum(layer.in_features + layer.out_features for layer in layers.values())
-        count, size = LiDB(layers).shape
-        tour.say(f"{name} rank-1 LoRA {lora:,}; LiDB {count} layers × {size} = {count * size:,}")
-    assert (lora, count * size) == (385_344, 28_800)  # the paper's 386K and 28K
+# %% 2. Stable Diffusion (section 3)
+# An autoencoder turns a picture into a latent x₀ and back. Noise is added to it, x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε,
+# and a UNet learns to predict ε from x_t, t and the features c of a text. A sampler uses the UNet to go from
+# pure noise to a picture. nano runs the code of SD 1.5 at a small size.
+photo, prompt = photos[:1], "a face as a king"
+latent, context = model.encode(photo), model.context([prompt])
+page.say(f"picture {[*photo.shape]} -> latent {[*latent.shape]}; text -> features {[*context.shape]}")
+decoded = model.decode(latent)
+assert (decoded - photo).abs().mean() < .05
+noisy = diffusion.add_noise(latent, diffusion.seeded_noise(latent.shape, [0]), torch.tensor([500]))
+page.show("a photo, its latent, the latent with noise, and a sample", {
+    "photo": photo, "latent, decoded": decoded, "x_t at t = 500": model.decode(noisy).clamp(-1, 1),
+    prompt: draw(prompt, {})})
 
-    _, a_aux, b_aux = lidb.basis
-    assert all(torch.allclose(a.T @ a, torch.eye(a.shape[1]), atol=1e-5) for a in a_aux)
-    theta = torch.zeros(1, *lidb.shape, requires_grad=True)
-    given = torch.randn(1, 4, 16, 16, generator=hdb.seeded(0)), 500, model.context(["a face"])
-    with model.adapted(lidb.adapters(theta)):
-        noise = model.unet(*given)
-        noise.pow(2).mean().backward()
-    assert torch.allclose(noise, model.unet(*given), atol=1e-5)
-    a, b = theta.grad.split([lidb.a, lidb.b], 2)
-    tour.say(f"gradient at θ = 0: of A_train {a.norm():.1e}, of B_train {b.norm():.1e}")
-    assert not a.any() and b.norm() > 0
+# %% 3. Lightweight DreamBooth (section 4.1, Eq. 1)
+# ΔW = A_aux · A_train · B_train · B_aux in each attention layer. A_aux and B_aux are random and frozen: a
+# seed makes them again, so nobody stores or predicts them, and all people share one space that a network can
+# learn. They are orthonormal, ‖A_aux·a‖ = ‖a‖ in a layer of any width, so one scale suits all layers. θ is
+# A_train − A₀, where A₀ is random, and B_train. At θ = 0 ΔW is 0, but B_train's gradient is not.
+with torch.device("meta"):  # SD 1.5's shapes, without its weights
+    sd15 = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
+for name, layers in ("nano", method.layers), ("SD 1.5", sd15):
+    rank_1 = sum(layer.in_features + layer.out_features for layer in layers.values())
+    rows, size = LiDB(layers).shape
+    page.say(f"{name}: rank-1 LoRA {rank_1:,} numbers; θ {rows} layers × {size} = {rows * size:,}")
+assert (rank_1, rows * size) == (385_344, 28_800)  # the paper's 386K and 28K
 
-    matrices = {"A_aux": a_aux[0], "A_train": lidb.basis[0],
-                "B_train": torch.zeros(1, lidb.b), "B_aux": b_aux[0]}
-    side = 6 + max(*a_aux[0].shape, *b_aux[0].shape)
-    pictures = torch.stack([to_scale(matrix, side) for matrix in matrices.values()])
-    heads = [f"{name} {len(matrix)} x {matrix.shape[1]}" for name, matrix in matrices.items()]
-    tour.show("the four matrices of one layer at θ = 0, to scale", pictures, heads)
+a_0, [a_aux, *_], [b_aux, *_] = lidb.basis  # A_aux and B_aux of the first layer
+theta = torch.randn(1, *lidb.shape, generator=hdb.seeded(0))
+a_train, b_train = a_0 + theta[0, 0, :lidb.a, None], theta[0, 0, None, lidb.a:]
+adapter = lidb.adapters(theta)[lidb.names[0]]
+assert torch.allclose(adapter.a @ adapter.b, a_aux @ a_train @ b_train @ b_aux, atol=1e-5)  # Eq. 1
+assert torch.allclose(a_aux.T @ a_aux, torch.eye(lidb.a), atol=1e-5)
+theta = torch.zeros(1, *lidb.shape, requires_grad=True)
+change = torch.matmul(*lidb.adapters(theta)[lidb.names[0]])
+(gradient,) = torch.autograd.grad(change.sum(), theta)
+assert not change.any() and not gradient[:, :, :lidb.a].any() and gradient[:, :, lidb.a:].any()
+page.show("the four matrices of one layer, to scale",
+          to_scale({"A_aux": a_aux, "A_train": a_train, "B_train": b_train, "B_aux": b_aux}))
 
+# %% 4. DreamBooth in that space (section 4.1)
+# DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", trains θ alone: fewer numbers
+# than the photo has pixels, but they hold a face.
+fitted = method.fit_theta(lambda: (latent, [hdb.PROMPT]), 1, 2 if fast else 60, .02, hdb.seeded(0))
+before, after = draw(hdb.PROMPT, {}), draw(hdb.PROMPT, lidb.adapters(fitted))
+page.say("likeness to the photo", {"before": likeness(before), "after": likeness(after)})
+assert fast or likeness(after) > likeness(before) + .3
+page.show("θ fitted to one photo", {"photo": photo, "before": before, "after": after})
 
-def step_4(tour):
-    """DreamBooth in that space (section 4.1)
+# %% 5. The hypernetwork (section 4.2, Eq. 3)
+# A network predicts θ from the photo: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. A ViT encodes the photo
+# once, to features f. The decoder T, with a token for each layer, runs s times; each pass corrects the last.
+face = hypernet.face(encode_face(hypernet.vit, photos))
+theta, columns, scores = torch.zeros(count, *lidb.shape), {"photo": photos[:4]}, {}
+for k in range(1, hypernet.config.iterations + 1):
+    theta = theta + hypernet.correction(face, theta)  # Eq. 3
+    pictures = draw(hdb.PROMPT, lidb.adapters(theta), count)
+    columns[f"pass {k}"], scores[f"{k}:"] = pictures[:4], likeness(pictures)
+assert torch.allclose(theta, method.predict(photos), atol=1e-5)
+page.say("mean likeness after each pass", scores)
+assert fast or scores["4:"] > max(.8, scores["1:"] - .02)
+page.show("people after every pass", columns)
 
-    DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", with θ alone to train: fewer
-    numbers than the photo has pixels, and they hold a face."""
-    given = tour.model.encode(tour.photos[:1]), [hdb.PROMPT]
-    theta = tour.method.fit_theta(lambda: given, 1, 2 if tour.fast else 60, .02, hdb.seeded(0))
-    pictures = [tour.draw(hdb.PROMPT, adapters) for adapters in ({}, tour.method.lidb.adapters(theta))]
-    low, high = map(tour.likeness, pictures)
-    tour.say(f"likeness to the photo: {low:.2f} before, {high:.2f} after the fit")
-    assert tour.fast or high > low + .3
-    tour.show("θ fitted to one photo", torch.cat([tour.photos[:1], *pictures]), ["photo", "before", "after"])
+# %% 6. Whose θ is it? (section 4.2)
+# Another person's θ draws another person; the mean of two draws something of both. The person also belongs to
+# [V]: a prompt without it draws a stranger.
+mixtures = {"own": theta[:1], "another's": theta[1:2], "the mean of both": theta[:2].mean(0, keepdim=True)}
+columns = {name: draw(hdb.PROMPT, lidb.adapters(mixture)) for name, mixture in mixtures.items()}
+own, another, both = map(likeness, columns.values())
+page.say("likeness to person 1 by θ", {"own": own, "another's": another, "the mean of both": both})
+assert fast or own > both > another
+leaked, chance = likeness(draw("a face", lidb.adapters(theta), count)), likeness(draw("a face", {}, count))
+page.say('likeness of "a face"', {"with θ": leaked, "without": chance})
+assert fast or leaked < own / 2
+page.show("whose θ", {"person 1": photo, "person 2": photos[1:2]} | columns)
 
+# %% 7. Training it (Eq. 2)
+# L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖². We set α = 1 and β = 0, because a picture of the person in a style,
+# under that style's prompt, teaches more than a θ fitted to one photo. Some prompts lack [V], and their
+# pictures show strangers: those must stay as they are. Here a fresh network learns one batch with one noise.
+with global_seed(0):
+    fresh = HyperNetwork(hypernet.config, hypernet.vit)
+features, latents, prompts = people.People(model, hypernet.vit).samples(torch.arange(count), hdb.seeded(0))
+x_t, t, noise, weight = diffusion.noised(latents, hdb.seeded(0))
+optimizer, losses = torch.optim.Adam(fresh.parameters(), lr=1e-3), []  # the encoder has no gradient
+for _ in range(2 if fast else 20):
+    optimizer.zero_grad()
+    with model.adapted(lidb.adapters(fresh.refine(features))):
+        error = (model.unet(x_t, t, model.context(prompts)) - noise).pow(2).mean((1, 2, 3))
+        loss = (weight * error).mean()  # Eq. 2
+        loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+page.say(f"loss of {count} people: {losses[0]:.4f}, after {len(losses)} steps {losses[-1]:.4f}")
+assert losses[-1] < losses[0] and fresh.heads.grad.flatten(1).any(1).all()
+page.show("pictures and prompts of that batch", dict(zip(prompts, model.decode(latents).split(1))))
 
-def step_5(tour):
-    """The hypernetwork (section 4.2, Eq. 3)
+# %% 8. Rank-relaxed fast fine-tuning (section 4.3)
+# Rank 1 in a random subspace holds a likeness, not its details. So the predicted ΔW stays as it is, and a
+# LoRA of a higher rank is trained beside it: W' = W + ΔW_θ̂ + A·B. It starts at B = 0, exactly the prediction.
+# This loop is all of it; fine_tune in hdb.py does the same, faster.
+steps, rank, batch, generator = 2 if fast else 40, 4, 4, hdb.seeded(0)
+predicted = detach(lidb.adapters(theta[:1]))
+with model.adapted(predicted):
+    context = model.context([hdb.PROMPT]).repeat(batch, 1, 1)
+lora = fresh_lora(unet_layers(method.layers), rank, generator)
+optimizer = torch.optim.Adam([factor for pair in lora.values() for factor in pair], lr=3e-3, betas=(.9, .99))
+for _ in range(steps):
+    x_t, t, noise, weight = diffusion.noised(latent.repeat(batch, 1, 1, 1), generator)
+    optimizer.zero_grad()
+    with model.adapted(predicted), model.adapted(lora):
+        error = (model.unet(x_t, t, context) - noise).pow(2).mean((1, 2, 3))
+        (weight * error).mean().backward()
+    optimizer.step()
+for name, pair in method.fine_tune(photo, theta[:1], steps).items():
+    assert torch.allclose(pair.a @ pair.b, lora[name].a @ lora[name].b, atol=1e-4)
 
-    A network sees the photo and says θ: `θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1})`, from `θ̂_0 = 0`. The photo is
-    encoded once to f; the decoder, with a token for each layer, then runs s times, and each pass sees the
-    estimate that it is to correct."""
-    hypernet = tour.method.hypernet
-    features = encode_face(hypernet.vit, tour.photos)
-    tour.passes = hypernet.passes(features).detach()          # (s + 1, people, layers, size)
-    drawn = map(tour.method.lidb.adapters, tour.passes[1:])
-    pictures = [tour.draw(hdb.PROMPT, adapters, tour.count) for adapters in drawn]
-    scores = [*map(tour.likeness, pictures)]
-    tour.say("mean likeness after each pass: " + ", ".join(f"{score:.2f}" for score in scores))
-    steps = tour.passes.diff(dim=0).flatten(2)
-    cosines = torch.cosine_similarity(steps[1:], steps[:-1], dim=2).mean(1)
-    tour.say("cosine between one pass's step and the next: " + ", ".join(f"{c:+.2f}" for c in cosines))
-    assert tour.fast or scores[-1] > .8 and all(b > a - .02 for a, b in zip(scores, scores[1:]))
-    heads = ["photo", *(f"pass {k}" for k in range(1, len(tour.passes)))]
-    tour.show("people after every pass", torch.stack([tour.photos, *pictures], 1)[:4].flatten(0, 1), heads)
+lora, rock_star = detach(lora), "a [V] face as a rock star"
+systems = {"only hyper": predicted, "no hyper": method.fine_tune(photo, None, steps),
+           "both": join(predicted, lora)}
+columns = {"photo": photo.repeat(2, 1, 1, 1)}
+for name, adapters in systems.items():
+    plain, styled = draw(hdb.PROMPT, adapters), draw(rock_star, adapters)
+    page.say(name, {"plain": likeness(plain), "as a rock star": likeness(styled)})
+    columns[name] = torch.cat([plain, styled])
+page.show("a [V] face, and as a rock star", columns)
 
-
-def step_6(tour):
-    """Whose θ is it? (section 4.2)
-
-    θ is about its person: another's θ draws another, and between two people lies something of both. A person
-    also belongs to [V]: a prompt that does not say [V] draws somebody else."""
-    theta = tour.passes[-1]
-    given = {"own": theta[:1], "another's": theta[1:2], "mean": theta.mean(0, keepdim=True),
-             "half of two": theta[:2].mean(0, keepdim=True)}
-    pictures = {name: tour.draw(hdb.PROMPT, tour.method.lidb.adapters(t)) for name, t in given.items()}
-    scores = {name: tour.likeness(picture) for name, picture in pictures.items()}  # to the first photo
-    tour.say("likeness to the first person: " + ", ".join(f"{name} {s:.2f}" for name, s in scores.items()))
-    assert tour.fast or scores["own"] > scores["half of two"] > scores["another's"]
-
-    drawn = [tour.draw("a face", adapters, tour.count) for adapters in (tour.method.lidb.adapters(theta), {})]
-    leaked, chance = map(tour.likeness, drawn)
-    tour.say(f'"a face", without [V]: likeness {leaked:.2f} with the weights, {chance:.2f} without them')
-    assert tour.fast or leaked < scores["own"] / 2
-    tour.show("θ of the first person, of the second, and mixtures",
-              torch.cat([tour.photos[:2], *pictures.values()]), ["person 1", "person 2", *given])
-
-
-def step_7(tour):
-    """Training it (Eq. 2)
-
-    L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖². Here α = 1 and β = 0: what the weights draw is what counts, and a
-    picture of the person in a style, under that style's prompt, is a better teacher than weights that were
-    fitted to one photo. The gradient goes through the frozen UNet into the heads. Some prompts do not say
-    [V], and their pictures are of strangers: those the weights must leave alone. This is a fresh network and
-    one batch with one noise; train.py takes new ones at every step."""
-    hypernet = HyperNetwork(tour.method.hypernet.config, tour.method.hypernet.vit)
-    crowd = people.People(tour.model, hypernet.vit)
-    trained = [p for name, p in hypernet.named_parameters() if not name.startswith("vit.")]
-    optimizer, losses = torch.optim.Adam(trained, lr=1e-3), []
-    features, latents, prompts = crowd.samples(torch.arange(tour.count), hdb.seeded(0))
-    noisy = diffusion.noised(latents, hdb.seeded(0))
-    for _ in range(2 if tour.fast else 20):
-        theta = hypernet.refine(features)
-        with tour.model.adapted(tour.method.lidb.adapters(theta)):
-            loss, _, _ = hdb.hyper_loss(tour.model, prompts, noisy, theta)
-            loss.backward()
-        reached = hypernet.heads.grad.flatten(1).norm(dim=1) > 0
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    tour.say(f"loss of {tour.count} people: {losses[0]:.4f}, after {len(losses)} steps {losses[-1]:.4f}")
-    assert losses[-1] < losses[0] and reached.all()
-    pictures = tour.model.decode(latents).clamp(-1, 1)
-    tour.show("the pictures of that batch, and their prompts", pictures, prompts)
-
-
-def step_8(tour):
-    """Rank-relaxed fast fine-tuning (section 4.3)
-
-    Rank 1 in a random subspace holds a likeness, not its details. So the predicted ΔW stays as it is, and a
-    LoRA of a higher rank is trained beside it on the one photo: W' = W + ΔW_θ̂ + A·B. With B = 0 it starts
-    exactly at the prediction. The loop below is all of it; hdb.py's fine_tune is the same, made fast."""
-    steps, photo, theta = 2 if tour.fast else 40, tour.photos[:1], tour.passes[-1][:1]
-    predicted = detach(tour.method.lidb.adapters(theta))
-    lora = plain_fine_tune(tour, photo, predicted, steps)
-    same = tour.method.fine_tune(photo, theta, steps)
-    apart = max((p.a @ p.b - q.a @ q.b).abs().max().item() for p, q in zip(lora.values(), same.values()))
-    large = max((p.a @ p.b).abs().max().item() for p in lora.values())
-    tour.say(f"the plain loop and fine_tune: ΔW differs by at most {apart:.0e} of {large:.0e}")
-    assert apart < .01 * large
-
-    systems = {"only hyper": predicted, "no hyper": tour.method.fine_tune(photo, None, steps),
-               "both": join(predicted, lora)}
-    rows = []
-    for prompt in hdb.PROMPT, ROCK:
-        drawn = [tour.draw(prompt, adapters) for adapters in systems.values()]
-        scores = [tour.likeness(picture) for picture in drawn]
-        tour.say(f"{prompt}: " + ", ".join(f"{name} {s:.2f}" for name, s in zip(systems, scores)))
-        rows += [photo, *drawn]
-    tour.person = hyperdreambooth.person(theta, lora)
-    tour.show("a [V] face, and as a rock star", torch.cat(rows), ["photo", *systems])
-
-
-def plain_fine_tune(tour, photo, predicted, steps, rank=4, batch=4):
-    """Section 4.3 in one loop: the LoRA's adapters."""
-    model, generator = tour.model, hdb.seeded(0)
-    latent = model.encode(photo)
-    with model.adapted(predicted):
-        context = model.context([hdb.PROMPT]).detach().repeat(batch, 1, 1)
-    lora = fresh_lora(unet_layers(tour.method.layers), rank, generator)
-    optimizer = torch.optim.Adam([t for pair in lora.values() for t in pair], lr=3e-3, betas=(.9, .99))
-    for _ in range(steps):
-        x_t, t, noise, weight = diffusion.noised(latent.repeat(batch, 1, 1, 1), generator)
-        with model.adapted(predicted), model.adapted(lora):
-            error = (model.unet(x_t, t, context) - noise).pow(2).mean((1, 2, 3))
-            (weight * error).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return detach(lora)
-
-
-def step_9(tour):
-    """What a person is (section 5)
-
-    A small file: the seed of the basis, θ and the LoRA, with checksums of the model they belong to. It can be
-    scaled, joined, merged into the model, or exported as a LoRA."""
-    engine, path = tour.method, tour.folder / "person.safetensors"
-    save_person(tour.person, engine, path)
-    loaded = load_person(path, engine, METHODS)
-    tour.say(f"the file of the person: {path.stat().st_size:,} bytes")
-    path.unlink()
-    kept = tour.person.map(lambda t: t.half().float())        # as the file keeps it
-    first, second = (tour.draw(ROCK, person.adapters(engine)) for person in (kept, loaded))
-    assert torch.equal(first, second)
-
-    strengths = 0., .25, .5, .75, 1.
-    pictures = [tour.draw(ROCK, scale(loaded.adapters(engine), strength)) for strength in strengths]
-    scores = [tour.likeness(picture) for picture in pictures]
-    tour.say("likeness as a rock star by strength: "
-             + ", ".join(f"{k:g}: {score:.2f}" for k, score in zip(strengths, scores)))
-    assert tour.fast or scores[-1] > scores[0] + .2
-    tour.show("the same person, stronger and stronger", torch.cat([tour.photos[:1], *pictures]),
-              ["photo", *(f"strength {k:g}" for k in strengths)])
-
-
-STEPS = step_1, step_2, step_3, step_4, step_5, step_6, step_7, step_8, step_9
-
-
-def main(folder, fast=False):
-    """All nine steps; the page and its pictures go to `folder`."""
-    tour = Tour(folder, fast)
-    for number, step in enumerate(STEPS, 1):
-        tour.take(number, step)
-    print(f"{folder / 'tour.md'}, {time.time() - START:.0f} s in all")
-
-
-if __name__ == "__main__":
-    fast = "fast" in sys.argv[1:]
-    main(HERE / ("out" if fast else "docs"), fast)
+# %% 9. What a person is (section 5)
+# A small file: the seed of the basis, θ, the LoRA, and checksums of the model that they belong to.
+person, file = hyperdreambooth.person(theta[:1], lora), page.folder / "person.safetensors"
+save_person(person, method, file)
+loaded = load_person(file, method, METHODS)
+page.say(f"the file of the person: {file.stat().st_size:,} bytes")
+file.unlink()
+assert all(torch.equal(loaded.tensors[name], t.half().float()) for name, t in person.tensors.items())
+columns, scores = {"photo": photo}, {}
+for strength in 0, .25, .5, .75, 1:
+    picture = draw(rock_star, scale(loaded.adapters(method), strength))
+    columns[f"strength {strength}"], scores[f"{strength}:"] = picture, likeness(picture)
+page.say("likeness as a rock star by strength", scores)
+assert fast or scores["1:"] > scores["0:"] + .2
+page.show("the same person, stronger and stronger", columns)

@@ -1,11 +1,13 @@
-"""What the steps of tour.py share, and the page that it writes about itself: of every step its text, its
-picture and what it printed."""
-import inspect
+"""The page that tour.py writes about itself: each step's text, its picture, and what it printed."""
+import time
+from itertools import takewhile
 from pathlib import Path
 
+from program import START
+
+import torch
 import torch.nn.functional as F
 
-import hdb
 from files import images
 from files.layouts import HERE
 
@@ -16,54 +18,58 @@ page, numbers and pictures included: run `python tour.py` and compare.
 """
 
 
-class Tour:
-    """The model, the method, and the page: tour.md in `folder`, with its pictures in tour/. Steps leave here
-    what later ones need."""
+def steps_of(file):
+    """What stands before the first "# %%" line of `file`, and (title, text, code) of each step: that line,
+    the comment under it, and the rest."""
+    before, *steps = file.read_text(encoding="utf-8").split("\n# %% ")
+    found = []
+    for step in steps:
+        title, *lines = step.strip().splitlines()
+        text = [line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+        found.append((title, "\n".join(text), "\n".join(lines[len(text):])))
+    return before, found
 
-    def __init__(self, folder, fast):
-        self.folder, self.parts, self.fast = Path(folder), [HEAD], fast
+
+class Page:
+    """tour.md, with its pictures in tour/: in docs/, or with `fast` in out/."""
+
+    def __init__(self, file, fast):
+        self.folder = Path("out") if fast else HERE / "docs"
         (self.folder / "tour").mkdir(parents=True, exist_ok=True)
-        self.count, self.steps = (2, 1) if fast else (8, 15)  # people; of the sampler
-        self.model = hdb.load("nano", "cpu")
-        hypernet = hdb.load_hypernet(HERE / "nano/hypernet.safetensors", self.model)
-        self.method = hdb.HyperDreamBooth(self.model, hypernet)
+        self.steps, self.parts, self.said = steps_of(file)[1], [HEAD], []
 
-    def draw(self, prompt, adapters, count=1):
-        """Pictures (count, 3, H, W) of the prompt, always from the same noises."""
-        return self.model.sample([prompt] * count, steps=self.steps, adapters=adapters)
+    def say(self, text, numbers=None):
+        """Print a line, which the page shows too; numbers: name -> number, added to it."""
+        if numbers:
+            text += ": " + ", ".join(f"{name} {number:.2f}" for name, number in numbers.items())
+        if not self.said:
+            print(self.steps[len(self.parts) - 1][0])
+        print(f"  {text}")
+        self.said.append(text)
 
-    def likeness(self, pictures):
-        """Their mean likeness to the photos of the first people, one each."""
-        return self.judge.likeness(pictures, self.photos[:len(pictures)]).mean().item()
-
-    def say(self, line):
-        """Print a line, which the page shows too."""
-        print(f"  {line}")
-        self.said.append(line)
-
-    def show(self, title, pictures, heads):
-        """The step's picture: these (B, 3, H, W), under a head for each column."""
-        images.save(images.sheet(pictures, len(heads), heads), self.file)
-        self.picture = f"![{title}](tour/{self.file.name})"
-
-    def start(self, number):
-        """What comes next belongs to the step of this number."""
-        self.file, self.said = self.folder / f"tour/{number}.png", []
-
-    def take(self, number, step):
-        """Run one step, and put its docstring, its picture and what it said on the page."""
-        title, _, text = inspect.getdoc(step).partition("\n\n")
-        self.start(number)
-        print(f"{number}. {title}")
-        step(self)
+    def show(self, title, columns):
+        """End a step with its picture, returned for a notebook to display; columns: head -> pictures (rows,
+        3, H, W) in [-1, 1]."""
+        number = len(self.parts)
+        file = self.folder / f"tour/{number}.png"
+        sheet = images.sheet(torch.stack([*columns.values()], 1).flatten(0, 1), len(columns), [*columns])
+        images.save(sheet, file)
+        heading, text, _ = self.steps[number - 1]
         said = "\n".join(self.said)
-        self.parts.append(f"## {number}. {title}\n\n{text}\n\n{self.picture}\n\n```\n{said}\n```\n")
+        self.parts.append(f"## {heading}\n\n{text}\n\n![{title}](tour/{file.name})\n\n```\n{said}\n```\n")
+        self.said = []
         (self.folder / "tour.md").write_text("\n".join(self.parts), encoding="utf-8")
+        print(f"  {file}, after {time.time() - START:.0f} s")
+        return sheet
 
 
-def to_scale(matrix, side, pixels=4):
-    """A matrix as a grey picture (3, pixels · side, pixels · side) with a white margin."""
-    rows, columns = matrix.shape
-    grey = matrix / matrix.abs().max().clamp(min=1e-9)
-    padded = F.pad(grey, (3, side - columns - 3, 3, side - rows - 3), value=1.)
-    return padded.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1).expand(3, -1, -1)
+def to_scale(matrices, pixels=4):
+    """head -> picture (1, 3, H, W) of each of the matrices, name -> matrix, in grey, `pixels` a number."""
+    side, columns = 6 + max(size for matrix in matrices.values() for size in matrix.shape), {}
+    for name, matrix in matrices.items():
+        rows, width = matrix.shape
+        grey = matrix / matrix.abs().max()
+        padded = F.pad(grey, (3, side - width - 3, 3, side - rows - 3), value=1.)
+        picture = padded.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+        columns[f"{name} {rows} x {width}"] = picture.expand(1, 3, -1, -1)
+    return columns
