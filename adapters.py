@@ -1,18 +1,18 @@
 """What a personalisation does to a model, as values: a dict of layer name -> adapter.
 
-An adapter is any callable of a layer, its input x and its output y that returns the new output. Adapters act
-only inside
+An adapter is any callable that gets a layer, its input x and its output y, and returns the new output.
+Adapters act only inside
 
     with adapted(layers, adapters):
         ...                          # a sample, or a loss and its backward
 
-and leave no trace afterwards. HyperDreamBooth's are low-rank (LiDB's, and LoRA):
+and leave no trace. HyperDreamBooth's are low-rank (LiDB and LoRA):
 
-    LowRank    y + x·A·B,  A (P, in, r), B (P, r, out), so that W' = W + (A·B)ᵀ for each of P people
-    Change     y + x·Dᵀ (+ d),  other weights or biases, as one person's differences from the layer's own
+    LowRank    y + x·A·B,  A (P, in, r), B (P, r, out), so W' = W + (A·B)ᵀ for each of P people
+    Change     y + x·Dᵀ (+ d),  one person's differences from the layer's own weights or biases
 
-Low-rank adapters can be joined, scaled, stacked side by side for several people, merged into the weights,
-and exported as a LoRA. A Change can be scaled and merged."""
+You can join low-rank adapters, scale them, stack several people's, merge them into the weights, and export
+them as a LoRA. You can scale and merge a Change."""
 import copy
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,20 +22,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-SMALL = 2 ** 18     # weights in a layer up to which fastest() puts a LoRA into them
+SMALL = 2 ** 18     # fastest() puts a LoRA into the weights of layers with at most this many
 
 
 class LowRank(NamedTuple):
-    """y + x·A·B, with one person's A (1, in, r) and B (1, r, out), or the factors of P people.
+    """y + x·A·B, with A (P, in, r) and B (P, r, out) of P people.
 
-    For one person the whole batch is that person; for P people a batch of k·P samples is k groups of them in
-    order (guidance: negatives first, then prompts). The layer is linear, or a k×k convolution, whose `in` is
-    channels · k·k: A is then a k×k convolution to r channels and B one of 1×1."""
+    One person takes the whole batch; for P people a batch of k·P samples is k groups of all people in order
+    (guidance: negatives first, then prompts). The layer is linear, or a k×k convolution, whose `in` is
+    channels · k·k: A is then a k×k convolution to r channels, and B a 1×1 convolution."""
     a: torch.Tensor
     b: torch.Tensor
 
     def __call__(self, layer, x, y):
-        """ValueError for a batch that cannot be shared among the people."""
+        """ValueError for a batch that is no multiple of the people."""
         a, b = (shared(t.to(x.dtype), len(x)) for t in self)
         if isinstance(layer, nn.Conv2d):
             kernel = a.mT.reshape(-1, *layer.weight.shape[1:])          # (people·r, channels, k, k)
@@ -43,7 +43,7 @@ class LowRank(NamedTuple):
             x = F.conv2d(side_by_side, kernel, None, layer.stride, layer.padding, groups=len(a))
             x = x.view(len(y), -1, *y.shape[2:]).flatten(2).mT          # (B, pixels, r)
             return y + (x @ b).mT.reshape(y.shape)
-        # (B, tokens, in), or all of one person's tokens as one matrix; the product adds to y by itself
+        # (B, tokens, in), or one person's tokens as one matrix; baddbmm adds the product to y
         x, start = (z.reshape(len(a), -1, z.shape[-1]) for z in (x, y))
         return torch.baddbmm(start, x @ a, b).view(y.shape)
 
@@ -51,20 +51,20 @@ class LowRank(NamedTuple):
         return LowRank(self.a, self.b * strength)
 
     def changes(self, layer):
-        """name -> what one person's adapter adds to the layer's parameters, in float32."""
+        """name -> what one person's adapter adds to that parameter of the layer, in float32."""
         (a,), (b,) = self.a.float(), self.b.float()
         return {"weight": (a @ b).T.view_as(layer.weight)}
 
 
 class Change(NamedTuple):
-    """Other parameters, as one person's differences from the layer's own: name -> tensor.
+    """One person's differences from the layer's parameters: name -> tensor.
 
-    Every layer here is linear in its parameters, the norms too: the differences alone change y."""
+    All layers here are linear in their parameters, even the norms, so the differences alone change y."""
     tensors: dict
 
     def __call__(self, layer, x, y):
         bare = copy.copy(layer)
-        bare._forward_hooks = bare._forward_pre_hooks = {}  # or it would be adapted itself
+        bare._forward_hooks = bare._forward_pre_hooks = {}  # or this adapter would run on the copy too
         zeros = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
         return y + functional_call(bare, zeros | {name: t.to(y.dtype) for name, t in self.tensors.items()}, x)
 
@@ -76,8 +76,8 @@ class Change(NamedTuple):
 
 
 def shared(tensor, batch):
-    """One person's tensor (1, …) as it is; that of P people (P, …) repeated for a batch of k·P samples, which
-    is k groups of all people in order. ValueError for a batch of another size."""
+    """One person's tensor (1, …) unchanged; P people's (P, …) repeated k times for a batch of k·P samples.
+    ValueError for a batch of another size."""
     groups, rest = divmod(batch, len(tensor))
     if rest:
         raise ValueError(f"a batch of {batch} cannot be shared among {len(tensor)} people")
@@ -86,14 +86,13 @@ def shared(tensor, batch):
 
 @contextmanager
 def adapted(layers, adapters):
-    """Inside, adapters[name](layer, x, y) takes the place of the output y that layers[name] computes from x.
-    An adapter with a method before(layer, inputs) -> inputs first changes what layer and adapter get.
+    """Inside, adapters[name](layer, x, y) replaces the output y that layers[name] computes from x. A method
+    before(layer, inputs) -> inputs, if the adapter has one, first changes what layer and adapter get.
 
-    Several `with` add up: the inner adapters see what the outer ones made. The backward pass belongs inside
-    too, since gradient checkpointing runs the layers once more. A layer has to be called as a module, with x
-    as its first argument; several threads need a model each. Adapters that pass fits_weights() go into the
-    weights and cost nothing there; all others are hooks. ValueError for a name that `layers` lacks, and for
-    copying an adapted model."""
+    Several `with` add up: the inner adapters see the outer ones' output. Put the backward pass inside too:
+    gradient checkpointing runs the layers again. Call layers as modules, with x as the first argument; give
+    each thread its own model. Adapters that pass fits_weights() go into the weights and cost nothing there;
+    all others are hooks. ValueError for a name that `layers` lacks, and for copying an adapted model."""
     if unknown := [name for name in adapters if name not in layers]:
         raise ValueError(f"no such layer here: {', '.join(unknown[:3])}")
     in_weights = {name: adapter for name, adapter in adapters.items() if fits_weights(layers[name], adapter)}
@@ -104,7 +103,7 @@ def adapted(layers, adapters):
 
 @contextmanager
 def hooked(layers, adapters):
-    """Inside, every layer's output is its adapter's: the plain mechanism, right for any adapter."""
+    """Inside, hooks replace each layer's output: the plain mechanism, right for any adapter."""
     handles = []
     try:
         for name, adapter in adapters.items():
@@ -119,7 +118,7 @@ def hooked(layers, adapters):
 
 @contextmanager
 def weights_changed(layers, adapters):
-    """Inside, W + ΔW stands in the place of W: the fast mechanism, equal to `hooked` but for rounding."""
+    """Inside, W + ΔW replaces W: the fast mechanism, equal to `hooked` up to rounding."""
     entered = []
     try:
         for name, adapter in adapters.items():
@@ -135,7 +134,7 @@ def weights_changed(layers, adapters):
 
 
 class NoCopy:
-    """What hangs on a layer while it is adapted. A copy of the model would stay adapted for good."""
+    """What is attached to an adapted layer. ValueError for a copy, which would stay adapted forever."""
 
     def __deepcopy__(self, memo):
         raise ValueError("this model is adapted: copy it outside `with adapted(…)`")
@@ -152,8 +151,8 @@ class Hook(NoCopy):
 
 
 class WeightChanges(NoCopy):
-    """The changes of one layer's weights, outermost first, each with the parameters before it. They may be
-    left in any order."""
+    """The changes of one layer's weights, outermost first, each with the parameters before it. They may
+    leave in any order."""
 
     def __init__(self, layer):
         self.layer, self.entries = layer, []
@@ -161,7 +160,7 @@ class WeightChanges(NoCopy):
     def enter(self, change):
         before = dict(self.layer._parameters)
         for name, difference in change.items():
-            # not as an nn.Parameter: a change that is trained has its gradient through the sum
+            # no nn.Parameter: the gradient of a trained change flows through the sum
             self.layer._parameters[name] = before[name] + difference
         self.entries.append((before, change))
 
@@ -169,13 +168,13 @@ class WeightChanges(NoCopy):
         at = max(i for i, (_, other) in enumerate(self.entries) if other is change)
         self.layer._parameters.update(self.entries[at][0])
         inner, self.entries = self.entries[at + 1:], self.entries[:at]
-        for _, other in inner:  # usually none: the innermost is left first
+        for _, other in inner:  # usually none: the innermost leaves first
             self.enter(other)
 
 
 def fits_weights(layer, adapter):
-    """Whether W + ΔW may take the place of W: the adapter is one person's and not trained (or is a Change,
-    which passes gradients on), nobody asks for W's own gradient, and float32 rounds nothing away."""
+    """Whether W + ΔW may replace W: the adapter is one person's and untrained (or a Change, which passes
+    gradients on), W needs no gradient, and float32 rounds nothing away."""
     if isinstance(adapter, LowRank):
         fixed = len(adapter.a) == 1 and not adapter.a.requires_grad and not adapter.b.requires_grad
     else:
@@ -186,7 +185,8 @@ def fits_weights(layer, adapter):
 
 def fresh_lora(layers, rank, generator, people=1):
     """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685) for P people: A (P, in, rank) ~ N(0,
-    1/in) from a CPU generator, or one for each person, and B (P, rank, out) = 0. ValueError for rank 0."""
+    1/in) from a CPU generator, or a list with one for each person; B (P, rank, out) = 0. ValueError for rank
+    0."""
     if rank < 1:
         raise ValueError(f"a LoRA of rank {rank} changes nothing")
     adapters, each = {}, generator if isinstance(generator, list) else [generator]
@@ -200,7 +200,7 @@ def fresh_lora(layers, rank, generator, people=1):
 
 
 def require_low_rank(adapters, people=None):
-    """The same adapters. ValueError unless they are LowRank and, if that is given, of so many people."""
+    """The same adapters. ValueError unless they are LowRank and, if `people` is given, of that many."""
     for name, adapter in adapters.items():
         if not isinstance(adapter, LowRank):
             raise ValueError(f"{name}: only low-rank adapters can be joined, stacked or exported")
@@ -210,7 +210,7 @@ def require_low_rank(adapters, people=None):
 
 
 def join(*many):
-    """Low-rank adapters that do what all do together: a sum of products is a product of concatenations."""
+    """The sum of low-rank adapters: a sum of products is a product of concatenated factors."""
     joined = {}
     for adapters in many:
         for name, new in require_low_rank(adapters).items():
@@ -223,23 +223,23 @@ def join(*many):
 
 
 def scale(adapters, strength):
-    """The same adapters with `strength` times the effect. ValueError for what is no change of weights."""
+    """The same adapters with `strength` times the effect. ValueError for adapters that change no weights."""
     return {name: linear(name, adapter).scaled(strength) for name, adapter in adapters.items()}
 
 
-LINEAR = LowRank, Change  # what adds something to the weights, so that half of it, say, has a meaning
+LINEAR = LowRank, Change  # these add to the weights, so half of one has a meaning
 
 
 def linear(name, adapter):
-    """The adapter. ValueError unless it is a change of weights."""
+    """The same adapter. ValueError unless it changes weights."""
     if not isinstance(adapter, LINEAR):
         raise ValueError(f"{name}: only changes of weights can be scaled or merged")
     return adapter
 
 
 def as_changes(lora, layers):
-    """One person's low-rank adapters as changes of whole weights, ΔW = A·B as it is now. Gradients reach A
-    and B through them. Those of all layers of one shape are multiplied at once."""
+    """One person's low-rank adapters as changes of whole weights, with the present ΔW = A·B. Gradients reach
+    A and B through them. One product serves all layers of a shape."""
     alike, changes = {}, {}
     for name, (a, b) in require_low_rank(lora, people=1).items():
         alike.setdefault((a.shape, b.shape), []).append(name)
@@ -251,8 +251,8 @@ def as_changes(lora, layers):
 
 
 def fastest(lora, layers):
-    """A LoRA in training in its faster form, with the same output: one person's goes into weights that are
-    small, on a CPU and in float32 (91 ms a step of nano's fine-tuning against 118)."""
+    """A LoRA in training in its fastest form, with the same output: one person's goes into the weights if
+    these are small, on a CPU and in float32 (a step of nano's fine-tuning: 91 ms, not 118)."""
     weights = [layers[name].weight for name in lora]
     small = all(w.numel() <= SMALL and w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
     one = all(len(pair.a) == 1 for pair in lora.values())
@@ -265,9 +265,8 @@ def detach(adapters):
 
 
 def stack(people):
-    """From a list of low-rank adapters, each of one person or several, those of all these people in order:
-    one per picture of a batch. Zeros fill up lower ranks and layers without an adapter; {} is the model as it
-    is."""
+    """The low-rank adapters of all people in a list of adapters, in order: one person per picture of a batch.
+    Zeros fill lower ranks and layers without an adapter; {} is the unchanged model."""
     counts = [len(next(iter(require_low_rank(own).values())).a) if own else 1 for own in people]
     stacked = {}
     for name in dict.fromkeys(name for adapters in people for name in adapters):
@@ -283,8 +282,8 @@ def stack(people):
 
 @torch.no_grad()
 def merge(layers, adapters):
-    """Put one person's adapters into the weights themselves: W ← W + ΔW, computed in float32, exact to
-    rounding. ValueError for several people's, and for adapters that are no change of weights."""
+    """Add one person's adapters to the weights for good: W ← W + ΔW, in float32. ValueError for several
+    people's adapters, and for adapters that change no weights."""
     require_low_rank({name: one for name, one in adapters.items() if isinstance(one, LowRank)}, people=1)
     for name, adapter in adapters.items():
         for key, change in linear(name, adapter).changes(layers[name]).items():

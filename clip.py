@@ -1,4 +1,4 @@
-"""CLIP: Stable Diffusion's tokenizer and text encoder, and the image tower used to measure likeness.
+"""CLIP: Stable Diffusion's tokenizer and text encoder, and the image tower that measures likeness.
 
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020).
 Parameters carry the names of transformers' CLIPModel, so official files load with strict=True."""
@@ -19,12 +19,12 @@ PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTES = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
-# CLIP's pattern is 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+; split_words() puts every \p{N}
-# between spaces beforehand, so that what is left of Python's letters-and-numbers class [^\W_] is \p{L}+ or
-# one \p{N}. Its \s is Unicode's White_Space; Python's has \x1c-\x1f as well.
+# CLIP's pattern is 's|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+. Python's re has no \p. But
+# split_words() puts spaces around every \p{N} first, so that [^\W_]+ matches \p{L}+ or one \p{N}. CLIP's \s
+# is Unicode's White_Space; Python's also has \x1c-\x1f.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 WORD = re.compile(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w{SPACE}]|_)+")
-IDENTIFIER = "sks"  # what [V] stands for in a prompt: a token that text-to-image models know nothing of
+IDENTIFIER = "sks"  # replaces [V] in a prompt: a token that means nothing to text-to-image models
 
 
 def canonical(prompt):
@@ -33,13 +33,13 @@ def canonical(prompt):
 
 
 def with_identifier(prompt, identifier=IDENTIFIER):
-    """The prompt as the text encoder gets it, with the identifier, a word of its own, for [V]."""
+    """The prompt for the text encoder, with the identifier as a separate word in place of [V]."""
     return canonical(prompt).replace("[V]", f" {identifier} ")
 
 
 def split_words(text):
     """The words of `text` in lower case, split as CLIP does: tuples of byte symbols, the last with </w>."""
-    # letter by letter, because str.lower() of a whole word makes a final Σ into ς, which CLIP doesn't
+    # letter by letter: str.lower() of a whole word turns a final Σ into ς, CLIP doesn't
     lower = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
     spaced = "".join(f" {c} " if unicodedata.category(c)[0] == "N" else c for c in lower)
     words = [[BYTES[byte] for byte in word.encode()] for word in WORD.findall(spaced)]
@@ -47,7 +47,7 @@ def split_words(text):
 
 
 def merge_pair(word, pair):
-    """The tuple `word` with each occurrence of the two symbols `pair`, from the left, joined into one."""
+    """The tuple `word` with the two symbols `pair` joined into one wherever they occur, from the left."""
     out, i = [], 0
     while i < len(word):
         n = 2 if word[i:i + 2] == pair else 1
@@ -57,10 +57,10 @@ def merge_pair(word, pair):
 
 
 def learn_bpe(words):
-    """Learn byte pairs from words, each split as CLIP does, until every part is one token: (vocab, merges).
+    """Learn byte pairs from words until every word is one token: (vocab, merges).
 
     vocab has CLIP's order: 256 bytes, 256 bytes that end a word, one entry per merge, start and end of text.
-    The most frequent pair is merged first, of equally frequent ones the alphabetically first."""
+    It merges the most frequent pair first, and of equally frequent ones the alphabetically first."""
     counts = Counter(part for word in words for part in split_words(word))
     merges = []
     while counts := Counter({word: n for word, n in counts.items() if len(word) > 1}):
@@ -73,7 +73,7 @@ def learn_bpe(words):
         counts = Counter({merge_pair(word, best): n for word, n in counts.items()})
 
     symbols = [symbol + end for end in ("", END_OF_WORD) for symbol in BYTES.values()]
-    tokens = dict.fromkeys(symbols + ["".join(pair) for pair in merges])  # two may make the same
+    tokens = dict.fromkeys(symbols + ["".join(pair) for pair in merges])  # two pairs may make one token
     return {token: i for i, token in enumerate([*tokens, START, END])}, merges
 
 
@@ -83,16 +83,16 @@ class Tokenizer:
     def __init__(self, vocab, merges, max_length=77):
         """vocab: {token: id}, KeyError without both special tokens; merges: pairs, most frequent first."""
         self.vocab, self.merges, self.max_length = vocab, merges, max_length
-        # pairs that make no token are the surplus lines some copies of the file end with
+        # some copies of the file end with surplus lines, pairs that make no token
         self.rank = {tuple(pair): i for i, pair in enumerate(merges) if "".join(pair) in vocab}
         self.start, self.end = vocab[START], vocab[END]
-        self.known = {}  # words that have been merged, as trainings ask for the same ones again and again
+        self.known = {}  # words merged before: trainings ask for the same ones again and again
 
     def tokens(self, text):
         """The tokens of a text of any length, as strings, without start and end."""
         out = []
         for part in re.split(f"({re.escape(START)}|{re.escape(END)})", text):
-            words = [(part,)] if part in (START, END) else split_words(part)  # typed by the user
+            words = [(part,)] if part in (START, END) else split_words(part)  # a user may type these
             for word in words:
                 if word not in self.known:
                     self.known[word] = self.merged(word)
@@ -100,7 +100,7 @@ class Tokenizer:
         return out
 
     def merged(self, word):
-        """The tokens of a word, given as its symbols."""
+        """The tokens of a word, a tuple of symbols."""
         while len(word) > 1:
             best = min(zip(word, word[1:]), key=lambda pair: self.rank.get(pair, float("inf")))
             if best not in self.rank:
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def __call__(self, texts):
         """B strings → ids (B, max_length): start, tokens, end, and end again for padding and unknown symbols.
-        What doesn't fit is cut, with a warning that names it. TypeError for a lone string, not in a list."""
+        It cuts what does not fit, with a warning that names it. TypeError for a string outside a list."""
         if isinstance(texts, str):
             raise TypeError("give a list of texts, not one text")
         room = self.max_length - 2
@@ -119,7 +119,7 @@ class Tokenizer:
         for row, text in zip(ids, texts):
             tokens = self.tokens(text)
             if len(tokens) > room:
-                symbols = {symbol: byte for byte, symbol in BYTES.items()}  # back to bytes, to text
+                symbols = {symbol: byte for byte, symbol in BYTES.items()}
                 rest = "".join(tokens[room:]).replace(END_OF_WORD, BYTES[32])
                 cut = bytes(symbols[c] for c in rest).decode(errors="replace").strip()
                 warnings.warn(f"prompt is longer than {room} tokens; cut: “{cut}”", stacklevel=2)
@@ -153,10 +153,10 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
 
-SD15 = TextConfig()  # Stable Diffusion 1.5's text encoder is the text tower of openai/clip-vit-large-patch14
+SD15 = TextConfig()  # the text tower of openai/clip-vit-large-patch14
 NANO = TextConfig(vocab_size=705, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
                   num_attention_heads=4, max_position_embeddings=24)
-VIT_L14 = VisionConfig()  # goes with SD15
+VIT_L14 = VisionConfig()  # the image tower beside SD15
 VIT_B32 = VisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                        patch_size=32, projection_dim=512)
 VIT_B32_TEXT = TextConfig(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
@@ -186,7 +186,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and a two-layer perceptron, each normalised before, a residual."""
+    """Attention and a two-layer perceptron: each a residual with a norm before it."""
 
     def __init__(self, config, causal):
         super().__init__()
@@ -222,11 +222,11 @@ class TextTransformer(nn.Module):
             "final_layer_norm": nn.LayerNorm(width, config.layer_norm_eps)})
 
     def forward(self, ids):
-        """Token ids (B, n), n ≤ max_position_embeddings, → the last hidden state (B, n, d), normalised."""
+        """Token ids (B, n), n ≤ max_position_embeddings → the last hidden state (B, n, d), normalised."""
         return self.read(self.text_model.embeddings.token_embedding(ids))
 
     def read(self, words):
-        """Embeddings of the tokens (B, n, d) → the same as forward makes of their ids."""
+        """The tokens' embeddings (B, n, d) → the same as forward(their ids)."""
         parts = self.text_model
         places = torch.arange(words.shape[1], device=words.device)
         x = words + parts.embeddings.position_embedding(places)
@@ -255,7 +255,7 @@ class VisionModel(nn.Module):
 
 
 class CLIP(TextTransformer):
-    """Both towers, and the projections into the space where texts and images are compared (by the cosine)."""
+    """Both towers, and the projections to the space in which the cosine compares texts and images."""
 
     def __init__(self, text=SD15, vision=VIT_L14):
         super().__init__(text)
@@ -270,14 +270,14 @@ class CLIP(TextTransformer):
 
     def text_features(self, ids):
         """Token ids (B, n) → features (B, projection_dim), not normalised."""
-        # end-of-text is the greatest id; a causal model sees nothing of what stands after the first one
+        # end-of-text is the greatest id; a causal model sees nothing after the first one
         rows = torch.arange(len(ids), device=ids.device)
         return self.text_projection(self(ids)[rows, ids.argmax(1)])
 
 
 def preprocess(images, size=224):
-    """Images (B, 3, H, W) in [-1, 1] → CLIP's pixels (B, 3, size, size): resized by the shorter side, cropped
-    to the centre, normalised. As CLIP's image processor but for its rounding to 8 bits while resizing."""
+    """Images (B, 3, H, W) in [-1, 1] → CLIP's pixels (B, 3, size, size): resizes the shorter side to `size`,
+    crops the centre, normalises. Like CLIP's image processor, without its rounding to 8 bits."""
     h, w = images.shape[-2:]
     h, w = int(size * h / min(h, w)), int(size * w / min(h, w))
     x = F.interpolate(images / 2 + .5, (h, w), mode="bicubic", antialias=True).clamp(0, 1)

@@ -1,32 +1,32 @@
 """Stable Diffusion 1.x's noise schedule, the denoising loss, three samplers and classifier-free guidance.
 
 A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an
-int. It keeps its state in fp32 whatever the denoiser computes in, draws what noise it needs from `generator`,
-a CPU torch.Generator or a list of B (those that made x, or others; never a new one of the same seed, which
-would draw x again), and after each step calls callback(i, t, x, x0) with the step's number, from 0, its time,
-the latent it arrived at and the clean latent predicted. The numbers are diffusers', step for step."""
+int. It keeps its state in fp32. If it needs noise, it draws it from `generator`, a CPU torch.Generator or a
+list of B (the ones that made x, or others, but no new one of the same seed: that would draw x again). After
+each step it calls callback(i, t, x, x0): the step's number, from 0, its time, the new latent, and the clean
+latent predicted. The numbers are diffusers', step for step."""
 import math
 
 import torch
 
 STEPS = 1000
-# ᾱ_t, how much of the picture's variance is left at step t; "scaled linear" β: evenly spaced square roots.
-# diffusers' operations in diffusers' order, so that the fp32 numbers are the same.
+# ᾱ_t, the picture's share of the variance at step t; "scaled linear" β: evenly spaced square roots.
+# diffusers' operations in diffusers' order give the same fp32 numbers.
 BETAS = torch.linspace(.00085 ** .5, .012 ** .5, STEPS, dtype=torch.float32, device="cpu") ** 2
 ALPHAS_CUMPROD = torch.cumprod(1. - BETAS, dim=0)
 
 
 def add_noise(x, noise, t):
-    """x (B, ...) noised to the steps t (B,): of q(x_t | x_0), DDPM (Ho et al., arXiv 2006.11239) eq. 4."""
+    """A sample of q(x_t | x_0) for x (B, ...) at steps t (B,): DDPM (Ho et al., arXiv 2006.11239) eq. 4."""
     abar = ALPHAS_CUMPROD.to(x.device)[t.to(x.device)].view(-1, *[1] * (x.dim() - 1))
     return (abar.sqrt() * x + (1 - abar).sqrt() * noise).to(x.dtype)
 
 
 def seeded_noise(shape, source):
-    """Standard normal noise of this shape (B, ...), in fp32 on the CPU: a seed is the same on every device.
+    """Standard normal noise of this shape (B, ...), fp32, on the CPU: a seed gives the same for every device.
 
-    source: a list of B seeds or CPU torch.Generators, one for each image, so that an image doesn't depend on
-    the batch it is made in; or a single torch.Generator to draw all from."""
+    source: a list of B seeds or CPU torch.Generators, one for each image, which then does not depend on its
+    batch; or a single torch.Generator. ValueError for a list of another length."""
     if isinstance(source, torch.Generator):
         return torch.randn(shape, generator=source, dtype=torch.float32, device="cpu")
     each = generators(source)
@@ -36,26 +36,25 @@ def seeded_noise(shape, source):
 
 
 def generators(seeds):
-    """A CPU torch.Generator for each of the seeds; a seed that is a generator already stays as it is."""
+    """A CPU torch.Generator for each seed; generators among the seeds stay as they are."""
     return [g if isinstance(g, torch.Generator) else torch.Generator().manual_seed(g) for g in seeds]
 
 
 def denoising_loss(model, latent, prompts, generator):
-    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), of the model as it is adapted now.
+    """‖D(x + ε, c) − x‖² of HyperDreamBooth's Eq. 2, per sample (B,), with the model's present adapters.
 
-    latent x (B, 4, h, w); prompts c: B of them, or one for each of the P people that take turns in the batch;
-    generator: a CPU generator for time steps and noise, or a list with one for each of those people."""
+    latent x (B, 4, h, w); prompts c: B, or P if P people take turns in the batch; generator: a CPU generator
+    for time steps and noise, or a list of P."""
     return denoising_error(model.unet, model.context(prompts), *noised(latent, generator))
 
 
 def noised(latent, generator, part=(0, 1)):
-    """The latent x₀ (B, 4, h, w) with noise, the time steps t (B,), the noise ε, and the weight (B,) of each
-    sample's error, all on latent's device. They are drawn by a CPU generator, or by a list of one for each of
-    the P people that take turns in the batch: then nobody's noise depends on who is beside them. Taking turns
-    means that sample i is of person i mod P.
+    """The noisy latent x_t of x₀ (B, 4, h, w), time steps t (B,), the noise ε, and the weight (B,) of each
+    sample's error, on latent's device. generator: a CPU generator, or a list of P for P people who take turns
+    in the batch (sample i is person i mod P): each person's noise is then independent of the others.
 
-    t is stratified: one in each of B equal parts of the schedule, in random order, which makes a batch's mean
-    less noisy. part (i, n): these B are the i-th part of a batch of n·B, drawn as that batch draws them.
+    t is stratified, one in each of B equal parts of the schedule, in random order: this makes a batch's mean
+    less noisy. part (i, n): these B samples are part i of a batch of n·B, with the noise of that batch.
     ValueError for an empty batch, whose mean error would be NaN."""
     if not len(latent):
         raise ValueError("a batch of 0 has no loss")
@@ -75,21 +74,22 @@ def noised(latent, generator, part=(0, 1)):
 
 
 def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
-    """Squared error (B,) of the clean latent that the UNet's prediction ε̂ implies, for what noised() gives,
-    under the text features `context` (n, m, d) of n people who take turns in the batch. The UNet computes in
-    the dtype of `context`, the error is float32.
+    """The squared error (B,) of the clean latent that the UNet's prediction ε̂ implies, in float32.
 
-    x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is clipped at 5, so that almost pure
-    noise does not dominate. places: weights (h, w) of the latent's places, 1 on average."""
+    noisy, t, noise, weight: from noised(). context: text features (n, m, d) of n people who take turns in the
+    batch; the UNet computes in its dtype. x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is
+    clipped at 5, so that almost pure noise does not dominate. places: weights (h, w) of the latent's pixels,
+    1 on average."""
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (places * (predicted.float() - noise.float()).pow(2)).mean((1, 2, 3))
 
 
 def timesteps(steps, spacing="leading"):
-    """The time steps a sampler visits, from noisy to clean, as a list of ints.
+    """The time steps that a sampler visits, from noisy to clean, as a list of ints.
 
-    With SD 1.5's scheduler file diffusers spaces DDIM's "leading": multiples of ⌊1000 / steps⌋, plus 1 (the
-    file's steps_offset), and DPM-Solver++'s by its default, "linspace": from 999 evenly down, without 0."""
+    They are diffusers' with SD 1.5's scheduler file: "leading" for DDIM, multiples of ⌊1000 / steps⌋ plus 1
+    (the file's steps_offset); "linspace" for DPM-Solver++, from 999 evenly down, without 0. ValueError for
+    other steps than 1 to 999 or another spacing."""
     if not 1 <= steps < STEPS:
         raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
     if spacing == "leading":
@@ -102,7 +102,7 @@ def timesteps(steps, spacing="leading"):
 @torch.no_grad()
 def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
     """DDIM (Song et al., arXiv 2010.02502), eq. 12, from the noise x (B, 4, h, w): deterministic at eta 0,
-    DDPM's variance at eta 1. generator: needed if eta > 0."""
+    with DDPM's variance at eta 1. generator: needed if eta > 0 (ValueError)."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be from 0 to 1, not {eta}")
     if eta > 0:
@@ -125,9 +125,9 @@ def ddim(denoise, x, steps=50, eta=0., generator=None, callback=None):
 
 @torch.no_grad()
 def dpmpp_2m(denoise, x, steps=25, generator=None, callback=None):
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w) to no noise.
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095), Algorithm 2, from the noise x (B, 4, h, w).
 
-    The first step has no predecessor and the last an infinite λ: both are of first order."""
+    The first step has no predecessor, and the last ends at an infinite λ: both are of first order."""
     x = x.float()
     times = timesteps(steps, "linspace")
     abars = [ALPHAS_CUMPROD[t].item() for t in times] + [1.]
@@ -156,15 +156,15 @@ def require_generators(generator):
                          "list with one for each image")
 
 
-LCM_STEPS = 50         # of the solver that consistency models are distilled from: their time steps
+LCM_STEPS = 50         # time steps of the solver that consistency models are distilled from
 LCM_DATA = .5          # σ_data of the boundary scalings
-LCM_TIME_SCALE = 10.   # of t in them
+LCM_TIME_SCALE = 10.   # their factor of t
 
 
 @torch.no_grad()
 def lcm(denoise, x, steps=4, generator=None, callback=None):
-    """Latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3), for a UNet distilled to it or
-    with an LCM-LoRA (2311.05556): from the noise x (B, 4, h, w), in 1 to 8 steps, 50 at most, at guidance 1.
+    """Latent consistency sampling (Luo et al., arXiv 2310.04378, Algorithm 3) from the noise x (B, 4, h, w),
+    for a distilled UNet or an LCM-LoRA (2311.05556), in 1 to 8 steps, 50 at most, at guidance 1.
 
     The consistency function is f(x, t) = c_skip·x + c_out·x̂₀ with c_skip = σ²/(s² + σ²) and
     c_out = s/√(s² + σ²) for s = 10·t and σ = .5: f(x, 0) = x. All steps but the last add fresh noise to f."""
@@ -186,8 +186,8 @@ def lcm(denoise, x, steps=4, generator=None, callback=None):
 
 
 def lcm_timesteps(steps):
-    """The time steps that lcm() visits, from noisy to clean: `steps` of the LCM_STEPS that are 19, 39, …,
-    999, as evenly spaced as possible, from 999 down. ValueError for more than there are."""
+    """The time steps that lcm() visits, from 999 down: `steps` of the LCM_STEPS 19, 39, …, 999, as evenly
+    spaced as possible. ValueError for more."""
     if not 1 <= steps <= LCM_STEPS:
         raise ValueError(f"steps must be from 1 to {LCM_STEPS}, not {steps}")
     every = STEPS // LCM_STEPS
@@ -198,11 +198,12 @@ SAMPLERS = {"dpmpp_2m": dpmpp_2m, "ddim": ddim, "lcm": lcm}
 
 
 def guided(unet, context, negative=None, scale=7.5):
-    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6): a denoiser, from negative to prompt.
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6), as a denoiser.
 
-    context (B, n, d) or (1, n, d): the prompts; negative, the same: what to avoid, "" if nothing. unet(x, t,
-    context) is called once a step, in the dtype of context, on a batch of 2B: all B negatives, then all B
-    prompts. At scale 1 the negative cancels out: it isn't used, and the batch is B."""
+    context (B, n, d) or (1, n, d): features of the prompts; negative, the same: of what to avoid, or of "".
+    Each step calls unet(x, t, context) once, in the dtype of context, on a batch of 2B: all B negatives, then
+    all B prompts. At scale 1 the negative cancels out, and the batch is B. ValueError without a negative at
+    another scale."""
     if scale != 1 and negative is None:
         raise ValueError("guidance needs a negative: the features of the empty prompt will do")
 
@@ -219,18 +220,17 @@ def guided(unet, context, negative=None, scale=7.5):
 
 
 def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_scale=1.5):
-    """Guidance with a weight each for the text and the person, as a denoiser, from three evaluations a step:
+    """Guidance with separate weights for the text and the person, as a denoiser:
 
         ε = base(∅) + w_person·(person(∅) − base(∅)) + w_text·(person(c) − person(∅))
 
-    base is the model as it is, person the same with a person's adapters, ∅ the negative prompt, c the prompt;
+    base is the model itself, person the model with a person's adapters, ∅ the negative prompt, c the prompt;
     w_text is `scale`. The first difference leads to the person, the second to what the prompt says of them.
-    At w_person 1 base(∅) cancels out, and guided() remains. With both weights equal person(∅) cancels out:
-    this guides away from the model's own ∅ to the person's c.
+    At w_person 1 base(∅) cancels out, and guided() remains. With both weights equal person(∅) cancels out.
 
-    person(x, t, context) is called once a step on a batch of 2B, all B negatives, then all B prompts, and
-    base(x, t, context) once on B: half as much again as guided() costs. context and negative, (B, n, d) or
-    (1, n, d), are the text features of the person's model, nobody the negative's of the base."""
+    Each step calls person(x, t, context) on a batch of 2B, all B negatives, then all B prompts, and base on
+    B: 1.5 times the cost of guided(). context and negative, (B, n, d) or (1, n, d), are text features of the
+    person's model; nobody is the base's for the negative."""
     def denoise(x, t):
         x = x.to(context.dtype)
         unprompted, prompted, nobodys = (features.to(context).expand(len(x), -1, -1)

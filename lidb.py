@@ -1,8 +1,8 @@
 """Lightweight DreamBooth (arXiv 2307.06949, section 4.1): personal weights in a frozen random subspace.
 
-Why A_aux and B_aux are frozen: a seed makes them again, so they are neither stored nor predicted, and all
-people share one space. Why they are orthonormal: ‖A_aux·v‖ = ‖v‖ in a layer of any width, so that one scale
-of θ and one learning rate suit all layers."""
+Why A_aux and B_aux are frozen: a seed makes them again, so nobody stores or predicts them, and all people
+share one space. Why they are orthonormal: ‖A_aux·v‖ = ‖v‖ in a layer of any width, so one scale of θ and one
+learning rate suit all layers."""
 import zlib
 from functools import lru_cache
 
@@ -13,9 +13,9 @@ from adapters import LowRank
 
 
 def personal_layers(unet, text):
-    """The layers that are personalised: name -> nn.Linear. On SD 1.5: 128 attention projections and 16 GEGLU
-    projections of the UNet and 48 attention projections of the text encoder: 192 layers, the set behind the
-    paper's "386K" for rank-1 LoRA and "28k" for LiDB."""
+    """The personalised layers: name -> nn.Linear. On SD 1.5 these are 192, the set behind the paper's "386K"
+    for rank-1 LoRA and "28k" for LiDB: 128 attention projections and 16 GEGLU projections of the UNet, and 48
+    attention projections of the text encoder."""
     ends = "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"
     found = {}
     for name, layer in unet.named_modules():
@@ -28,23 +28,21 @@ def personal_layers(unet, text):
 
 
 def unet_layers(layers):
-    """Those of `layers` that belong to the UNet."""
+    """The UNet's layers among `layers`."""
     return {name: layer for name, layer in layers.items() if name.startswith("unet.")}
 
 
 class LiDB:
-    """Eq. 1: ΔW = A_aux · A_train · B_train · B_aux, with only A_train (a, r) and B_train (r, b) trained, for
-    every layer at once.
+    """Eq. 1 for every layer at once: ΔW = A_aux · A_train · B_train · B_aux, which trains only A_train (a, r)
+    and B_train (r, b).
 
     θ is one tensor (P, layers, r·(a + b)): for each layer A_train − A₀, then B_train. A₀ is random and the
-    same for everybody. So at θ = 0, where B_train = 0, the model is untouched, but the gradient of B_train is
-    not zero; and θ fitted for two people are comparable."""
+    same for all people, so their θ can be compared. At θ = 0 B_train is 0: the model is unchanged, but
+    B_train has a gradient."""
 
     def __init__(self, layers, a=None, b=None, rank=1, seed=0, device=None):
-        """layers: name -> nn.Linear. a, b: if None the paper's 100 and 50, or the width of the narrowest
-        layer where that is less.
-
-        ValueError where a or b exceeds that width. The basis itself is made when it is first used."""
+        """layers: name -> nn.Linear. a, b: None: the paper's 100 and 50, but at most the narrowest layer's
+        width. ValueError if a or b exceeds that width. The first use makes the basis."""
         self.sizes = tuple((layer.in_features, layer.out_features) for layer in layers.values())
         narrowest = min(min(size) for size in self.sizes)
         self.a, self.b = a or min(100, narrowest), b or min(50, narrowest)
@@ -60,13 +58,13 @@ class LiDB:
 
     @property
     def basis(self):
-        """A₀ (a, r), and of each layer A_aux (in, a), whose columns are orthonormal, and B_aux (b, out),
-        whose rows are."""
+        """A₀ (a, r), and for each layer A_aux (in, a) with orthonormal columns and B_aux (b, out) with
+        orthonormal rows."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[0]
 
     @property
     def checksum(self):
-        """Of the basis, rounded to 4 decimals: equal on every machine where `seed` makes the same basis."""
+        """A checksum of the basis, rounded to 4 decimals: equal wherever `seed` makes the same basis."""
         return make_basis(self.sizes, self.a, self.b, self.rank, self.seed, self.device)[1]
 
     def adapters(self, theta):
@@ -86,8 +84,8 @@ class LiDB:
 
 @lru_cache(maxsize=2)
 def make_basis(sizes, a, b, rank, seed, device):
-    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes. It takes a second, once.
-    One CPU generator draws everything, the bases in float64: `seed` makes the same basis on every device."""
+    """((A₀, [A_aux …], [B_aux …]), checksum) for layers of these (in, out) sizes, in a second, once. One CPU
+    generator draws everything, so `seed` makes the same basis for every device."""
     generator = torch.Generator().manual_seed(seed)
     a0 = torch.randn(a, rank, generator=generator, dtype=torch.float32, device="cpu") / a ** .5
     a_aux = [orthonormal(n_in, a, generator) for n_in, _ in sizes]
@@ -98,6 +96,6 @@ def make_basis(sizes, a, b, rank, seed, device):
 
 
 def orthonormal(rows, columns, generator):
-    """Random (rows, columns) with orthonormal columns; in float64, and with fixed signs: as by any LAPACK."""
+    """A random (rows, columns) with orthonormal columns; float64 and fixed signs make all LAPACKs agree."""
     q, r = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64, device="cpu"))
     return (q * r.diagonal().sign()).float()

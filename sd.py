@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: text, latents and pictures, as it is or under somebody's adapters.
+"""Stable Diffusion 1.x: text, latents and pictures, with or without a person's adapters.
 
     model = load("nano")                             # or a hub id, a folder, a .safetensors file
     pictures = model.sample(["a face at the beach"], seeds=[0])
@@ -17,8 +17,8 @@ from files.layouts import HUB
 
 
 class StableDiffusion:
-    """The parts `unet(x, t, context)`, `text(ids)`, `tokenizer(list_of_str)` and `vae`, from `name`, frozen
-    (requires_grad False), in eval mode, on one device and of one dtype."""
+    """The parts `unet(x, t, context)`, `text(ids)`, `tokenizer(list_of_str)` and `vae` of `name`, frozen
+    (requires_grad False), in eval mode, on one device and in one dtype."""
 
     def __init__(self, name, unet, text, tokenizer, vae):
         self.name, self.unet, self.text, self.tokenizer, self.vae = name, unet, text, tokenizer, vae
@@ -35,22 +35,22 @@ class StableDiffusion:
 
     @property
     def layers(self):
-        """What can be adapted: "unet.…" and "text.…" -> module."""
+        """The modules that adapters can change: "unet.…" and "text.…" -> module."""
         parts = ("unet", self.unet), ("text", self.text)
         return {f"{part}.{name}": layer for part, network in parts for name, layer in network.named_modules()}
 
     @property
     def checksums(self):
-        """Part -> checksum of its weights: whether two models are the same, whatever they are called."""
+        """Part -> checksum of its weights: equal for equal models, whatever their names."""
         return {part: checksum(getattr(self, part)) for part in ("unet", "text", "vae")}
 
     def adapted(self, adapters):
-        """`with model.adapted({"unet.…": adapter}):` the model is somebody's inside; see adapters.adapted."""
+        """`with model.adapted({"unet.…": adapter}):` applies adapters inside; see adapters.adapted."""
         return adapted(self.layers, adapters)
 
     def encode(self, image):
-        """Image (B, 3, H, W) in [-1, 1], H and W divisible by 8, to the UNet's latent (B, 4, H/8, W/8), the
-        mean of the encoder's distribution. ValueError for other sizes or channels, or bytes."""
+        """Image (B, 3, H, W) in [-1, 1] to the UNet's latent (B, 4, H/8, W/8), the mean of the encoder's
+        distribution. ValueError for sides not divisible by 8, other channels, or bytes."""
         if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
             raise ValueError(f"pictures are (B, 3, H, W) in [-1, 1], not {image.dtype} {tuple(image.shape)}")
         check_sides(*image.shape[-2:])
@@ -62,7 +62,7 @@ class StableDiffusion:
         return self.vae.decode(latent.to(self.device, self.dtype) / self.vae.config.scaling_factor)
 
     def context(self, texts):
-        """B strings to the text features (B, n, d) that the UNet attends to; [V] is the rare identifier."""
+        """B strings to the text features (B, n, d) that the UNet attends to; the identifier replaces [V]."""
         return self.text(self.tokens(texts))
 
     def tokens(self, texts):
@@ -74,10 +74,10 @@ class StableDiffusion:
                sampler=diffusion.dpmpp_2m, callback=None, adapters=None, person_guidance=1.):
         """Pictures (B, 3, H, W) in [-1, 1] of B prompts, one seed for each (0, 1, … if None).
 
-        adapters: applied while sampling, as `with model.adapted(adapters)` around the call would do.
-        person_guidance: w_person of diffusion.guided_to_person. Any other than 1 takes half as long again and
-        needs the model without the person as well: `adapters` must then be given here (ValueError).
-        size: (height, width) in pixels, divisible by 8 (ValueError otherwise); the model's own if None.
+        adapters: applied while sampling, like `with model.adapted(adapters)` around the call.
+        person_guidance: w_person of diffusion.guided_to_person. Any value but 1 takes 1.5 times as long and
+        also needs the model without the person, so give `adapters` here (ValueError).
+        size: (height, width) in pixels, divisible by 8 (ValueError); None: the model's own.
         sampler: diffusion.dpmpp_2m, lcm, ddim or functools.partial(ddim, eta=1.); callback: the sampler's."""
         side = 8 * self.unet.config.sample_size
         height, width = size or (side, side)
@@ -87,7 +87,7 @@ class StableDiffusion:
         generators = diffusion.generators(range(len(prompts)) if seeds is None else seeds)
         noise = diffusion.seeded_noise((len(prompts), 4, height // 8, width // 8), generators)
 
-        # where the model without the person is asked as well, adapters are applied call by call
+        # guidance to the person also needs the model without them: it applies adapters call by call
         always, by_call = (adapters or {}, {}) if person_guidance == 1 else ({}, adapters)
 
         def person(x, t, context):
@@ -107,7 +107,7 @@ class StableDiffusion:
 
 
 def check_sides(height, width):
-    """ValueError unless a picture of this size, in pixels, has a latent."""
+    """ValueError unless both sides, in pixels, are divisible by 8."""
     if height % 8 or width % 8:
         raise ValueError(f"a picture's sides must be divisible by 8, not {height}×{width}")
 
@@ -116,13 +116,13 @@ def load(source=HUB, device=None, dtype=None):
     """The StableDiffusion at `source`, one of
 
     * "nano": the miniature in nano/;
-    * a hub id "owner/name": what is needed is downloaded once, in half precision if dtype is half;
+    * a hub id "owner/name": downloads what it needs once, in half precision if dtype is half;
     * a folder in the hub's layout (unet/, vae/, text_encoder/, tokenizer/), plain or .fp16, or in shards;
     * a .safetensors file in the original (CompVis) layout, vocab.json and merges.txt beside it or on the hub.
 
-    device None: cuda, else mps, else cpu. dtype, a torch.dtype, None: bfloat16 on a GPU that has it, else
-    float16; on a CPU float32, or bfloat16 where a large model is clearly faster in it. The weights are
-    copies, so the files may change afterwards. LoadError (of files.disk) says in one line what is wrong."""
+    device None: cuda, else mps, else cpu. dtype None: bfloat16 on a GPU that has it, else float16; on a CPU
+    float32, or bfloat16 if a large model is clearly faster in it. The weights are copies, so the files may
+    change afterwards. LoadError (of files.disk) says in one line what is wrong."""
     model = StableDiffusion(str(source), *layouts.load_parts(source, device, dtype))
     if model.device.type == "cpu" and model.dtype == torch.float16:
         warnings.warn("float16 is many times slower than float32 on a CPU; give --dtype bfloat16 or float32",

@@ -14,17 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Fields are those of diffusers' unet/config.json, levels from the finest on; the way up mirrors them."""
+    """The fields of diffusers' unet/config.json, levels from the finest on; the way up mirrors them."""
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple = (320, 640, 1280, 1280)
     down_block_types: tuple = 3 * ("CrossAttnDownBlock2D",) + ("DownBlock2D",)
     layers_per_block: int = 2
     cross_attention_dim: int = 768
-    attention_head_dim: int = 8  # despite its name the NUMBER of heads: that is how SD 1.x files use it
+    attention_head_dim: int = 8  # despite its name the NUMBER of heads: SD 1.x files use it so
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
-    sample_size: int = 64  # side of the latents in training; a picture's side is 8 times that
+    sample_size: int = 64  # height and width of the latents in training; a picture has 8 times that
 
 
 ATTENDS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}  # to the text
@@ -34,7 +34,7 @@ NANO = UNetConfig(block_out_channels=(48, 80, 160), layers_per_block=1, attentio
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x (B, n, c) to context (B, m, d); self-attention where the context is x."""
+    """Multi-head attention from x (B, n, c) to context (B, m, d); self-attention if the context is x."""
 
     def __init__(self, width, context_width, heads):
         super().__init__()
@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each normalised before, a residual."""
+    """Self-attention, cross-attention to the text, feed-forward: each a residual with a norm before it."""
 
     def __init__(self, width, config):
         super().__init__()
@@ -68,7 +68,7 @@ class TransformerBlock(nn.Module):
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         x = x + self.attn2(self.norm2(x), context)
-        # gated GELU (Shazeer, arXiv 2002.05202): one projection makes both the values and their gates
+        # gated GELU (Shazeer, arXiv 2002.05202): one projection makes both values and gates
         value, gate = self.ff.net["0"].proj(self.norm3(x)).chunk(2, dim=-1)
         return x + self.ff.net["2"](value * F.gelu(gate))
 
@@ -90,7 +90,7 @@ class SpatialTransformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions as a residual, told the time between them."""
+    """Two convolutions as a residual, with the time added between them."""
 
     def __init__(self, width_in, width, config):
         super().__init__()
@@ -109,7 +109,7 @@ class ResnetBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The modules of one resolution: a resnet for each input width, and as many transformers or none."""
+    """The modules of one resolution: a resnet for each input width, each with a transformer or none."""
 
     def __init__(self, widths_in, width, attends, config):
         super().__init__()
@@ -123,15 +123,16 @@ def sinusoids(t, width):
     half = width // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     frequency = torch.exp(-math.log(10000) * index / half)
-    angle = t.float()[:, None] * frequency  # fp32 always: bf16 can't tell step 999 from 1000
+    angle = t.float()[:, None] * frequency  # always fp32: bf16 can't tell step 999 from 1000
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class UNet(nn.Module):
     """Predicts the noise in x, a noisy latent, at time step t under the text features `context`.
 
-    With `gradient_checkpointing` backward computes blocks again: equal gradients, less memory, about a third
-    more time. KeyError for another down_block_type, ValueError for widths norm_num_groups doesn't divide."""
+    With `gradient_checkpointing` backward computes the blocks again: equal gradients, less memory, about a
+    third more time. KeyError for another down_block_type, ValueError for widths that norm_num_groups does not
+    divide."""
 
     def __init__(self, config):
         super().__init__()
@@ -144,7 +145,7 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=second))
 
         self.down_blocks = nn.ModuleList()
-        skips, now = [widths[0]], widths[0]  # widths of what forward() keeps for the way up, and holds
+        skips, now = [widths[0]], widths[0]  # widths of the maps that forward() keeps, and of the present one
         for i, width in enumerate(widths):
             level = Level([now] + [width] * (layers - 1), width, attends[i], config)
             if i + 1 < len(widths):
@@ -170,21 +171,21 @@ class UNet(nn.Module):
 
     def forward(self, x, t, context):
         """x (B, 4, h, w), t a number or (B,), context (B, n, cross_attention_dim) → noise (B, 4, h, w).
-        x and context have the dtype of the weights. RuntimeError, PyTorch's, when sizes disagree."""
+        x and context have the weights' dtype. PyTorch's RuntimeError if sizes disagree."""
         skips, time = self.down(x, t, context)
         x = skips[-1]
         x = self._run(self.mid_block.resnets[0], x, time)
         x = self._run(self.mid_block.attentions[0], x, context)
         x = self._run(self.mid_block.resnets[1], x, time)
 
-        # up, beside what was kept on the way down
+        # The way up, with the maps kept on the way down
         for level in self.up_blocks:
             for i, resnet in enumerate(level.resnets):
                 x = self._run(resnet, torch.cat([x, skips.pop()], dim=1), time)
                 if level.attentions:
                     x = self._run(level.attentions[i], x, context)
             for up in level.upsamplers:
-                size = skips[-1].shape[-2:]  # and not twice x's: an odd size was rounded up on the way down
+                size = skips[-1].shape[-2:]  # not twice x's: the way down rounded odd sizes up
                 x = up["conv"](F.interpolate(x, size=size, mode="nearest"))
 
         return self.conv_out(F.silu(self.conv_norm_out(x)))

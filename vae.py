@@ -10,14 +10,14 @@ from torch import nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Field names are those of diffusers' vae/config.json, parameter names those of its AutoencoderKL."""
+    """The fields of diffusers' vae/config.json. Parameters have the names of its AutoencoderKL."""
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple = (128, 256, 512, 512)  # one level each; all but the last halve the resolution
+    block_out_channels: tuple = (128, 256, 512, 512)  # one level each; all but the last halve the sides
     layers_per_block: int = 2  # the decoder has one more
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # latents times this have about unit variance: what the UNet sees
+    scaling_factor: float = 0.18215  # the UNet's latents are this times the VAE's: about unit variance
 
 
 SD15 = VAEConfig()
@@ -66,7 +66,7 @@ class MidBlock(nn.Module):
 
 
 def levels(widths, layers, groups, samplers, before, **options):
-    """Each resolution's resnets and, but for the last, the change to the next, under the name `samplers`."""
+    """The resnets of each resolution and, under the name `samplers`, the step to the next one."""
     levels, now = nn.Sequential(), widths[0]
     for i, width in enumerate(widths):
         widths_in = [now] + [width] * (layers - 1)
@@ -105,7 +105,7 @@ def decoder(config):
 
 
 class VAE(nn.Module):
-    """`encode` a picture to its latent's mean and log-variance, `decode` a latent; without scaling_factor."""
+    """`encode` a picture to its latent's mean and log-variance, `decode` a latent; no scaling_factor here."""
 
     def __init__(self, config=SD15):
         super().__init__()

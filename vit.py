@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Field names are those of transformers' ViTConfig, then its image processor's, for values in [0, 1]."""
+    """The fields of transformers' ViTConfig, then mean and std of its image processor, for [0, 1]."""
     hidden_size: int = 1280
     intermediate_size: int = 5120
     num_hidden_layers: int = 32
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patches, a class token before them, and learnt positions that are stretched to other picture sizes."""
+    """A class token, patches, and learnt positions, which it stretches to other picture sizes."""
 
     def __init__(self, config):
         super().__init__()
@@ -86,7 +86,7 @@ class Embeddings(nn.Module):
 
 
 class ViT(nn.Module):
-    """Pictures to features. ValueError for heads that don't divide the width, or not three colours."""
+    """Pictures to features. ValueError for heads that don't divide the width, or other than 3 colours."""
 
     def __init__(self, config=VIT_H):
         super().__init__()
@@ -100,7 +100,8 @@ class ViT(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, image):
-        """image (B, 3, H, W), normalised as config says → (B, 1 + patches, d), class token first."""
+        """image (B, 3, H, W), normalised with config's mean and std → (B, 1 + patches, d): class token,
+        patches."""
         return self.layernorm(self.encoder["layer"](self.embeddings(image)))
 
 
@@ -116,14 +117,15 @@ def visiting(vit, device):
 
 @torch.no_grad()
 def encode_face(vit, photo):
-    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], at the size and colours of its training."""
+    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], which it resizes and normalises for the ViT.
+    ValueError for other shapes, or bytes."""
     if photo.dim() != 4 or photo.shape[1] != 3 or not photo.is_floating_point():
         raise ValueError(f"photos are (B, 3, H, W) in [-1, 1], not {photo.dtype} {tuple(photo.shape)}")
     side, weight = vit.config.image_size, vit.layernorm.weight
     photo = photo.float()
     if photo.shape[2:] != (side, side):
         photo = F.interpolate(photo, (side, side), mode="bicubic", antialias=True)
-    # [-1, 1] is twice as wide as the processor's [0, 1], and starts one lower
+    # config's mean and std are for values in [0, 1]
     mean = 2 * photo.new_tensor(vit.config.image_mean).view(3, 1, 1)
     std = 2 * photo.new_tensor(vit.config.image_std).view(3, 1, 1)
     return vit(((photo - (mean - 1)) / std).to(weight.device, weight.dtype))
