@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from attention import attention
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -49,7 +51,7 @@ class Attention(nn.Module):
     def forward(self, x, context):
         qkv = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in qkv)  # (B, heads, n, c/heads)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))  # (B, n, c)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
+from attention import attention
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -51,7 +53,7 @@ class Attention(nn.Module):
     def forward(self, x):
         y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h·w, c)
         q, k, v = (project(y)[:, None] for project in (self.to_q, self.to_k, self.to_v))
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        y = attention(q, k, v)[:, 0]
         return x + self.to_out[0](y).transpose(1, 2).reshape(x.shape)
 
 
