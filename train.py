@@ -20,7 +20,6 @@ share has prompts about looks.
 
 Photos are encoded once, before the first step. On N GPUs, each with --batch people:
 torchrun --nproc-per-node=N -- train.py …"""
-import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -65,6 +64,7 @@ def main(args):
     # what θ means, and what the run depends on beside it
     of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
     own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta", "watch")}
+    own |= {"iterations": hypernet.config.iterations}
     own |= {"encoder": checksum(hypernet.vit), "start": checksum(hypernet)}
     rank, size = distributed.rank_and_size()
     steps = args.steps or usual_steps(data.count, args.batch * size)
@@ -118,8 +118,8 @@ def hypernetwork(args, model, deadline):
         if args.model == "nano":
             vit = nano_encoder(args, model.device, deadline)
         else:
-            encoder = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
-            vit = load_vit(encoder, "meta")
+            vit = load_vit(args.encoder, "meta")
+            encoder = vit.source
         shape = hdb.HyperDreamBooth(model).lidb.shape
         config = HyperConfig(*shape, iterations=args.iterations or 4, vit=vit.config, encoder=encoder)
         with global_seed(args.seed):

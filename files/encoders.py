@@ -36,20 +36,21 @@ def load_vit(source, device=None):
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
     vit = build_encoder(ViT, config, folder, rename, device)
-    vit.source = source
+    vit.source = os.path.abspath(source) if os.path.isdir(source) else source
     return vit
 
 
 def vit_of(path, source, noted, device, instead=None):
-    """The ViT that the file at `path` was trained with, of this checksum or None (in old files), from
-    `source`, a folder of its name beside the file, or `instead`. LoadError for another."""
-    beside = Path(path).parent / Path(source).name
-    moved = os.path.isabs(source) and not os.path.isdir(source) and beside.is_dir()
-    source = instead or (str(beside) if moved else source)
+    """The ViT that the file at `path` was trained with, of this checksum or None (in old files): `instead`, a
+    folder of its name beside the file, or what it was then, `source`. LoadError for none or another."""
+    beside, hint = Path(path).parent / Path(source).name, f"put its folder, {Path(source).name}, beside it"
+    source = instead or (str(beside) if beside.is_dir() else source)
+    if os.path.isabs(source) and not os.path.isdir(source):
+        raise LoadError(f"{path}: trained with the encoder of photos {source}, which is not there; {hint}")
     vit = load_vit(source, device)
     if noted is not None and not alike(checksum(vit), noted):
         raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}; "
-                        "give that with --encoder")
+                        f"{hint}")
     return vit
 
 

@@ -28,7 +28,7 @@ def save_hypernet(hypernet, model, path):
 
 def load_hypernet(path, model, encoder=None, encoder_device="cpu"):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
-    official encoder that it names is, if neither where it was nor beside the file; encoder_device: where that
+    official encoder that it names is, if neither beside the file nor where it was; encoder_device: where that
     encoder stays while it does not look. LoadError if it is none, was made for other layers than this model's
     or with another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):

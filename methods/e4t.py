@@ -237,7 +237,9 @@ def load_looker(source, model):
     """The ViT that looks at photos: nano's, in its hypernetwork's file, or an official one, without weights;
     training/photos.py reads those while it needs them."""
     if source == NANO_LOOKER:
-        return load_hypernet(HERE / source, model).vit
+        vit = load_hypernet(HERE / source, model).vit
+        vit.source = source
+        return vit
     return load_vit(source, "meta")
 
 

@@ -55,8 +55,8 @@ class Offset(nn.Module):
 def main(args):
     deadline = time.time() + 60 * args.minutes
     model = hdb.load(args.model, args.device, args.dtype and getattr(torch, args.dtype))
-    source = e4t.NANO_LOOKER if args.model == "nano" else args.encoder
-    vit, folder = e4t.load_looker(source, model), Path(args.out) / args.name
+    vit = e4t.load_looker(e4t.NANO_LOOKER if args.model == "nano" else args.encoder, model)
+    folder = Path(args.out) / args.name
     data, watched = people.to_train_on(args, model, vit, hdb.PROMPT, folder / "photos", deadline, WATCHED,
                                        others=0, looks=0)
     with global_seed(args.seed):
@@ -89,7 +89,7 @@ def main(args):
     def write(file):
         for rows, columns, delta in zip(domain.rows, domain.columns, deltas):
             rows[:], columns[:] = delta()
-        e4t.save_domain(domain, model, source, file)
+        e4t.save_domain(domain, model, vit.source, file)
     trainer.finish(args.save, "e4t.safetensors", write)
 
 

@@ -93,13 +93,15 @@ def test_an_official_encoder_is_named_and_found_again(tmp_path):
     folder.rename(tmp_path / "moved/encoder")
     assert torch.equal(load(moved)(faces()), back(faces()))
     (tmp_path / "moved/encoder").rename(tmp_path / "other")
-    with pytest.raises(LoadError, match="encoder: neither a folder here nor"):
+    with pytest.raises(LoadError, match="/encoder, which is not there; put its folder, encoder, beside it"):
         load(moved)
     assert torch.equal(load_hypernet(moved, shared_model(), tmp_path / "other")(faces()), back(faces()))
     write({k: t + .01 for k, t in vit.state_dict().items()}, folder / "model.safetensors")
     shutil.copy(tmp_path / "other/config.json", folder)
-    with pytest.raises(LoadError, match="another encoder of photos than the one that is now .*--encoder"):
+    with pytest.raises(LoadError, match="another encoder of photos than the one that is now .*beside it"):
         load(moved)
+    (tmp_path / "other").rename(tmp_path / "moved/encoder")  # what lies beside goes first
+    assert torch.equal(load(moved)(faces()), back(faces()))
     path = moved.rename(path)
 
     encoder(folder, num_attention_heads=4)

@@ -285,6 +285,8 @@ def test_a_run_is_tied_to_what_it_was_made_with(runs, monkeypatch):
     """Another UNet or another encoder than the state's is refused, and the refusal names it."""
     common = "--out", runs, "--batch", 2, "--steps", 1, "--every", 1000
     train_here(monkeypatch, *common)
+    with pytest.raises(ValueError, match=r"of another run \(iterations 4 there, 5 here\)"):
+        train_here(monkeypatch, *common, "--iterations", 5)
     load = hdb.load
 
     def other(*where):

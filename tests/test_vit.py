@@ -70,6 +70,8 @@ def test_official_files_load_strictly(folder, monkeypatch):
     state = fill(ViT(SMALL)).state_dict()
     back = load_vit(folder, "cpu")
     assert back.config == SMALL and all(torch.equal(v, back.state_dict()[k]) for k, v in state.items())
+    monkeypatch.chdir(folder.parent)
+    assert load_vit(folder.name, "meta").source == str(folder)  # whatever the working directory is later
     # a classifier's, from the hub
     classifier = {f"vit.{k}": v for k, v in state.items()} | {"classifier.weight": torch.zeros(2, 32)}
     save_file(classifier, folder / "model.safetensors")
