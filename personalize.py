@@ -56,6 +56,7 @@ def main(args):
     sittings = [] if args.people else sit(args, engine.model)
     if sittings:
         people, written = make_people(sittings, args, engine, stage)
+        sittings = sittings[:len(people)]
     else:
         people, written = [read_person(path, engine) for path in args.people], []
         stage(f"read {', '.join(args.people)}")
@@ -133,6 +134,9 @@ def make_people(sittings, args, engine, stage):
             person.photos = " ".join(sorted(known_by(sitting.paths)))
             written += save(person, engine, out)
             people.append(person)
+        if stage.stopped and len(people) < len(sittings):
+            print(f"         of {len(sittings)} people {len(people)} are made, and drawn")
+            break
     return people, written
 
 

@@ -75,7 +75,7 @@ class Stages:
     """Prints what was done and how long it took since the last time, at first since `start` (time.time())."""
 
     def __init__(self, start):
-        self.last = start
+        self.last, self.stopped = start, False
 
     def __call__(self, what):
         now = time.time()
@@ -96,6 +96,7 @@ class Stages:
                 return bool(stop)
             yield show
         if stop:
+            self.stopped = True
             print(f"         stopped after {done} of {steps} steps; what was learnt until then is used")
 
 

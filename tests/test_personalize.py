@@ -1,6 +1,8 @@
 """The main job itself, as a user runs it, at two steps."""
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from files.person import load_person
 from methods import hyperdreambooth, sitting
 from methods.table import METHODS
 from nano import faces, seeds, wording
+from program import console
 from training.photos import known_by, photos_of
 
 HEADS = 33  # pixels over the columns of a sheet
@@ -245,6 +248,27 @@ def test_every_photo_is_another_person(tmp_path):
     for i in range(6):
         first, second = (images.read(folder / f"{i}.png", 128) for folder in (out, tmp_path / "again"))
         assert (first - second).abs().max() < .02
+
+
+def test_ctrl_c_ends_with_those_who_are_made(tmp_path, monkeypatch):
+    """The step ends, what was learnt is saved and drawn, and nobody else is begun."""
+    moved = []
+
+    def stop_once(bar):
+        moved.append(bar.desc)
+        if len(moved) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(console, "advance", stop_once)
+    for name in "abc":
+        shutil.copy(ROOT / "nano/example.png", tmp_path / f"{name}.png")
+    photos = [tmp_path / f"{name}.png" for name in "abc"]
+    done = run(*photos, "[V] face", "--each", "--side-by-side", 1, "--steps", 9,
+               "--batch", 1, "--sample-steps", 1, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert moved == ["fine-tuning", "fine-tuning", "sampling"]
+    assert "stopped after 2 of 9 steps" in done.stdout and "of 3 people 1 are made, and drawn" in done.stdout
+    assert [path.parent.name for path in tmp_path.rglob("person_tuned.safetensors")] == ["a"]
+    assert Image.open(tmp_path / "out/sheet.png").size == (128, 2 * 128 + HEADS)
 
 
 def test_everybody_has_a_folder_of_their_own():
