@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from program import console  # noqa: E402
 from training.trainer import Trainer, global_seed  # noqa: E402
 
-PROCESSES = get_context("forkserver")  # which imports torch once, not in every child
-PROCESSES.set_forkserver_preload(["torch"])
+PROCESSES = get_context("forkserver")  # which imports these once, not in every child
+PROCESSES.set_forkserver_preload(["torch", "torch._dynamo"])  # the second for torch.optim, in seconds
 
 
 def train(folder, steps):

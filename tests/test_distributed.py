@@ -1,8 +1,6 @@
 """Several processes that train as one: gloo, on the CPU."""
 import os
 import signal
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +8,8 @@ import torch
 from kill import PROCESSES, end_of
 from programs import ROOT
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import train
 from program import console, distributed
@@ -18,63 +18,46 @@ from files.disk import LoadError
 from program.console import Stopped, UserError
 from training.parts import cached, load_all
 
-SCRIPT = """
-import sys
-sys.path[:0] = sys.argv.pop(1), sys.argv.pop(1)
-from test_distributed import main
-main(sys.argv.pop(1))
-"""
 
-
-def main(doomed="none"):
-    """train.py with the arguments of this process, in which the second step kills the process of one rank."""
+def member(doomed):
+    """train.py in one of several processes; the second step kills the one of rank `doomed`."""
     update = train.Trainer.update
 
     def mortal(trainer, loss, **numbers):
-        if os.environ.get("RANK") == doomed and trainer.step == 1:
+        if os.environ["RANK"] == doomed and trainer.step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         update(trainer, loss, **numbers)
     train.Trainer.update = mortal
     train.WATCHED = 1
     train.people.HeldOut.watch = lambda held_out, model, passes, trainer: trainer.log(passes=len(passes))
-    torch.set_num_threads(1)
     console.run(train.main, train.arguments)
 
 
-def command(folder, processes, batch, *options, steps=2):
-    """The arguments of train.py, from the shipped hypernetwork, for processes of `batch` people each."""
-    given = ["--device", "cpu", "--start", ROOT / "nano/hypernet.safetensors", "--every", 1000,
-             "--batch", batch, "--steps", steps, "--out", folder / f"{processes}", *options]
-    return [*map(str, given)]
-
-
-def member(rank, size, port, said, arguments):
-    """One of several processes, with the environment that torchrun gives it."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "of this test"}
+def launch(size, folder, arguments, doomed):
+    """What torchrun does, in a process of its own, from which the members are forked."""
+    sys.stdout = sys.stderr = open(folder / "said", "a")
+    torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
-    with open(said, "a") as sys.stdout, open(os.devnull, "w") as sys.stderr:
-        main()
+    config = LaunchConfig(1, 1, size, DefaultLogsSpecs(folder / "logs"), "of this test", max_restarts=0,
+                          rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+    elastic_launch(config, member)(doomed)
 
 
-def together(size, folder, arguments):
-    """train.py in so many processes, which import torch once: what they printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    said = folder / "said"
-    processes = [PROCESSES.Process(target=member, args=(rank, size, port, said, arguments))
-                 for rank in range(size)]
-    for process in processes:
-        process.start()
-    assert [end_of(process) for process in processes] == [0] * size
-    return said.read_text()
+def together(size, folder, batch, *options, doomed=None):
+    """The exit code of torchrun, and what is printed, with train.py from the shipped hypernetwork in so many
+    processes of `batch` people each."""
+    arguments = ["--device", "cpu", "--start", ROOT / "nano/hypernet.safetensors", "--every", 1000,
+                 "--batch", batch, "--steps", 2, "--out", folder / f"{size}", *options]
+    process = PROCESSES.Process(target=launch, args=(size, folder, [*map(str, arguments)], doomed))
+    process.start()
+    return end_of(process), (folder / "said").read_text()
 
 
 def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
     """Every weight, average and moment, to 1e-5."""
-    for processes, batch in (1, 4), (2, 2):
-        printed = together(processes, tmp_path, command(tmp_path, processes, batch))
+    for processes, batch in (1, 2), (2, 1):
+        code, printed = together(processes, tmp_path, batch)
+        assert code == 0, printed
     one, two = (load_file(tmp_path / f"{n}/hypernet/state.safetensors") for n in (1, 2))
     start = load_file(ROOT / "nano/hypernet.safetensors")
     moved = [key for key in start if not key.startswith("vit.")
@@ -88,21 +71,15 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path):
 
 
 def test_where_one_is_killed_all_end_with_a_line_and_another_number_goes_on(tmp_path):
-    """By torchrun itself."""
     options = "--beta", "1", "--targets", "3", "--target-steps", "1"
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "--"]
-    arguments = [tmp_path / "script.py", ROOT, ROOT / "tests", "1"]
-    arguments += command(tmp_path, 2, 1, *options, steps=3)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *torchrun, *map(str, arguments)], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
-    lines = [line for line in done.stderr.splitlines() if "script.py: " in line]
-    assert done.returncode and lines == ["script.py: another process of this training has ended; the same "
-                                         "command goes on"]
+    code, printed = together(2, tmp_path, 1, *options, doomed="1")
+    lines = [line for line in printed.splitlines() if line.startswith("train.py: ")]
+    assert code and [line.partition("; ")[0] for line in lines] == [
+        "train.py: another process of this training has ended"]
     assert len(list((tmp_path / "2/hypernet/targets").iterdir())) == 3  # fitted by both
     (tmp_path / "2").rename(tmp_path / "1")
-    assert "finished; " in together(1, tmp_path, command(tmp_path, 1, 1, *options, steps=3))
+    code, printed = together(1, tmp_path, 1, *options)
+    assert code == 0 and "finished; " in printed
 
 
 def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
