@@ -1,4 +1,5 @@
 """Lets the tests import the repository's top modules, each other, and the rule in tests/reference."""
+import gc
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,11 @@ import pytest
 # stall each other (personalize.py)
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "reference")]
+
+
+def pytest_collection_finish():
+    """What is imported by now is no garbage: looking through it again and again takes a tenth of the time."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -15,13 +15,19 @@ import hdb
 from program import console
 
 ROOT = Path(__file__).parents[1]
-LOAD = hdb.load
-shipped = cache(partial(LOAD, "nano"))
+PREDICTOR = ROOT / "nano/hypernet.safetensors"
+LOAD, LOAD_HYPERNET = hdb.load, hdb.load_hypernet
+shipped, predictor = cache(partial(LOAD, "nano")), cache(partial(LOAD_HYPERNET, PREDICTOR))
 
 
 def load(source, *given):
     """hdb.load, which reads the shipped model once for all programs: they leave it as it is."""
     return shipped(*given) if source == "nano" else LOAD(source, *given)
+
+
+def load_hypernet(file, *given):
+    """hdb.load_hypernet, which reads the shipped one once for each model."""
+    return predictor(*given) if Path(file) == PREDICTOR else LOAD_HYPERNET(file, *given)
 
 
 def difference(one, two):
@@ -42,6 +48,7 @@ def run(*arguments, script="personalize.py", device="cpu"):  # where results are
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which a program replaces
         patch.setattr(warnings, "showwarning", warn)
         patch.setattr(hdb, "load", load)
+        patch.setattr(hdb, "load_hypernet", load_hypernet)
         patch.chdir(ROOT)
         warnings.simplefilter("default")
         with redirect_stdout(streams[0]), redirect_stderr(streams[1]):

@@ -21,7 +21,7 @@ from files import images
 from program.console import UserError
 from methods import dreambooth, hyperdreambooth
 from files.person import Person, save_person
-from nano import faces
+from nano import faces, instrument
 from vit import ViT, encode_face
 
 VISION = clip.VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -299,7 +299,7 @@ def test_a_report_of_all_there_is(tmp_path):
     assert all(path.stat().st_size for path in paths)
 
 
-@pytest.mark.parametrize("left", [0, 1, 7, 20, 60])
+@pytest.mark.parametrize("left", [0, 1, 20])
 def test_an_interrupted_run_breaks_nothing(tmp_path, left):
     rows = whole(tmp_path / "whole")
     write_scores(tmp_path / "part", [row | dict.fromkeys(["copied", "error"]) for row in rows[::3][:left]])
@@ -360,9 +360,11 @@ def test_the_papers_metrics(paper):
         torch.testing.assert_close(torch.tensor(found[name]), value)
 
 
-def test_the_judges_scores(coarse):
+def test_the_judges_scores(coarse, monkeypatch):
     """Of drawings whose everything is known: the photo itself, another photo, a king, somebody with
     glasses."""
+    monkeypatch.setattr(instrument, "STEPS", 20)  # which find a drawing well enough
+    monkeypatch.setattr(instrument, "TRIALS", (5,))
     judged = scores.Judged(3, "cpu")
     assert judged.photos.shape == (3, 1 + scores.MORE, 3, 128, 128)
     more = scores.Judged(4, "cpu")  # nobody's photos depend on how many people there are
@@ -380,7 +382,7 @@ def test_the_judges_scores(coarse):
     assert found["likeness"][0] == pytest.approx(1) and .7 < found["another"][0] < .999
     assert found["likeness"][1] < .999 and found["another"][2] > .6
     assert found["copied"][0] > .7 and abs(found["copied"][1]) < .6 and found["copied"][2:] == [None] * 3
-    assert found["error"][0] < .1 and found["error"][2:] == [None] * 3
+    assert found["error"][0] < .2 and found["error"][2:] == [None] * 3
     has = judged(glasses, [("a full beard", who)])["obeyed"]
     assert has == ([0] if faces.attributes(one)["beard"] != 3 else [None])
 

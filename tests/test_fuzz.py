@@ -33,7 +33,7 @@ from methods.table import METHODS
 from files.person import load_person, save_person
 from training.trainer import Trainer
 
-COUNT, SEED = int(os.environ.get("FUZZ", 120)), int(os.environ.get("FUZZ_SEED", 0))  # inputs for each format
+COUNT, SEED = int(os.environ.get("FUZZ", 60)), int(os.environ.get("FUZZ_SEED", 0))  # inputs for each format
 ODD = [None, True, -1, 0, 2 ** 70, 1e400, "", "x" * 9000, "\x1b[2J", "a\nb", [], {}, [1] * 3000, "F64", "I8",
        {"a": {"b": []}}]
 
@@ -132,7 +132,7 @@ def test_files_are_read_or_refused_in_one_line(tmp_path_factory, name):
         warnings.simplefilter("ignore")
         read(path)  # as it is
     slow = name in ("config", "scheduler", "vocabulary", "weights")  # a whole model is read each time
-    count = COUNT // 8 if slow else COUNT
+    count = COUNT // 6 if slow else COUNT
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(count):
         change = reheaded if file.endswith("safetensors") and dice.random() < .5 else mutated

@@ -2,32 +2,31 @@
 import fcntl
 import os
 import runpy
-import subprocess
-import sys
+import time
 
 import pytest
+from kill import PROCESSES
 from programs import ROOT
 
 from program.console import UserError
 from program.lock import locked
 
-CHILD = """
-import sys, time
-from program.lock import locked
-with locked(sys.argv[1]):
-    print("inside", flush=True)
-    time.sleep(60)
-"""
+
+def stay(folder, inside):
+    with locked(folder):
+        inside.set()
+        time.sleep(60)
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "a/b")], cwd=ROOT,
-                             stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "inside\n"
+    inside = PROCESSES.Event()
+    child = PROCESSES.Process(target=stay, args=(tmp_path / "a/b", inside))
+    child.start()
+    assert inside.wait(60)
     with pytest.raises(UserError, match="b: another run is at work there"), locked(tmp_path / "a/b"):
         raise AssertionError
     child.kill()
-    child.wait()
+    child.join()
     with locked(tmp_path / "a/b"), locked(tmp_path / "a/../a/b"):  # a process has it as often as it likes
         pass
     assert (tmp_path / "a/b").exists()

@@ -42,7 +42,7 @@ def test_what_is_usual_on_nano_is_what_learning_does(method):
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_one_photo_to_a_person_and_their_picture_again(tmp_path, method):
-    prompt = "[V] face as a king", "--sample-steps", 2, "--seed", 7
+    prompt = "[V] face as a king", "--sample-steps", 1, "--seed", 7
     said = run(method, "nano/example.png", *prompt, "--steps", 1, *OPTIONS[method], "--out", tmp_path / "a")
     assert "person.safetensors" in said and said.count("likeness") == 1 and "seed 7" in said, said
     assert {file.name for file in (tmp_path / "a").iterdir()} == {"0.png", "sheet.png", "person.safetensors"}

@@ -295,7 +295,7 @@ def test_the_network_gives_every_head_and_its_looks_are_averaged():
 
 
 def test_the_shipped_reader_knows_drawings(shipped):
-    identity, styles = people(22), torch.arange(22) % len(faces.STYLES)
+    identity, styles = people(11), torch.arange(11) % len(faces.STYLES)
     plain = faces.photos(identity, generator(5), "cpu")
     assert reader.drawn(shipped, plain).float().mean() == 1
     assert reader.drawn(shipped, faces.photos(identity, generator(6), "cpu", styles)).float().mean() >= .99
@@ -304,7 +304,7 @@ def test_the_shipped_reader_knows_drawings(shipped):
 
 
 def test_the_shipped_reader_reads_drawn_people(shipped):
-    identity = people(24)
+    identity = people(12)
     found = avatar.identity_of(reader.read(shipped, faces.photos(identity, generator(5), "cpu")))
     ours, theirs = faces.attributes(found), faces.attributes(identity)
     right = {name: (ours[name] == theirs[name]).float().mean().item() for name in ours}

@@ -64,7 +64,7 @@ def train_here(monkeypatch, *arguments):
 def test_losses_of_a_training(runs, monkeypatch):
     """Stored ones: whatever changes them changes the method."""
     steps = train_here(monkeypatch, "--out", runs, *OPTIONS[:2], "--iterations", 3, *OPTIONS[4:],
-                       "--steps", 4, "--alpha", 2, "--beta", .5)
+                       "--steps", 2, "--alpha", 2, "--beta", .5)
     assert [loss for _, loss, *_ in steps] == pytest.approx(LOSSES, rel=2e-3)
     for passes, loss, denoising, distance in steps:
         assert len(passes) == 3 and set(passes) <= {1, 2, 3}
@@ -104,18 +104,18 @@ def test_everybody_is_applied_after_their_own_passes_to_strangers_too(runs, monk
     assert 0 < sum("[V]" not in text for text in given["said"]) < 8
 
 
-LOSSES = [.18631, .10528, .17032, .14723]
+LOSSES = [.18631, .10528]
 
 
 def test_train_and_resume_with_targets(runs, monkeypatch):
-    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 2)) == 2
+    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 1)) == 1
     files = sorted((runs / "hypernet/targets").iterdir())
     targets = [file.read_bytes() for file in files]
     assert [load_file(file)["theta"].shape for file in files] == [(3, 79, 96), (3, 79, 96), (2, 79, 96)]
-    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 3)) == 1
+    assert len(train_here(monkeypatch, "--out", runs, *OPTIONS, "--steps", 2)) == 1
     assert [file.read_bytes() for file in files] == targets
     lines = [json.loads(x) for x in (runs / "hypernet/log.jsonl").read_text().splitlines()]
-    assert [(x["step"], x["passes"], x["people"]) for x in lines] == [(2, 2, 2), (3, 2, 2)]
+    assert [(x["step"], x["passes"], x["people"]) for x in lines] == [(1, 2, 2), (2, 2, 2)]
     model = hdb.load("nano", "cpu")
     hypernet = hdb.load_hypernet(runs / "hypernet/hypernet.safetensors", model)
     assert hypernet.config.iterations == 2 and hypernet(torch.zeros(1, 3, 128, 128)).abs().max() > 0
@@ -257,7 +257,7 @@ def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitt
 
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(runs, monkeypatch):
     """To the same bytes, by SIGTERM in the middle of a step; the people it draws follow from the step."""
-    common = "--out", runs, "--batch", 2, "--steps", 2, "--every", 1000
+    common = "--out", runs, "--batch", 1, "--steps", 2, "--every", 1000
     update = Trainer.update
 
     def stopped(trainer, loss, **numbers):
@@ -283,7 +283,7 @@ def test_minutes_are_for_every_stage(tmp_path):
 
 def test_a_run_is_tied_to_what_it_was_made_with(runs, monkeypatch):
     """Another UNet or another encoder than the state's is refused, and the refusal names it."""
-    common = "--out", runs, "--batch", 2, "--steps", 1, "--every", 1000
+    common = "--out", runs, "--batch", 1, "--steps", 1, "--every", 1000
     train_here(monkeypatch, *common)
     with pytest.raises(ValueError, match=r"of another run \(iterations 4 there, 5 here\)"):
         train_here(monkeypatch, *common, "--iterations", 5)
@@ -307,7 +307,7 @@ def test_a_start_brings_its_own_encoder(runs, monkeypatch):
     """Whatever lies in the runs' folder."""
     vit = load_file(runs / "encoder/vit.safetensors")
     write({k: torch.zeros_like(t) for k, t in vit.items()}, runs / "encoder/vit.safetensors")
-    train_here(monkeypatch, "--out", runs, "--batch", 2, "--steps", 1, "--every", 1000,
+    train_here(monkeypatch, "--out", runs, "--batch", 1, "--steps", 1, "--every", 1000,
                "--start", ROOT / "nano/hypernet.safetensors")
     kept = load_file(runs / "hypernet/hypernet.safetensors")
     assert all(torch.equal(kept[f"vit.{k}"].float(), t) for k, t in vit.items())
