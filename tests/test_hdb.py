@@ -243,6 +243,19 @@ def test_fine_tuning_starts_at_the_prediction_and_adds_to_it(method):
     assert untouched(method.model)
 
 
+def test_fine_tuning_weighs_places_and_draws_what_its_steps_need(method):
+    """Looking back at the end draws nothing more."""
+    ours, theirs, losses = generator(5), generator(5), []
+    for places in torch.full((8, 8), 3.), 1.:
+        method.fine_tune(photo(), some_theta(method), 2, 3, 0., 2, ours.manual_seed(5),
+                         lambda step, loss: losses.append(loss), places)
+    assert losses[:2] == pytest.approx([3 * loss for loss in losses[2:]], rel=1e-4)
+    fresh_lora(lidb.unet_layers(method.layers), 3, theirs)
+    for _ in range(2):
+        noised(some_latent(2), theirs)
+    assert torch.equal(torch.rand(3, generator=ours), torch.rand(3, generator=theirs))
+
+
 def test_what_is_fitted_is_where_the_model_is(monkeypatch):
     for name in "fit", "fit_or_take_back":  # whose optimiser knows no meta tensors
         monkeypatch.setattr(hdb, name, lambda *_, **__: None)

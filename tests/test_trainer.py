@@ -144,7 +144,7 @@ def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path)
     model = nn.Linear(3, 1)
     weight, x = model.weight.detach().clone(), torch.tensor([[1., 2., -1.]])
     bias, total, warmup = model.bias.detach().clone(), 20, 4
-    trainer = Trainer({"m": model}, tmp_path, total, lr=.1, warmup=warmup, ema=.5, weight_decay=.3)
+    trainer = Trainer({"m": model}, tmp_path, total, lr=.1, warmup=warmup, ema=.3, weight_decay=.3)
     gradients, rates, average = {"w": [], "b": []}, [], weight
     for step in range(6):
         y = x @ model.weight.detach().T + model.bias.detach()
@@ -157,7 +157,7 @@ def test_updates_are_adamw_with_warm_up_cosine_clipping_and_an_average(tmp_path)
         trainer.update((size * model(x) ** 2).sum())
         assert torch.allclose(model.weight, adam_by_hand(weight, gradients["w"], rates, decay=.3), atol=1e-5)
         assert torch.allclose(model.bias, adam_by_hand(bias, gradients["b"], rates, decay=.3), atol=1e-5)
-        average = average.lerp(model.weight.detach(), 1 - min(.5, (1 + step) / (10 + step)))
+        average = average.lerp(model.weight.detach(), 1 - min(.3, (1 + step) / (10 + step)))
         assert torch.allclose(trainer.ema["m.weight"], average, atol=1e-6)
         assert model.weight.grad is None and trainer.step == step + 1
     trainer.average()
