@@ -78,8 +78,9 @@ def test_a_picture_is_what_the_options_say(tmp_path, nano):
     ([], ("dpmpp_2m", 15, 2.)), (["--model", "a/b"], ("dpmpp_2m", 30, 7.5)),
     (["--model", "a/b", "--sampler", "lcm"], ("lcm", 4, 1.)), (["--sampler", "lcm"], ("lcm", 4, 1.)),
     (["--sampler", "lcm", "--sample-steps", 8, "--guidance", 1.5], ("lcm", 8, 1.5))])
-def test_what_is_usual_depends_on_the_sampler(monkeypatch, given, expected):
-    monkeypatch.setattr("sys.argv", ["personalize.py", "nano/example.png", "[V] face", *map(str, given)])
+def test_what_is_usual_depends_on_the_sampler(monkeypatch, tmp_path, given, expected):
+    photo = "nano/example.png", "[V] face", "--out", tmp_path
+    monkeypatch.setattr("sys.argv", ["personalize.py", *map(str, (*photo, *given))])
     args = personalize.arguments()
     assert (args.sampler, args.sample_steps, args.guidance) == expected
 
@@ -124,8 +125,9 @@ def test_what_the_method_sees_of_a_photo_and_of_a_drawing(monkeypatch, capsys):
     (["--model", "x"], 200, 16, 2e-4), (["--model", "x", "--hypernet", "README.md"], 40, 4, 5e-4),
     ([], 40, 4, 3e-3),
     (["--model", "x", "--steps", "7", "--lr", "0.001"], 7, 16, 1e-3)])
-def test_the_usual_numbers_come_with_the_model(monkeypatch, given, steps, rank, lr):
-    monkeypatch.setattr(sys, "argv", ["personalize.py", "nano/example.png", "[V]", *given])
+def test_the_usual_numbers_come_with_the_model(monkeypatch, tmp_path, given, steps, rank, lr):
+    photo = "nano/example.png", "[V]", "--out", str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["personalize.py", *photo, *given])
     args = personalize.arguments()
     assert (args.steps, args.rank, args.lr) == (steps, rank, lr)
     assert (args.guidance, args.sample_steps) == ((7.5, 30) if given else (2., 15))
