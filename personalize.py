@@ -5,15 +5,15 @@
     python personalize.py a.jpg b.jpg more/ "a [V] face as a king"    # photos, or folders, of one person
     python personalize.py out/person_tuned.safetensors "a [V] face at the beach" --strength 0.8
     python personalize.py me.safetensors you.safetensors "a professional photo of a [V] face"
-    python personalize.py photos/ "a [V] face as a rock star" --each     # every photo is another person
+    python personalize.py photos/ "a [V] face as a rock star" --each     # each photo shows another person
     python personalize.py nano/example.png "a [V] face as a king" --method dreambooth
 
 Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, person.safetensors (the
-predicted weights, or another method's) and person_tuned.safetensors (the same with the LoRA of the
-fine-tuning). Another person's files there are not replaced. sheet.png shows the photo, the prediction alone,
-then the prompts. With --each every person's files are in a folder of the photo's name, and sheet.png has a
-column for each. nano knows drawn people alone: of a photograph it says what it saw, draws that person, and
-goes on with the drawing, which the sheet shows too."""
+predicted weights, or another method's) and person_tuned.safetensors (the same plus the fine-tuned LoRA). It
+does not replace another person's files there. sheet.png shows the photo, the prediction alone, then the
+prompts. With --each every person's files go to a folder named after the photo, and sheet.png has a column for
+each. nano knows only drawn people: it says what it saw in a photograph, draws that person, and goes on with
+the drawing, which the sheet also shows."""
 import time
 import warnings
 from dataclasses import replace
@@ -82,7 +82,7 @@ def main(args):
 
 
 def arguments():
-    """What the command line says."""
+    """The parsed command line."""
     return command_line.arguments(__doc__)
 
 
@@ -99,7 +99,7 @@ def load(args, stage):
 
 
 def warn_of_prompts(args, tokenizer):
-    """Warn of prompts that don't say [V] or are too long, once and not again at every picture."""
+    """Warn of prompts that lack [V] or are too long: once, not at every picture."""
     tokenizer([*map(with_identifier, args.prompts), args.negative])
     warnings.filterwarnings("ignore", "prompt is longer")
     for prompt in args.prompts:
@@ -110,12 +110,9 @@ def warn_of_prompts(args, tokenizer):
             warnings.warn(f'the prompt "{prompt}" {what}, so it will not show the person', stacklevel=1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# People
-
 def make_people(sittings, args, engine, stage):
-    """Everybody's Person, by --method, and the paths of their files. Each is rounded to half precision, as in
-    its file, so that the file gives the same pictures. UserError for NaN or infinity."""
+    """Each sitting's Person, by --method, and the paths of their files. It rounds tensors to half precision,
+    as in the file, so the file gives the same pictures. UserError for NaN or infinity."""
     method, people, written = METHODS[args.method], [], []
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1
@@ -141,7 +138,7 @@ def make_people(sittings, args, engine, stage):
 
 
 def save(person, engine, out):
-    """Write a new person, in the parts that the method keeps; return the paths. Old parts are removed."""
+    """Write a new person in its method's parts, and remove other old parts. Returns the paths."""
     parts = {f"{name}.safetensors": part for name, part in person.method.parts(person).items()}
     with whole_files(*(out / name for name in parts)) as temporary:
         for part, new in zip(parts.values(), temporary):
@@ -152,7 +149,7 @@ def save(person, engine, out):
 
 
 def read_person(path, engine):
-    """The Person in a personal file, or in an embedding that textual inversion has learnt anywhere."""
+    """The Person in a personal file, or in an embedding of textual inversion, from any program."""
     if textual_inversion.is_embedding(path):
         person = textual_inversion.load_embedding(path, engine.model)
     else:
@@ -161,7 +158,7 @@ def read_person(path, engine):
 
 
 def turned(person, args, engine):
-    """The person's adapters, at --strength and turned by the method's knobs. UserError if they can't be."""
+    """The person's adapters at --strength and at the method's own settings. UserError if impossible."""
     adapters = person.adapters(engine)
     check_kinds(args, {type(adapter) for adapter in adapters.values()})
     if args.strength != 1:
@@ -169,11 +166,8 @@ def turned(person, args, engine):
     return METHODS[args.method].at_sampling(adapters, args, engine)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-
 def sample(prompt, people, adapters, seeds, args, engine, bar):
-    """One picture (P, 3, H, W) of each of these people. The bar moves a step at each of the sampler's."""
+    """One picture of each person, (P, 3, H, W). Each step of the sampler moves the bar."""
     prompts = [with_identifier(prompt, person.identifier) for person in people]
     return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
                          negative=args.negative, person_guidance=args.person_guidance,
@@ -181,7 +175,7 @@ def sample(prompt, people, adapters, seeds, args, engine, bar):
 
 
 def draw_prediction(people, args, engine):
-    """The picture (1, 3, H, W) of the prediction alone, where there is one."""
+    """The picture (1, 3, H, W) of the first person's prediction alone; [] without a prediction."""
     alone = hyperdreambooth.prediction(people[0])
     if not alone.tensors:
         return []
@@ -190,7 +184,7 @@ def draw_prediction(people, args, engine):
 
 
 def draw(people, adapters, args, engine):
-    """Every prompt's picture of everybody: (prompts · P, 3, H, W). UserError for NaN."""
+    """Every prompt's picture of every person: (prompts · P, 3, H, W). UserError for NaN."""
     numbers = list(range(len(people)))
     groups = [([i], adapters[i]) for i in numbers]
     if all(isinstance(adapter, LowRank) for own in adapters for adapter in own.values()):
@@ -209,7 +203,7 @@ def draw(people, adapters, args, engine):
 
 
 def settings_of(sittings, args, model):
-    """name -> value of everything that makes a picture of this run what it is."""
+    """name -> value of every setting that changes this run's pictures."""
     settings = {"model": args.model, "sampler": args.sampler, "steps": args.sample_steps,
                 "guidance": args.guidance, "person guidance": args.person_guidance,
                 "negative": args.negative, "strength": args.strength,
@@ -229,7 +223,7 @@ def settings_of(sittings, args, model):
 
 
 def write_pictures(predicted, pictures, people, sittings, args, model):
-    """Write every picture, and the sheet of them all, with the settings of the run; return the paths."""
+    """Write all pictures and their sheet with the settings of the run. Returns the paths."""
     settings, paths = settings_of(sittings, args, model), [args.out / "sheet.png"]
     whose = args.people or [", ".join(sitting.paths) for sitting in sittings]
     photos = [person.photos for person in people]
@@ -249,13 +243,13 @@ def write_pictures(predicted, pictures, people, sittings, args, model):
 
 
 def heads_of(sitting, predicted, prompts):
-    """What the columns of one person's sheet show."""
+    """The column heads of one person's sheet."""
     photos, drawn = (sitting.seen, []) if sitting.shown is None else (sitting.shown, ["drawn"])
     return ["photo"] * len(photos) + drawn + ["prediction alone"] * len(predicted) + prompts
 
 
 def write_for_other_programs(person, adapters, args, model):
-    """Write what --export and --merge ask for of a person with these adapters; return the files' paths."""
+    """Write a person with these adapters as --export and --merge ask. Returns the files' paths."""
     word, paths = person.identifier, []
     if args.export:
         paths.append(args.out / f"{args.export}.safetensors")
@@ -273,7 +267,7 @@ def write_for_other_programs(person, adapters, args, model):
 
 
 def print_likeness(predicted, pictures, seen, args):
-    """What nano's judge says of every picture: the mean likeness to the photos."""
+    """Print the mean likeness of each picture to the photos, by nano's judge."""
     drawn, judge = torch.stack([*predicted, *pictures]).cpu(), load_judge()
     scores = torch.stack([judge.likeness(drawn, one.expand_as(drawn)) for one in seen.cpu()]).mean(0)
     for name, score in zip(["prediction alone"] * len(predicted) + args.prompts, scores.tolist()):

@@ -3,22 +3,21 @@
     python train.py                          # the miniature's, on people that its renderer draws
     python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-Three stages, each of which goes on where it was stopped, by the same command; --minutes is for all together:
-  1. nano without --start: the encoder of photos, if runs/ has no finished one (nano/training/pretrain.py
-     encoder);
-  2. --beta above 0: the target θ of Eq. 2, fitted for every person;
-  3. the hypernetwork. runs/<name>/log.jsonl gets the loss and, at every --every steps, what is measured of
-     people kept apart for watching; pictures of them lie beside it. For the miniature it is the judge's
-     likeness; for photos the denoising loss under their own θ, under another person's and under none. The
-     gap between own and another's is what the hypernetwork knows of identity.
+Three stages. Each resumes with the same command; --minutes limits all together:
+  1. nano without --start: train the encoder of photos, if runs/ has no finished one
+     (nano/training/pretrain.py encoder);
+  2. --beta above 0: fit the target θ of Eq. 2 for every person;
+  3. train the hypernetwork. runs/<name>/log.jsonl gets the loss and, every --every steps, measurements of
+     people kept apart, with pictures beside it. For the miniature they are the judge's likeness; for photos
+     the denoising loss with their own θ, another person's and none. The gap between own and another's shows
+     what the hypernetwork knows of identity.
 
-Two things go beyond the paper, which is silent on both. For each sample a number of passes is drawn
-(left_after), and the loss sees the estimate after so many: thus every estimate of Eq. 3 is trained, and not
-the last alone. And in a share of the samples the picture is a stranger's, under a prompt without [V], while
-the person's weights are on: thus they learn to act on [V] and on nothing else. For the miniature a further
-share has prompts about looks.
+Two things go beyond the paper, which is silent on both. The loss sees each sample's estimate after a random
+number of passes (left_after): this trains every estimate of Eq. 3, not the last alone. And some samples show
+a stranger, under a prompt without [V] and with the person's weights on: the weights learn to act on [V]
+alone. For the miniature, some other prompts speak of looks.
 
-Photos are encoded once, before the first step. On N GPUs, each with --batch people:
+It encodes photos once, before the first step. On N GPUs, each with --batch people:
 torchrun --nproc-per-node=N -- train.py …"""
 import time
 from dataclasses import replace
@@ -48,7 +47,7 @@ from nano.training import pretrain
 from training.trainer import Trainer, say_start, global_seed
 from vit import encode_face
 
-WATCHED = 16  # people whose predictions are shown while nano's hypernetwork is trained
+WATCHED = 16  # people that nano's training measures and draws
 
 
 def main(args):
@@ -61,7 +60,7 @@ def main(args):
     data, watched = people.to_train_on(args, model, hypernet.vit, hdb.PROMPT, folder / "photos", deadline,
                                        WATCHED, apart=args.watch)
 
-    # what θ means, and what the run depends on beside it
+    # What θ and the run depend on
     of = model.checksums | {"basis": method.lidb.checksum, "faces": None if nano else data.content}
     own = {name: getattr(args, name) for name in ("lr", "batch", "seed", "alpha", "beta", "watch")}
     own |= {"iterations": hypernet.config.iterations}
@@ -76,13 +75,13 @@ def main(args):
         data.fix(args.targets)
         targets = fit_targets(method, data, args, folder / "targets", of, deadline)
 
-    # of several processes each has --batch people of a larger batch
+    # Each process takes --batch people of a larger batch
     mine = slice(rank * args.batch, (rank + 1) * args.batch)
     for step in trainer:
         generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
         who = torch.randint(data.count, (size * args.batch,), generator=generator)
         features, latents, prompts = data.samples(who, generator, mine)
-        # the loss sees each sample's estimate after a number of passes, so that every estimate is trained
+        # the loss sees each sample's estimate after a random number of passes
         after = left_after(len(who), hypernet.config.iterations, step / trainer.steps, generator)[mine]
         theta = hypernet.passes(features)[after, torch.arange(len(after))]
         target = None if targets is None else targets[who[mine]].to(model.device)
@@ -99,16 +98,16 @@ def main(args):
 
 
 def left_after(count, iterations, progress, generator):
-    """For each of `count` samples, after how many passes, 1 to `iterations`, the loss sees its estimate. In
-    the first half of a training (progress below .5) all are equally likely, later k passes k times as likely
-    as 1."""
+    """The number of passes (count,), 1 to `iterations`, after which the loss sees each sample's estimate. In
+    the first half of a training (progress below .5) all are equally likely; then k passes are k times as
+    likely as 1."""
     weights = torch.ones(iterations) if progress < .5 else torch.arange(1., iterations + 1)
     return 1 + torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def hypernetwork(args, model, deadline):
-    """The HyperNetwork to train: --start's, or a fresh one around an encoder that stays as it is. An official
-    encoder's weights stay in its file; training/photos.py reads them while it needs them."""
+    """The HyperNetwork to train: --start's, or a fresh one with a frozen encoder. An official encoder's
+    weights stay in its file until training/photos.py reads them."""
     if args.start:
         hypernet = load_hypernet(args.start, model, encoder_device="meta").requires_grad_()
         if args.iterations:
@@ -130,7 +129,7 @@ def hypernetwork(args, model, deadline):
 
 
 def nano_encoder(args, device, deadline):
-    """The miniature's ViT in --out, trained now if it isn't there."""
+    """The miniature's ViT in --out, which it trains if it isn't there."""
     file = Path(args.out) / "encoder/vit.safetensors"
     if not file.exists():
         _, rows = pretrain.PARTS["encoder"]
@@ -143,8 +142,8 @@ def nano_encoder(args, device, deadline):
 
 
 def fit_targets(method, data, args, folder, of, deadline):
-    """Target θ (P, layers, size) for all people of `data`, --batch at once, on the CPU. Those in `folder`
-    were fitted before (LoadError for those of another run, as in training.parts)."""
+    """Target θ (P, layers, size) for all people of `data`, on the CPU, fitted --batch at once. It takes those
+    in `folder` from there (LoadError for another run's, as in training.parts)."""
     def fitted(who):
         generator = hdb.seeded(args.seed + who[0].item())
 
@@ -172,19 +171,19 @@ def arguments():
     own = "--encoder cannot be chosen for nano or with --start, which bring their own"
     parser = parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that looks at photos; nano "
-               "and --start bring their own"),
-        same("start", old_file, None, "hypernetwork to go on from, with its encoder; if not given, a new one",
+        Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that encodes the photos; "
+               "nano and --start bring their own"),
+        same("start", old_file, None, "hypernetwork to continue, with its encoder; if not given, a new one",
              metavar="FILE"),
         *training_rows(*usual),
-        same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, that of --start, or else 4"),
+        same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, --start's, or else 4"),
         same("alpha", number(float, 0, 10 ** 6), 1., "weight of Eq. 2's denoising term"),
         same("beta", number(float, 0, 10 ** 6), 0., "weight of Eq. 2's distance to fitted targets"),
-        same("targets", number(int, 1, 10 ** 6), 1024, "nano: people that targets are fitted for"),
-        same("target-steps", number(int, 1, 10 ** 6), 150, "of fitting a target"),
-        same("target-lr", number(float, 0, 1), .02, "learning rate of that"),
+        same("targets", number(int, 1, 10 ** 6), 1024, "nano: people to fit targets for"),
+        same("target-steps", number(int, 1, 10 ** 6), 150, "steps to fit a target"),
+        same("target-lr", number(float, 0, 1), .02, "learning rate to fit a target"),
         Option("watch", refused("--watch is for --faces") if nano else number(int, 0, 64), 0, 8,
-               "of --faces, photos to keep apart and measure at every --every steps, a quarter at most"),
+               "photos of --faces to keep apart and measure every --every steps, at most a quarter"),
         *run_rows("hypernet", 250)], model)
     args = parser.parse_args()
     if args.start and args.encoder not in (None, FACE_ENCODER):

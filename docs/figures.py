@@ -1,9 +1,9 @@
-"""The figures of README and docs, by matplotlib, which only whoever makes them needs.
+"""The figures of README and docs. Development only: it needs matplotlib.
 
-    python -m docs.figures          # the same bytes again, from the same commit
+    python -m docs.figures          # the same commit gives the same bytes
 
-pipeline.png, lidb.png, world.png, modules.png, training.png. The experiment draws its own (python
--m evaluation), the tour too.
+pipeline.png, lidb.png, world.png, modules.png, training.png. The experiment (python -m evaluation) and the
+tour draw their own.
 """
 import runpy
 from pathlib import Path
@@ -22,7 +22,7 @@ COLOURS = {"given": "#e8e8e8", "frozen": "#cfe3f7", "learnt": "#f9d9b8", "result
 
 
 def sheet(width, height):
-    """An empty figure of so many inches, and its axes without a frame, one unit an inch."""
+    """An empty figure of this size in inches, and its axes without a frame, one unit an inch."""
     figure = Figure((width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
@@ -44,7 +44,7 @@ def arrow(axes, start, end, text="", above=.1):
 
 
 def pipeline():
-    """From a photo to a picture, with the shapes on SD 1.5 and on nano."""
+    """The pipeline from photo to picture, with the shapes on SD 1.5 and on nano."""
     figure, axes = sheet(10, 3.6)
     box(axes, .1, 2.2, 1.2, .8, "photo\n3×512×512\n(3×128×128)", "given", 8)
     box(axes, 1.9, 2.2, 1.3, .8, "ViT encoder\nonce", "frozen")
@@ -73,7 +73,7 @@ def pipeline():
 
 
 def lidb():
-    """The matrices of Eq. 1 for a layer of 320 by 320, to scale, beside ΔW and a rank-1 LoRA."""
+    """The matrices of Eq. 1 for a layer of 320 by 320, to scale, and ΔW."""
     figure, axes = sheet(9, 3.2)
     unit, top = 2.3 / 320, 2.75
     parts = [("ΔW\n320×320", 320, 320, "given"), ("=", 0, 0, ""), ("A_aux\n320×100", 320, 100, "frozen"),
@@ -95,7 +95,7 @@ def lidb():
 
 
 def world():
-    """What a person, and what a photo, is made of: one attribute, one circumstance at a time."""
+    """The world: rows of pictures that differ in one attribute of a person or one circumstance of a photo."""
     identity = faces.identities([seeds.EXAMPLE]).repeat(6, 1)
     calm = torch.full((6, len(faces.NUISANCE)), .5)
     rows = []
@@ -118,14 +118,14 @@ def world():
 
 
 def modules():
-    """The rooms of tests/test_house.py, floor by floor, and what imports what."""
+    """The modules of tests/test_house.py, floor by floor, with lines for their imports."""
     house = runpy.run_path(str(HERE / "tests/test_house.py"))
     figure, axes = sheet(8, .62 * len(house["ROOMS"]) + .3)
     places = {}
     for y, floor in enumerate(house["ROOMS"]):
         for i, name in enumerate(sorted(floor)):
             x = 4 + (i - (len(floor) - 1) / 2) * 1.5
-            x += (-1) ** y * 1.1 * (len(floor) == 1)  # in two columns, so that lines are seen
+            x += (-1) ** y * 1.1 * (len(floor) == 1)  # two columns keep the lines apart
             places[name] = x, .35 + .62 * y
     for name, (x, y) in places.items():
         files = (HERE / name).glob("*.py") if (HERE / name).is_dir() else [HERE / f"{name}.py"]

@@ -1,1 +1,1 @@
-"""For whoever measures: the paper's experiment, systems, scores, tables and figures; and speed (bench.py)."""
+"""For measuring: the paper's experiment, systems, scores, tables and figures; and speed (bench.py)."""

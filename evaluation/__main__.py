@@ -1,15 +1,15 @@
-"""The paper's experiment, measured again: every system on the same people, prompts and noises.
+"""The paper's experiment again: every system on the same people, prompts and noises.
 
     python -m evaluation                # on nano: 32 test people, 18 pictures each, and the curves; hours
     python -m evaluation --quick            # 1 to 4 people, 13 pictures each, no curves: ten minutes
     python -m evaluation --rows "Only Hyper" Perfusion --people 8
     python -m evaluation --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-On nano the judge and the instrument say whose every picture is and what it shows (evaluation/scores.py);
-elsewhere the paper's metrics are computed. --out gets scores.csv, a line for each picture; costs.csv, seconds
-and bytes of one person alone; and from these tables.md, figures and, with pictures of the first people, a
-grid for each table. What is measured already is not measured again: a run that was stopped goes on by the
-same command, and other rows can be added. A row that fails is reported, and the next one runs.
+On nano the judge and the instrument measure who is in each picture and what it shows (evaluation/scores.py);
+other models get the paper's metrics. --out gets scores.csv, a line for each picture; costs.csv, seconds and
+bytes for one person alone; and made from these, tables.md, figures, and a grid of pictures of the first
+people for each table. It never measures a line twice: the same command resumes a stopped run, and other rows
+can follow. It reports a row that fails, and runs the next one.
 """
 import itertools
 import json
@@ -44,7 +44,7 @@ def main(args):
     scores = Judged(args.people, model.device) if nano else paper(args, model)
     jobs = able(chosen(args), nano, method)
 
-    # every system makes every person, every person is drawn by every prompt
+    # Every system fits every person, and draws them under every prompt
     side = systems.PEOPLE if nano else 1
     settings = experiment.Settings(args.sample_steps, args.guidance, side, args.out)
     names = [*scores.few, *scores.more] if args.quick else [*scores.prompts]
@@ -59,7 +59,7 @@ def main(args):
     costs = experiment.Table(args.out / "costs.csv", 1, ("system", "seconds", "bytes"))
     failed = all_of(work, method, scores, table, costs, settings)
 
-    # what was measured by another call, without costs
+    # Costs of systems that an earlier call scored without measuring them
     for job in tqdm(jobs, desc="costs"):
         if (job.system,) not in costs and job.system not in failed:
             experiment.fit(job, torch.tensor([0]), method, scores.photos, costs)
@@ -68,11 +68,11 @@ def main(args):
         print(f"  {path}")
     print((args.out / "tables.md").read_text(encoding="utf-8"))
     if failed:
-        raise console.UserError(f"{', '.join(failed)}: failed, as said above; the same command tries again")
+        raise console.UserError(f"{', '.join(failed)}: failed, see above; the same command tries again")
 
 
 def all_of(work, *rest):
-    """Do all of this work; the names of the systems that failed, which are reported and left."""
+    """Measure all of `work`. Returns system -> error for those that failed, whose other work it skips."""
     failed = {}
     with tqdm(total=sum(len(group) for _, group, _ in work), unit="person") as bar:
         for job, group, names in work:
@@ -88,7 +88,7 @@ def all_of(work, *rest):
 
 
 def check_run(args, method):
-    """Write what the numbers depend on to run.json, or compare. UserError where they are another run's."""
+    """Write what the numbers depend on to run.json, or compare. UserError if a setting differs."""
     settings = {"model": args.model, "hypernet": checksum(method.hypernet) if method.hypernet else "none",
                 "sampling steps": args.sample_steps, "guidance": args.guidance, "faces": args.faces}
     ours = {name: str(value) for name, value in (method.model.checksums | settings).items()}
@@ -97,19 +97,19 @@ def check_run(args, method):
     if not file.exists():
         write_text(json.dumps(ours, indent=2) + "\n", file)
     elif differ := differences(read_json(file), ours):
-        raise console.UserError(f"{args.out}: measured otherwise ({'; '.join(differ)}); give another --out")
+        raise console.UserError(f"{args.out}: other settings there ({'; '.join(differ)}); give another --out")
 
 
 def paper(args, model):
-    """The paper's metrics of the first photos of the folder."""
+    """The paper's metrics, for the first photos of the folder."""
     side = 8 * model.unet.config.sample_size
     photos = [*itertools.islice(read_photos(args.faces, side), args.people)]
     return Paper(torch.stack(photos).to(model.device), args.clip, args.dino, model.device)
 
 
 def chosen(args):
-    """The jobs that --rows names, all if it isn't given, none if it names nothing. UserError for a row that
-    isn't there."""
+    """The jobs that --rows names; all without --rows, none for an empty --rows. UserError for an unknown
+    row."""
     jobs = systems.rows(args.model == "nano", args.quick)
     names = [job.system for job in jobs]
     if unknown := set(args.rows or ()) - set(names):
@@ -118,11 +118,11 @@ def chosen(args):
 
 
 def able(jobs, nano, method):
-    """The jobs that have what they need; what is left out is said."""
+    """The jobs that have what they need. It prints which it leaves out."""
     there = {"": True, "hypernet": method.hypernet is not None, "encoder": nano}
     for job in jobs:
         if not there[job.needs]:
-            print(f"{job.system}: left out, there is no {job.needs} for {method.model.name}")
+            print(f"{job.system}: left out, because {method.model.name} has no {job.needs}")
     return [job for job in jobs if there[job.needs]]
 
 
@@ -134,15 +134,15 @@ def arguments():
              "a twentieth of all steps", action="store_true"),
         same("people", number(int, 1, 10 ** 6), None, "how many; if not given, 32, or with "
              "--quick 1, and 4 of nano's for systems that take seconds"),
-        same("rows", str, None, "systems to measure, without curves; if not given, all, with curves; if "
-             "none is named, the curves alone", nargs="*"),
+        same("rows", str, None, "systems to measure, without curves; if not given, all, with curves; with no "
+             "name, the curves alone", nargs="*"),
         same("no-curves", None, True, "measure the tables alone", action="store_false", dest="curves"),
         same("hypernet", old_file, None, "file of train.py, to predict with; if not given, nano's own; other "
              "models then leave out the systems that predict"),
-        Option("sample_steps", number(int, 1, 999), 15, 30, "of the sampler"),
-        Option("guidance", number(float, -100, 100), 2., 7.5, "of the sampler"),
-        same("clip", str, "openai/clip-vit-large-patch14", "CLIP that measures CLIP-I and CLIP-T"),
-        same("dino", str, "facebook/dino-vits16", "ViT that measures DINO"),
+        Option("sample_steps", number(int, 1, 999), 15, 30, "steps of the sampler"),
+        Option("guidance", number(float, -100, 100), 2., 7.5, "scale of the sampler's guidance"),
+        same("clip", str, "openai/clip-vit-large-patch14", "CLIP for CLIP-I and CLIP-T"),
+        same("dino", str, "facebook/dino-vits16", "ViT for DINO"),
         same("out", new_folder, None, "folder of the results; if not given, results/ (runs/quick with "
              "--quick) for nano, else runs/evaluation_ and the model's name")], model)
     args = parser.parse_args()
@@ -157,15 +157,15 @@ def arguments():
 
 
 def check_before_loading(parser, args):
-    """Errors for what would only be found after gigabytes are loaded: a row, file or folder that isn't there,
-    results of another model in --out."""
+    """Refuse, before gigabytes are loaded, an unknown row, missing photos, and another model's results in
+    --out."""
     chosen(args)
     if args.faces:
         photo_files(args.faces)
     if (args.out / "run.json").exists():
         there = read_json(args.out / "run.json").get("model", "nano")
         if there != args.model:
-            parser.error(f"--out {args.out} has results of {there}; give another")
+            parser.error(f"--out {args.out} has results of {there}; give another folder")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How fast this is, beside diffusers and PEFT with the same weights: in one process, in turn.
+"""Speed against diffusers and PEFT: same weights, same process, alternating runs.
 
     python -m evaluation.bench                       # nano
     python -m evaluation.bench --model random        # Stable Diffusion 1.5 at full size, its weights random
     python -m evaluation.bench --rows a b d --repeats 9
 
-Needs diffusers and peft for the comparisons, and says so without. Prints a table, and writes it with every
-number to --out: medians and ranges of seconds; what it is compared with; how much of the time the same
-multiplications would take at the rate of one large matrix product (possible); on a GPU, the memory that it
-takes beside the model. Rows f and g compare people side by side with the same people one after the other.
+The comparisons need diffusers and peft; it says so without. It prints a table, and writes it with every
+number to --out: medians and ranges of seconds, ours and theirs; the share of the time that the same
+multiplications would take at the rate of one large matrix product (possible); on a GPU, the peak memory above
+the model's. Rows f and g compare people side by side with the same people one by one.
 """
 import json
 from contextlib import contextmanager, nullcontext
@@ -41,9 +41,9 @@ from training.trainer import global_seed
 from vit import NANO_VIT
 
 PROMPT, RANK = "a [V] face", 4
-SETTINGS = [Option("sample_steps", number(int, 1, 999), 15, 30, "of the guided picture"),
-            same("batch", number(int, 1, 64), 4, "of fine-tuning"),
-            Option("people", number(int, 1, 256), 16, 4, "side by side, rows f and g")]
+SETTINGS = [Option("sample_steps", number(int, 1, 999), 15, 30, "sampling steps of the guided picture"),
+            same("batch", number(int, 1, 64), 4, "batch of fine-tuning"),
+            Option("people", number(int, 1, 256), 16, 4, "people side by side in rows f and g")]
 
 
 def full_size(device, dtype):
@@ -85,7 +85,7 @@ def main(args):
 
 
 def rows(method, their, args):
-    """All rows, one after the other, so that what one prepares doesn't lie in another's memory."""
+    """All rows, one by one, so that one row's preparation does not occupy another's memory."""
     model, device, config = method.model, method.model.device, method.model.unet.config
     side, batch = 8 * config.sample_size, args.batch
     photos = torch.randn(args.people, 3, side, side, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
@@ -125,7 +125,7 @@ def person(method, photo, batch):
 
 
 def side_by_side(method, photos):
-    """The rows of people side by side, against the same people one by one."""
+    """The rows that compare people side by side with the same people one by one."""
     model, theta, everybody = method.model, method.predict(photos), slice(0, len(photos))
     latents, generator = model.encode(photos).detach(), torch.Generator().manual_seed(0)
     features = hdb.encode_face(method.hypernet.vit, photos).float()
@@ -152,7 +152,7 @@ def side_by_side(method, photos):
 
 
 def others(model):
-    """diffusers' model of the same weights, or None, with a line, where it is not installed."""
+    """diffusers' model with the same weights; None, with a message, if it is not installed."""
     try:
         return Theirs(model)
     except ImportError as error:
@@ -170,7 +170,7 @@ class Theirs:
         with torch.device("meta"):
             network = UNet2DConditionModel.from_config(configs["unet/config.json"])
             self.vae = AutoencoderKL.from_config(configs["vae/config.json"])
-        # as diffusers lays them out in memory
+        # diffusers' memory layout
         weights = {name: p.contiguous() for name, p in model.unet.state_dict().items()}
         network.load_state_dict(weights, assign=True)
         self.vae.load_state_dict(model.vae.state_dict(), assign=True)
@@ -187,7 +187,7 @@ class Theirs:
 
     @contextmanager
     def adapted(self):
-        """Inside, a LoRA of the same rank on the same layers is beside the weights."""
+        """Inside, the UNet has a LoRA of the same rank on the same layers."""
         self.unet.add_adapter(self.lora)
         try:
             yield
@@ -199,7 +199,7 @@ class Theirs:
         return self.unet(x, 500, context).sample
 
     def tune(self, steps, batch, callback):
-        """A LoRA, fine-tuned; for ticks()."""
+        """Fine-tune a LoRA, for ticks()."""
         model, size = self.model, self.model.unet.config.sample_size
         latent = torch.randn(batch, 4, size, size, device=model.device, dtype=model.dtype)
         context = model.context([PROMPT]).detach().expand(batch, -1, -1)
@@ -219,7 +219,7 @@ class Theirs:
 
     @torch.no_grad()
     def picture(self, context, steps):
-        """A guided picture."""
+        """Draw a guided picture."""
         self.solver.set_timesteps(steps)
         size = self.model.unet.config.sample_size
         x = torch.randn(1, 4, size, size, device=self.model.device, dtype=self.model.dtype)
@@ -234,8 +234,8 @@ def arguments():
     return parser_of(__doc__, [
         same("model", str, "nano", "or random: SD 1.5 with random weights", choices=["nano", "random"]),
         DEVICE, DTYPE, *SETTINGS,
-        same("rows", str, None, "all if not given", nargs="+", choices=list("abcdefg")),
-        same("repeats", number(int, 1, 1000), 5, "of every row"),
+        same("rows", str, None, "rows to measure; if not given, all", nargs="+", choices=list("abcdefg")),
+        same("repeats", number(int, 1, 1000), 5, "runs of every row"),
         same("out", new_folder, Path("results"), "folder of the table")], model).parse_args()
 
 

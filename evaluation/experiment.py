@@ -1,6 +1,5 @@
-"""What is done with every system: fit people, draw each prompt, look at the pictures, add a line for each to
-a table. Nobody's result depends on who is made beside them: everybody has a generator and noises of their
-own."""
+"""The experiment for one system: fit people, draw every prompt, score the pictures, add a line for each to a
+table. Each person has their own generator and noises, so no result depends on the other people."""
 import csv
 import math
 import time
@@ -23,7 +22,7 @@ KEY = "system", "knob", "value", "person", "prompt"
 
 
 class Settings(NamedTuple):
-    """Of the sampler; how many pictures are drawn side by side; where results go."""
+    """The sampler's steps and guidance; pictures to draw side by side; the folder of the results."""
     sample_steps: int
     guidance: float
     side: int
@@ -31,14 +30,14 @@ class Settings(NamedTuple):
 
 
 def groups(people, size):
-    """The people (P,) in groups of at most this size, the first person alone, to be timed."""
+    """The people (P,) in groups of at most this size; the first person is alone, to be timed."""
     return [group for group in (people[:1], *people[1:].split(size)) if len(group)]
 
 
 @torch.no_grad()
 def measure(job, group, names, method, scores, table, costs, settings):
     """Fit the people of `group` by one system, draw the prompts of these names at every value of its knob,
-    and add the scores to the table. What is there already is not made again."""
+    and add the scores to the table. It does nothing if they are all there."""
     keys = {(job.system, job.knob, value, person, name)
             for value in job.values for person in group.tolist() for name in names}
     if all(key in table for key in keys):
@@ -63,8 +62,8 @@ def keep(picture, out, system, who, name):
 
 
 def fit(job, group, method, photos, costs=None):
-    """The Person of the people (P,) of a group, each by their own generator; of one alone, seconds and the
-    file's bytes are added to `costs`."""
+    """The Person of the people (P,) of a group, each with their own generator. For one person alone it adds
+    the seconds and the file's bytes to `costs`."""
     start = time.perf_counter()
     given = photos[group, 0] if job.photos == 1 else photos[group, :job.photos]
     generators = [torch.Generator().manual_seed(who) for who in group.tolist()]
@@ -81,8 +80,8 @@ def fit(job, group, method, photos, costs=None):
 
 
 def draw(method, adapters, group, names, scores, settings):
-    """Pictures of every prompt, of all people of the group each, (prompts · P, 3, H, W). Everybody's noise
-    depends on the prompt and on who it is alone."""
+    """Pictures of every prompt and all people of the group, (prompts · P, 3, H, W). The noise depends on the
+    prompt and the person alone."""
     listed, pictures = [*scores.prompts], []
     some = max(1, settings.side // len(group))
     for i in tqdm(range(0, len(names), some), desc="pictures", leave=False, delay=2):
@@ -95,9 +94,9 @@ def draw(method, adapters, group, names, scores, settings):
 
 
 class Table:
-    """A CSV file that grows by a line at a time. The first `key` columns, as text, say what a line is of,
-    numbers follow, or nothing where there is none; what has a line is `in` the table. The last line, if it
-    was cut off, is measured again. UserError for a file with other columns, or lines that make no sense."""
+    """A CSV file that grows line by line. The first `key` columns identify a line, which is then `in` the
+    table; the others are numbers or empty. It drops a last line that was cut off. UserError for a file with
+    other columns, or damaged lines."""
 
     def __init__(self, path, key, columns):
         self.path, self.key, rows = path, key, []
@@ -122,7 +121,7 @@ class Table:
         return texts(key) in self.known
 
     def add(self, row):
-        """Add a line, unless there is one of its kind."""
+        """Add a line, unless its key is there."""
         row = texts(row)
         if row[:self.key] not in self.known:
             self.known.add(row[:self.key])
@@ -134,5 +133,5 @@ class Table:
 
 
 def texts(row):
-    """A row's cells as text: numbers in five digits, None as nothing."""
+    """A row's cells as text: numbers with five digits, None as ""."""
     return tuple("" if x is None else f"{x:.5g}" if isinstance(x, float) else str(x) for x in row)

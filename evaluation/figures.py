@@ -1,5 +1,5 @@
-"""The report's figures, by matplotlib, which only whoever makes them needs: dots for the systems, curves for
-the knobs, grids of pictures."""
+"""The report's figures: dots for the systems, curves for the knobs, grids of pictures. Development only: they
+need matplotlib."""
 import json
 import textwrap
 
@@ -14,15 +14,15 @@ DOTS = {"style.png": ("style", "styled", "share of styled pictures in the right 
                        "likeness to another photo × style")}
 CURVES = {("HyperDreamBooth", "steps"): "steps of fine-tuning", ("HyperDreamBooth", "rank"): "rank",
           ("HyperDreamBooth", "strength"): "strength", ("Only Hyper", "passes"): "passes, prediction alone"}
-# Of a training's log: what the names of a panel's lines begin with, and what they are
+# The panels of a training's log: the start of its lines' names, and its title
 LEARNT = {"likeness": "likeness", "leaked": "likeness without [V]", "obeyed": "looks drawn when asked for"}
 NAMES = {f"likeness {k}": f"plain, after pass {k}" for k in (1, 2, 3)} | {"likeness photo": "plain, the last"}
 COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "round glasses"
 
 
 def write(folder, found, scores):
-    """Write the figures that there are numbers and pictures for; their paths. found: of report.write. Without
-    matplotlib: a line, and []."""
+    """Write the figures that have numbers or pictures; return their paths. found: from report.write. Without
+    matplotlib, print a message and return []."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -40,13 +40,13 @@ def write(folder, found, scores):
 
 
 def sheet(width, height):
-    """An empty figure of so many inches."""
+    """An empty figure of this size in inches."""
     from matplotlib.figure import Figure
     return Figure((width, height), layout="constrained")
 
 
 def dots(main, file, across, up, xlabel, ylabel):
-    """A dot for each system that has both numbers, ± a standard error; the axes end where the dots do."""
+    """A dot ± a standard error for each system that has both numbers; the axes end at the outermost dots."""
     # the model itself is far from all others, the passes would hide each other, and one person has no error
     shown = {system: values for system, values in main.items()
              if system != "the model itself" and not system.startswith("k = ")}
@@ -68,7 +68,7 @@ def dots(main, file, across, up, xlabel, ylabel):
 
 
 def name_dots(axes, points):
-    """Write the names of points, name -> (x, y), in a column beside the axes, each with a line to its dot."""
+    """Write the names of points, name -> (x, y), in a column beside the axes, with lines to their dots."""
     ordered = sorted(points, key=lambda name: points[name][1])
     for i, name in enumerate(ordered):
         beside = 1.08, (i + .5) / len(ordered)
@@ -77,7 +77,7 @@ def name_dots(axes, points):
 
 
 def curves(found, file):
-    """A panel for each knob: likeness × style by its value, ± a standard error."""
+    """A panel for each knob: likeness × style against its value, ± a standard error."""
     panels = {key: {float(value): numbers["both"] for (*setting, value), numbers in found.items()
                     if tuple(setting) == key and numbers.get("both")} for key in CURVES}
     panels = {key: dict(sorted(points.items())) for key, points in panels.items() if points}
@@ -95,7 +95,7 @@ def curves(found, file):
 
 
 def training(log, file):
-    """What train.py measured of watched people, in the lines of a log.jsonl, as it went on. None without."""
+    """Curves of what train.py measured on watched people, from its log.jsonl; None without measurements."""
     lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
     watched = [line for line in lines if "obeyed" in line]
     if not watched:
@@ -114,8 +114,8 @@ def training(log, file):
 
 
 def grid(folder, systems, scores, file, people=2):
-    """Pictures of the first people, a row for each person and system, under the photo and the prompts. None
-    where there are not two rows of pictures."""
+    """Pictures of the first people: a row for each person and system, a column for the photo and each prompt.
+    None without two rows of pictures."""
     names = [name for name in COLUMNS if name in scores.prompts] or [*scores.prompts][:len(COLUMNS)]
     rows = [(who, system) for who in range(people) for system in systems
             if all(picture(folder, system, who, name).exists() for name in names)]

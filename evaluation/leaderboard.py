@@ -1,9 +1,8 @@
-"""What changed the result: a row for each change, from results/ as it is now.
+"""The leaderboard of changes: adds a row with the present numbers in results/.
 
     python -m evaluation.leaderboard "passes that refine, and binding"
 
-The numbers are HyperDreamBooth's (results/tables.md says what they are); the date is today's, the commit
-HEAD's.
+The numbers are HyperDreamBooth's (results/tables.md defines them), with today's date and HEAD's commit.
 """
 import subprocess
 from datetime import date
@@ -30,11 +29,11 @@ numbers; – was not measured. To beat it, change something and run
 
 
 def row(folder, what):
-    """A line of the leaderboard. UserError where HyperDreamBooth has not been measured."""
+    """A line of the leaderboard. UserError without measurements of HyperDreamBooth."""
     rows = [row for row in read(folder / "scores.csv") if not row["knob"]]
     ours, base = ([row for row in rows if row["system"] == name] for name in (OURS, "the model itself"))
     if not ours:
-        raise console.UserError(f"{folder / 'scores.csv'}: nothing of {OURS}; run python -m evaluation")
+        raise console.UserError(f"{folder / 'scores.csv'}: no {OURS} there; run python -m evaluation")
     found = summary(ours, Judged, base)
     seconds = [row["seconds"] for row in read(folder / "costs.csv") if row["system"] == OURS]
     numbers = [f"{found[name][0]:.3f}" if found[name] else "–" for name in COLUMNS]

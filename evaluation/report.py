@@ -1,5 +1,5 @@
-"""From scores.csv and costs.csv of a folder: tables.md, which can be read alone, the figures and the grids.
-A system that has only some of its rows stands in the tables with what there is."""
+"""Makes tables.md from a folder's scores.csv and costs.csv. A system with only some of its rows has a line
+with what there is."""
 import csv
 import random
 from collections import defaultdict
@@ -18,20 +18,19 @@ TABLES = {"Table 1: the systems": (OURS, "DreamBooth", "Textual Inversion", "LoR
                                    "E4T", "the model itself"),
           "Table 2: DreamBooth in fewer steps": (OURS, "DreamBooth", "DreamBooth-Agg-1", "DreamBooth-Agg-2"),
           "Table 3: what the parts do": (OURS, "No Hyper", "Only Hyper", "k = 1", "k = 2", "k = 3")}
-# Who is preferred, in %: the paper's votes for HyperDreamBooth, for the other, for neither
+# The paper's votes in %: for HyperDreamBooth, for the other, for neither
 STUDIES = {"Table 4: preferred for identity and style": {"DreamBooth": (64.8, 23.3, 11.9),
                                                          "Textual Inversion": (70.6, 21.6, 7.8)},
            "Table 5: preferred, against E4T": {"E4T": (60.0, 37.5, 2.5)},
            "The same against the systems that the paper leaves out": {
                "LoRA DreamBooth": None, "Perfusion": None, "No Hyper": None, "Only Hyper": None}}
-MISS = .3      # a likeness below: somebody else
+MISS = .3      # a likeness below this is another person's
 LEVEL = .02    # a difference in likeness within which a pair is undecided
 RESAMPLES = 2000
 
 
 def read(path):
-    """The lines of a CSV file as dicts, numbers as floats, what is empty as None; [] where there is no
-    file."""
+    """The lines of a CSV file as dicts, with numbers as floats and empty cells as None; [] without a file."""
     if not Path(path).exists():
         return []
     lines = csv.DictReader(read_text(path).splitlines())
@@ -41,8 +40,8 @@ def read(path):
 
 
 def over_people(pairs):
-    """Of pairs (person, number or None): the mean over people of each one's mean, its standard error (None of
-    one person alone), and how many people there are. None where there are none."""
+    """(mean, standard error, people) of pairs (person, number or None): the mean over people of each one's
+    mean. The error of one person is None. None without numbers."""
     each = defaultdict(list)
     for person, number in pairs:
         if number is not None:
@@ -54,8 +53,8 @@ def over_people(pairs):
 
 
 def summary(rows, scores, base=()):
-    """heading -> over_people() of a system's pictures, all of one setting. base: the model's own rows, which
-    `leaked` is counted from."""
+    """heading -> over_people() of a system's pictures with one setting. base: the rows of the model itself,
+    the baseline of `leaked`."""
     if "another" not in scores.names:
         return {name: over_people((row["person"], row[name]) for row in rows) for name in scores.names}
     plain = [row for row in rows if row["prompt"] in scores.plain]
@@ -65,7 +64,7 @@ def summary(rows, scores, base=()):
     own = {(row["person"], row["prompt"]): row["another"] for row in base}
 
     def of(some, name, number=lambda row, likeness: likeness):
-        """Of rows that have a number of this name, or what number(row, it) makes of that."""
+        """over_people() of number(row, value) in the rows that have a value of this name."""
         return over_people((row["person"], number(row, row[name])) for row in some if row[name] is not None)
 
     def in_style(row, likeness):
@@ -85,13 +84,9 @@ def summary(rows, scores, base=()):
             "given, plain": of(plain, "likeness"), "given, both": of(styled, "likeness", in_style)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pairs: what the paper's user studies ask
-
 def winner(ours, theirs, by):
-    """1 if the first of two pictures of a person, rows of one prompt and noise, is preferred, -1 if the
-    second is, 0 if neither: one out of style loses to one in style; else the likest wins, `by` another photo
-    or by the one given."""
+    """1 if the first of two rows, of one person, prompt and noise, is preferred, -1 if the second is, 0 if
+    neither: a picture out of style loses to one in style; else the greater likeness `by` wins."""
     if ours["style"] != theirs["style"]:
         return 1 if ours["style"] > theirs["style"] else -1
     apart = ours[by] - theirs[by]
@@ -99,9 +94,9 @@ def winner(ours, theirs, by):
 
 
 def preferred(rows, other, prompts, by="another"):
-    """Of all pairs of pictures of OURS and another system that both have, by `another` or by `likeness`: the
-    shares (ours, theirs, neither), the lead with its 95 % interval by bootstrap over people, and how many
-    people. None without a pair."""
+    """The votes over all pairs of pictures of OURS and another system, by the likeness `another` or
+    `likeness`: shares (ours, theirs, neither); the lead with its 95 % interval by bootstrap over people; the
+    number of people. None without a pair."""
     known = {(row["system"], row["person"], row["prompt"]): row for row in rows
              if row["prompt"] in prompts and row[by] is not None}
     each = defaultdict(list)
@@ -119,12 +114,8 @@ def preferred(rows, other, prompts, by="another"):
     return shares, (mean(votes), low, high), len(leads)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Markdown
-
 def write(folder, scores):
-    """Write tables.md into `folder`; the rows by setting, (system, knob, value) -> summary, for the
-    figures."""
+    """Write tables.md to `folder`. Returns (system, knob, value) -> summary, for the figures."""
     rows, costs = read(folder / "scores.csv"), {row["system"]: row for row in read(folder / "costs.csv")}
     settings = defaultdict(list)
     for row in rows:
@@ -162,7 +153,7 @@ def markdown(heads, lines):
 
 
 def table(rows, costs):
-    """Markdown of name -> summary, with seconds and size where they are known, and the paper's figures."""
+    """Markdown of name -> summary, with seconds and size if known, and the paper's numbers."""
     paper = any(name in PAPER for name in rows)
     names = [name for name in next(iter(rows.values())) if any(values[name] for values in rows.values())]
     heads = ["", "people", *names] + ["seconds", "KB"] * bool(costs) + ["paper"] * paper
@@ -179,8 +170,7 @@ def table(rows, costs):
 
 
 def figure(value, people):
-    """A mean and its standard error, in words, with the number of people where it is another than the
-    row's."""
+    """A mean and its standard error as text, with the number of people if it differs from the row's."""
     if value is None:
         return "–"
     middle, error, count = value
@@ -206,7 +196,7 @@ def study(pairs, papers):
 
 
 def votes(found):
-    """What preferred() gives, in words: people, ours, theirs, neither, lead."""
+    """The result of preferred() as texts: people, ours, theirs, neither, lead."""
     if found is None:
         return ["–"] * 5
     shares, interval, people = found
@@ -215,5 +205,5 @@ def votes(found):
 
 
 def picture(folder, system, person, prompt):
-    """Where a picture for the grids is kept."""
+    """The file of a picture for the grids."""
     return Path(folder, "pictures", "_".join((system, str(person), prompt)).replace(" ", "-") + ".png")

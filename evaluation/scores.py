@@ -1,9 +1,8 @@
-"""What is measured of a picture: by nano's judge, who knows, or by the paper's metrics.
+"""Scores of a picture: by nano's judge, or the paper's metrics.
 
-Either has `prompts`, name -> prompt; `photos` (P, N, 3, H, W) of the people, of which the systems get the
-first; `names` of the numbers; and is called with pictures (B, 3, H, W) in [-1, 1] and a list of B pairs, the
-name of the prompt and the number of the person. It gives a dict of name -> a list of B numbers, None where a
-number has no meaning.
+Both have `prompts`, name -> prompt; `photos` (P, N, 3, H, W) of the people, of which the systems get the
+first; and `names` of the scores. A call takes pictures (B, 3, H, W) in [-1, 1] and a list of B pairs (name of
+the prompt, number of the person), and returns name -> a list of B scores, None where a score has no meaning.
 """
 import math
 
@@ -16,18 +15,18 @@ from nano import faces, instrument, seeds, wording
 from nano.people import ASKED, PROMPTS, STYLES, UNSEEN, HeldOut
 from vit import encode_face
 
-# The paper's prompts; a person's name is [V]
+# The paper's prompts
 PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character of a [V] face",
           "a [V] face with bark skin", "a [V] face as a rock star", "a professional photo of a [V] face",
           "a [V] face in impressionist style", "a [V] face as a king", "a [V] face as an astronaut",
           "a [V] face at the beach")
-# Asked of everybody, counted of those who lack it: what is said of looks -> (attribute, category)
+# Looks to ask for, phrase -> (attribute, category): scored for the people who lack them
 LOOKS = {wording.phrase(*asked): asked for asked in ASKED}
-# Prompts that ask for no person
+# Prompts without the person
 OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}
 CIRCUMSTANCES = "yaw", "roll", "zoom", "x", "y", "light", "light_side"
 COLOURS = "background", "clothes"
-MORE = 8  # photos of everybody beside the first; the last is the one that no system sees
+MORE = 8  # more photos of each person; no system sees the last
 
 
 ABOUT = """nano: test people whom no training has seen and nothing was chosen by. Every system gets one photo
@@ -55,8 +54,8 @@ and by E4T likewise; by all others nothing but the model."""
 
 
 class Judged:
-    """nano. ABOUT says what the numbers are: `likeness` is to the photo given, `another` to one that no
-    system has seen; the instrument reads `copied` and `error` in plain pictures, the judge all else."""
+    """nano's scores, which ABOUT defines. `likeness` is to the photo given, `another` to one that no system
+    has seen. The instrument measures `copied` and `error` in plain pictures, the judge all others."""
     names = "likeness", "another", "style", "copied", "error", "obeyed"
     prompts = dict(zip(STYLES, PROMPTS)) | {"photo again": PROMPTS[0]}
     prompts |= {look: wording.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS
@@ -95,8 +94,8 @@ class Judged:
 
 
 def standardised(circumstances):
-    """Circumstances (B, 17) as eleven numbers of mean 0 and variance 1 each (B, 11): yaw, roll, zoom, x, y,
-    light and its side, uniform in [0, 1], and cosine and sine of the hues of background and clothes."""
+    """Circumstances (B, 17) as eleven numbers (B, 11) of mean 0 and variance 1: yaw, roll, zoom, x, y, light
+    and its side, which are uniform in [0, 1], and cosine and sine of the hues of background and clothes."""
     column = dict(zip(faces.NUISANCE, circumstances.unbind(1)))
     uniform = [(column[name] - .5) * 12 ** .5 for name in CIRCUMSTANCES]
     angles = [2 * math.pi * column[name] for name in COLOURS]
@@ -104,28 +103,28 @@ def standardised(circumstances):
 
 
 def spread(circumstances):
-    """The mean over people of Σt², t the standardised circumstances (P, 17) of their photos: about 11."""
+    """The mean over people of Σt², for standardised circumstances t (P, 17) of their photos: about 11."""
     return standardised(circumstances).square().sum(1).mean()
 
 
 def copied(read, known, spread):
-    """Σrt / Σt² over eleven standardised circumstances, r read in pictures (B, 17), t the known ones of the
-    photos that they were made from (B, 17). A number a person (B,), whose mean over the people that `spread`
-    is of is the sum over all of them, the slope of r against t: 0 of another photo, 1 of the photo."""
+    """Σrt / spread (B,) over eleven standardised circumstances, for r read in pictures (B, 17) and t of the
+    photos that they were made from (B, 17). Its mean over the people of `spread` is Σrt / Σt², the slope of r
+    against t: 0 for another photo, 1 for the photo itself."""
     return (standardised(read) * standardised(known)).sum(1) / spread
 
 
 def error(read, identity):
-    """The mean error (B,) of the 13 numbers in [0, 1] that the instrument always reads, of identities read
-    (B, 27) and known (B, 27). Of a number drawn at random it is 1/3."""
+    """The mean error (B,) of identities read (B, 27) against known ones (B, 27), over the 13 numbers in [0,
+    1] that the instrument reads well. A random number has 1/3."""
     sure = [faces.IDENTITY.index(name) for name in instrument.SURE]
     return (read - identity)[:, sure].abs().mean(1)
 
 
 class Paper:
-    """The paper's metrics, but for Face Rec., whose network comes as a pickle: DINO and CLIP-I, cosines of
-    features of picture and photo; CLIP-T, the cosine of picture and prompt, whose [V] is left out as it means
-    nothing to CLIP."""
+    """The paper's metrics without Face Rec., whose network comes as a pickle: DINO and CLIP-I, cosines of the
+    features of picture and photo; CLIP-T, the cosine of picture and prompt, without [V], which means nothing
+    to CLIP."""
     names = "DINO", "CLIP-I", "CLIP-T"
     prompts = {prompt: prompt for prompt in PAPERS}
     few, more, about, seen = PAPERS[:6], (), "± is the standard error over people.", ""

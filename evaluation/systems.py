@@ -1,4 +1,4 @@
-"""The compared systems, each with its settings: a photo of P people in, a Person of P people out."""
+"""The compared systems with their settings: a photo of each of P people in, a Person of P people out."""
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial
@@ -16,10 +16,12 @@ PEOPLE = 8  # side by side on nano, where a method takes several
 
 
 class Job(NamedTuple):
-    """One row of a table: fit(method, photo (P, 3, H, W), generators, one for each) -> Person of P people. Or
-    points of a curve: with `turn`, the fitted person's adapters at each of the values, turn(adapters, value)
-    -> adapters. With several `photos` it gets (P, photos, 3, H, W). needs: hypernet or encoder, if the row
-    can't be without one. noises: samples in a step of one person's; whole: of a copy of the model."""
+    """A row of a table, or points of a curve.
+
+    fit(method, photo (P, 3, H, W), P generators) -> a Person of P people; with several `photos` it gets (P,
+    photos, 3, H, W). people: at most, side by side. knob, values: a curve's; turn(adapters, value) -> the
+    fitted person's adapters at each value. needs: "hypernet" or "encoder". noises: samples per step and
+    person. whole: whether it trains a copy of the model. quick: people that --quick takes."""
     system: str
     fit: Callable
     people: int = PEOPLE
@@ -35,7 +37,7 @@ class Job(NamedTuple):
 
 @contextmanager
 def moving(steps):
-    """Gives a callback that moves a bar of so many steps."""
+    """Yields a callback that moves a bar of this many steps."""
     with tqdm(total=steps, desc="fine-tuning", leave=False, delay=2) as bar:
         yield lambda *step: advance(bar)
 
@@ -51,7 +53,8 @@ def ours(method, photo, generators, steps=40, predict=True, iterations=None, ran
 
 
 def theirs(module, shared=None, *, steps, **settings):
-    """fit of one of methods/ with these settings; shared(model): more of them, the same for everybody."""
+    """fit() of a module in methods/ with these settings; shared(model): more settings, the same for
+    everyone."""
     def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
         with moving(steps) as moved:
@@ -79,8 +82,8 @@ def usual(module, nano, *names):
 
 
 def rows(nano, quick=False):
-    """The rows of the paper's tables: on nano at rates that were the best of several on validation people,
-    else at published ones. quick: with a twentieth of the steps, where it isn't nano."""
+    """The rows of the paper's tables. Learning rates on nano are the best of several on validation people,
+    elsewhere published ones. quick: a twentieth of the steps, except on nano."""
     part = 20 if quick and not nano else 1
 
     def dreamt(steps, lr, **others):
@@ -112,7 +115,7 @@ def rows(nano, quick=False):
 
 
 def curves():
-    """What each system's knobs do, on nano."""
+    """The points of the curves on nano, a curve for each knob."""
     def fitted(knob, values):
         return [Job("HyperDreamBooth", partial(ours, **{knob: value}), PEOPLE, knob, (value,))
                 for value in values]

@@ -1,4 +1,4 @@
-"""How long things take, how much memory, and how near that is to what the device could do: for bench.py."""
+"""Time, memory, and the share of the device's possible speed, for bench.py."""
 import statistics
 import time
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 class Row(NamedTuple):
-    """A line of the table: ours() and theirs() are timed, or, where they take `steps`, each step of
-    ours(steps, callback=…). flops: whether the multiplications of ours are counted."""
+    """A line of the table. It times ours() and theirs(), or with `steps` each step of ours(steps,
+    callback=…). flops: whether to count our multiplications."""
     key: str
     what: str
     ours: Callable
@@ -27,7 +27,7 @@ def matmul_rate(device, dtype):
 
 
 def timed(work, device):
-    """Seconds that work() takes, on a GPU to its end."""
+    """The seconds that work() takes, including all work on the GPU."""
     wait = torch.cuda.synchronize if device.type == "cuda" else bool
     wait()
     start = time.perf_counter()
@@ -37,7 +37,8 @@ def timed(work, device):
 
 
 def ticks(work, steps):
-    """Seconds of each of the last steps of work(steps, callback=…), after as many as a GPU's graph takes."""
+    """The seconds of each step of work(steps, callback=…) after the first five, which record a GPU's
+    graph."""
     times = []
     work(steps=steps, callback=lambda step, loss: times.append(time.perf_counter()))
     seconds = [after - before for before, after in zip(times, times[1:])]
@@ -45,7 +46,7 @@ def ticks(work, steps):
 
 
 def measured(row, repeats, rate, device):
-    """What a row says, as a dict."""
+    """A row's measurements, as a dict."""
     def seconds(work):
         if work is None:
             return []
@@ -59,7 +60,7 @@ def measured(row, repeats, rate, device):
     found = {"key": row.key, "what": row.what, "seconds": ours, "against": theirs,
              "peak GB": memory and memory / 1e9}
     if row.flops:
-        # what the counter doesn't know
+        # operations that the counter does not know
         attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         known = {attention: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
                  torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -72,7 +73,7 @@ def measured(row, repeats, rate, device):
 
 
 def peak(work, device):
-    """Bytes of a GPU that work() takes at most, beside what is held before; None elsewhere."""
+    """The most GPU memory in bytes that work() adds to what is in use; None on other devices."""
     if device.type != "cuda":
         work()
         return None
@@ -83,7 +84,7 @@ def peak(work, device):
 
 
 def table(lines):
-    """Markdown of these rows."""
+    """These rows as Markdown."""
     def span(seconds):
         if not seconds:
             return "–"

@@ -1,9 +1,9 @@
-"""The miniature world's people: a batched renderer of cartoon portraits whose identity is known exactly.
+"""The miniature world's people: a batched renderer of cartoon portraits with exactly known identity.
 
 A person is a vector of `len(IDENTITY)` numbers in [0, 1]; a photo adds a vector of nuisances (pose, light, …)
-and one of `STYLES`. Every shape is a signed distance (negative inside, in head units: 1 = half the picture's
-height) turned into an anti-aliased mask; they are painted back to front. Numbers of a person or photo are
-(B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
+and one of `STYLES`. Each shape is a signed distance (negative inside, in head units: 1 = half the picture's
+height). The renderer turns it into an anti-aliased mask, and paints from back to front. Numbers of a person
+or photo are (B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
 """
 import torch
 
@@ -15,7 +15,7 @@ IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "ha
             "lip_fullness", "lip_colour", "beard", "glasses", "glasses_colour", "freckles", "ear_size")
 NUISANCE = ("yaw", "roll", "zoom", "x", "y", "smile", "open", "brow_raise", "squint", "gaze", "light",
             "light_side", "background", "background_2", "split", "clothes", "neckline")
-# Name: caption, {} standing for what precedes "face". The first is plain, five are the paper's prompts.
+# Name: caption; {} is what precedes "face". The first style is plain, five are the paper's prompts.
 STYLES = {"photo": "a {} face", "selfie": "an instagram selfie of a {} face",
           "pixar": "a pixar character of a {} face", "bark": "a {} face with bark skin",
           "rock star": "a {} face as a rock star", "professional": "a professional photo of a {} face",
@@ -34,9 +34,9 @@ BEARD_WORDS = ("", "", "", "a moustache", "a goatee", "a full beard")
 GLASSES_WORDS = ("", "", "round glasses", "square glasses")
 CLOTHES = {"rock star": (.10, .10, .12), "professional": (.16, .20, .32), "astronaut": (.90, .91, .94),
            "king": (.55, .08, .16), "zombie": (.36, .36, .30)}
-# Hair is one formula, a style a row of it. Behind the head: a rounded box (half width beyond the face, top,
-# bottom, corner radius) with `curl` scallops, and an ellipse on top (height of its centre, radii; none where
-# they are negative). In front: all of the scalp above y = line + slope·x + arch·|x| + bow·x².
+# One formula draws hair; each style is a row of its numbers. Behind the head: a rounded box (half width
+# beyond the face, top, bottom, corner radius) with `curl` scallops, and an ellipse on top (height of its
+# centre, radii; none if negative). In front: the scalp above y = line + slope·x + arch·|x| + bow·x².
 HAIR_STYLES = {
     #               extra   top  bottom corner  curl  knot_y knot_x knot_h  line  slope  arch   bow
     "bald":        (-.30, -.30,   .00,   .10,  .00,   .00,  -.10,  -.10, -2.0,  .00,   .00,   .00),
@@ -49,14 +49,14 @@ HAIR_STYLES = {
     "a mohawk":    (-.30, -.30,   .00,   .10,  .00,  -.60,   .15,   .36, -.50,  .00,  -1.6,   .00),
 }
 HAIR_ROWS = torch.tensor(list(HAIR_STYLES.values()))
-# What can be said of people; the first categories of beard and glasses are one, nothing to speak of
+# Words for looks; the first categories of beard and glasses count as one, "nothing to mention"
 WORDS = {"skin": SKIN_WORDS, "hair_colour": HAIR_WORDS, "hair_style": tuple(HAIR_STYLES),
          "glasses": GLASSES_WORDS, "beard": BEARD_WORDS}
 ATTRIBUTES = {name: len(set(words)) for name, words in WORDS.items()}
 
 
 def identities(seeds):
-    """The people of these integer seeds: (B, 27) numbers in [0, 1]. See nano/seeds.py."""
+    """The people of these integer seeds (nano/seeds.py): (B, 27) numbers in [0, 1]."""
     generators = [torch.Generator().manual_seed(int(s)) for s in seeds]
     return torch.stack([torch.rand(len(IDENTITY), generator=g) for g in generators])
 
@@ -67,24 +67,24 @@ def nuisances(count, generator):
 
 
 def choice(u, n):
-    """The category of n that a uniform number falls in."""
+    """The category, of n, of each number u in [0, 1]."""
     return (u * n).long().clamp(max=n - 1)
 
 
 def attributes(identity):
-    """What can be said of people in words: a dict of category indices, each (B,)."""
+    """The categories of people's looks that have words: name -> indices (B,)."""
     kinds = {name: choice(identity[:, IDENTITY.index(name)], len(words)) for name, words in WORDS.items()}
     return {name: (kind - len(WORDS[name]) + ATTRIBUTES[name]).clamp(min=0) for name, kind in kinds.items()}
 
 
 def number(name, kind):
-    """The number in [0, 1] in the middle of a category's range: attributes() backwards."""
+    """The number in [0, 1] in the middle of a category's range: the inverse of attributes()."""
     among = len(WORDS[name])
     return (kind + among - ATTRIBUTES[name] + .5) / among
 
 
 def photos(identity, generator, device, style=None):
-    """Portraits on this device, as of render(), in random circumstances; plain without a style (B,)."""
+    """Portraits (B, 3, 128, 128) in random circumstances, in a style (B,) or plain, on this device."""
     style = torch.zeros(len(identity), dtype=torch.long) if style is None else style
     return render(*(t.to(device) for t in (identity, nuisances(len(identity), generator), style)))
 
@@ -92,7 +92,7 @@ def photos(identity, generator, device, style=None):
 def render(identity, nuisance, style, size=128):
     """Portraits (B, 3, size, size) in [-1, 1] of people `identity` (B, 27) under `nuisance` (B, 17) in the
     styles `style` (B,), indices of STYLES."""
-    few = 4 if identity.device.type == "cpu" else 512  # what fits a core's cache, or fills a GPU
+    few = 4 if identity.device.type == "cpu" else 512  # fits a core's cache, or fills a GPU
     if len(identity) > few:
         parts = zip(identity.split(few), nuisance.split(few), style.split(few))
         return torch.cat([render(*part, size) for part in parts])
@@ -115,7 +115,7 @@ def render(identity, nuisance, style, size=128):
         colour = rgb(*colour) if isinstance(colour, tuple) else colour
         image = torch.addcmul(image, colour - image, mask)
 
-    # Camera: some styles stand off or come close
+    # Camera: some styles are shown from farther away or closer
     scale = lerp(1.02, 1.16, n["zoom"])
     scale = scale * (1 - .20 * on["astronaut"]) * (1 + .05 * on["selfie"]) * (1 - .12 * on["king"])
     sharp = scale * size / 2
@@ -166,7 +166,7 @@ def render(identity, nuisance, style, size=128):
     ear = lerp(.07, .15, p["ear_size"])
     paint(ellipse(x.abs() - w * .98, y - .02, ear * .75, ear * 1.15), skin * .90)
 
-    # Face, lit from one side: cheeks, freckles, what bark and make-up do to it
+    # Face, lit from one side: cheeks, freckles, bark, make-up
     eye_y, eye_x = -.06, lerp(.17, .25, p["eye_spacing"])
     paint(head, skin * (1 + .22 * (n["light_side"] - .5) * (x / w)))
     paint(ellipse(fa - .27, y - .17, .10, .07), lerp(skin, rgb(.95, .42, .42), .35), .35 + .45 * on["selfie"])
@@ -217,7 +217,7 @@ def render(identity, nuisance, style, size=128):
     brow = segment(fa, y, eye_x - .10, brow_y + lift, eye_x + .11, brow_y - lift * .4)
     paint(brow - lerp(.018, .048, p["brow_thickness"]), hair * .62)
 
-    # Front hair, glasses, and what the style adds
+    # Front hair, glasses, and the style's props
     line = (line + slope * x + arch * x.abs() + bow * x * x) * h / .62
     paint(torch.maximum(head - .015, y - line), hair * (1 + .30 * (n["light_side"] - .5) * x))
     shape = choice(p["glasses"], len(GLASSES_WORDS))
@@ -234,7 +234,7 @@ def render(identity, nuisance, style, size=128):
 
 
 def background(n, on, u, v, rgb):
-    """Plain, two-tone or graded backgrounds (B, 3, H, W); a style that has a scene of its own brings it."""
+    """Plain, two-tone or graded backgrounds (B, 3, H, W), or the scene of the style."""
     first, second = palette(n["background"], .30, .90), palette(n["background_2"], .30, .82)
     edge = ((v + u * (n["split"] - .8) * 4) * 30).clamp(0, 1)
     image = lerp(first, second, (n["split"] > .6) * edge)
@@ -258,7 +258,7 @@ def background(n, on, u, v, rgb):
 
 
 def suit(paint, on, fa, x, y, body):
-    """Clothes of the styles that dictate them: shirt and tie, lapels, a fur, the collar of a space suit."""
+    """Clothes of some styles: shirt and tie, lapels, a fur, the collar of a space suit."""
     if on["professional"].any():
         paint(torch.maximum((fa * 1.25 + (y - 1.12)) * .62, body), (.96, .96, .97), on["professional"])
         paint(torch.maximum(fa - .075, body), (.70, .12, .16), on["professional"])
@@ -271,7 +271,7 @@ def suit(paint, on, fa, x, y, body):
 
 
 def props(paint, on, fx, x, y, w, h, eye_x, eye_y):
-    """What a style puts before the face: a star round an eye, a crown, a helmet, stitches, a flower."""
+    """Things that a style adds: a star round an eye, a crown, a helmet, stitches, a flower."""
     if on["rock star"].any():
         a, b = fx + eye_x, y - eye_y
         star = torch.maximum(flower(a, b, .19, .055), -ellipse(a, b, .13, .10))  # the eye stays free

@@ -1,17 +1,17 @@
-"""What a picture of nano's world shows, measured: its numbers are those that draw it again.
+"""Measures what a picture of nano's world shows: finds the numbers that draw it again.
 
-`read` turns pictures into the 27 numbers of a person and the 17 of a photo's circumstances, from which
-faces.render draws them. It starts from a coarse reading, a ridge regression of the numbers on the judge's
-features and coarse pixels, fitted on fresh drawings when it is first needed (5 s). From there 60 steps of
-Adam go down the difference between picture and drawing, about half a second of one core for each picture.
-Numbers that choose a kind, such as a hair style, have no gradient: every kind is tried, twice on the way.
+`read` turns pictures into a person's 27 numbers and a photo's 17 circumstances, from which faces.render draws
+them. It starts with a coarse reading: a ridge regression of the numbers on the judge's features and coarse
+pixels, fitted on fresh drawings at its first use (5 s). Then 60 steps of Adam reduce the difference between
+picture and drawing, in about half a second of one core per picture. Numbers that choose a kind, such as a
+hair style, have no gradient: on the way it tries every kind, three times.
 
-A number can only be read where it shows: no hair volume of the bald. Of 32 drawings of people that nothing
-was fitted on, R² where they show is at least .98 for 19 of the 27 identity numbers and for pose, light and
-the hues of background and clothes; .89 to .96 for mouth width, lips and two of the brows, each by two or
-three mouths or brows that were taken for others like them; .65 for jaw, .44 for brow height, which raised
-brows look like, and nothing for chin, which moves less than a pixel. SURE names the 13 that show in every
-picture and are read: their mean error is .011.
+It can only read a number that shows: bald people have no hair volume. On 32 drawings of people outside the
+fit, R² where they show is at least .98 for 19 of the 27 identity numbers and for pose, light and the hues of
+background and clothes. It is .89 to .96 for mouth width, lips and two numbers of the brows, because of two or
+three mouths or brows mistaken for similar ones; .65 for jaw; .44 for brow height, which raised brows imitate;
+and nothing for chin, which moves less than a pixel. SURE names the 13 numbers that show in every picture and
+that it reads well: their mean error is .011.
 """
 import math
 from functools import cache
@@ -28,7 +28,7 @@ SURE = ("skin", "undertone", "face_width", "face_length", "hair_shade", "eye_siz
         "nose_width", "nose_length", "mouth_width", "lip_fullness", "lip_colour")
 HUES = "background", "clothes"  # 0 and 1 are the same colour
 SIDE, STEPS, RATE = 64, 60, .1
-TRIALS = 5, 20, 35          # the steps before which kinds are tried
+TRIALS = 5, 20, 35          # the steps before which it tries all kinds
 DRAWINGS, RIDGE = 1500, 1000.
 
 
@@ -37,8 +37,8 @@ def equal(count):
     return tuple(i / count for i in range(1, count))
 
 
-# Where a number passes from one kind to the next, as faces.render has it; a mouth opens, and a background
-# splits, beyond the first edge, the others are steps small enough for the gradient to do the rest
+# Where a number passes from one kind to the next in faces.render. A mouth opens, and a background splits,
+# beyond the first edge; the other edges of these make steps small enough for the gradient
 EDGES = {"hair_style": equal(len(faces.HAIR_STYLES)), "hair_colour": equal(len(faces.HAIR)),
          "eye_colour": equal(len(faces.EYES)), "glasses": (.5, .75), "glasses_colour": equal(4),
          "beard": (.5, 4 / 6, 5 / 6), "freckles": (.7,), "neckline": (.5,), "background_2": equal(6),
@@ -47,7 +47,7 @@ EDGES = {"hair_style": equal(len(faces.HAIR_STYLES)), "hair_colour": equal(len(f
 
 
 def kinds(name, u):
-    """The kind (B,) that numbers u (B,) of this name choose."""
+    """The kind (B,) that each number u (B,) of this name chooses."""
     return torch.bucketize(u.contiguous(), u.new_tensor(EDGES[name]), right=True)
 
 
@@ -58,15 +58,15 @@ def middles(name):
 
 
 def draw(numbers):
-    """The plain pictures (B, 3, 64, 64) that numbers (B, 44) draw."""
+    """The plain pictures (B, 3, 64, 64) of numbers (B, 44)."""
     identity, circumstances = numbers.split([len(faces.IDENTITY), len(faces.NUISANCE)], 1)
     plain = torch.zeros(len(numbers), dtype=torch.long, device=numbers.device)
     return faces.render(identity, circumstances, plain, SIDE)
 
 
 def difference(numbers, pictures, coarse=0.):
-    """How far the drawings of numbers (B, 44) are from pictures (B, 3, 64, 64): the mean absolute difference
-    (B,), and `coarse` times that of means over 4×4 pixels, which has a slope where shapes don't overlap."""
+    """The mean absolute difference (B,) between the drawings of numbers (B, 44) and pictures (B, 3, 64, 64),
+    plus `coarse` times that of means over 4×4 pixels, which has a slope even where shapes don't overlap."""
     apart = draw(numbers) - pictures
     blurred = F.avg_pool2d(apart, 4)
     return apart.abs().mean((1, 2, 3)) + coarse * blurred.abs().mean((1, 2, 3))
@@ -74,7 +74,7 @@ def difference(numbers, pictures, coarse=0.):
 
 @torch.no_grad()
 def try_kinds(numbers, pictures):
-    """The numbers (B, 44) with each kind that draws the pictures best, one number after the other."""
+    """The numbers (B, 44), one after the other set to the kind that draws the pictures best."""
     numbers, best = numbers.clone(), difference(numbers, pictures)
     for name in EDGES:
         column, before = NUMBERS.index(name), numbers.clone()
@@ -89,9 +89,9 @@ def try_kinds(numbers, pictures):
 
 @torch.no_grad()
 def read(pictures):
-    """Pictures (B, 3, H, W) in [-1, 1] of plain portraits -> the identity (B, 27) and the circumstances
-    (B, 17), in [0, 1], whose drawing is nearest; faces.IDENTITY and faces.NUISANCE name them. Of what does
-    not show, any number."""
+    """Plain portraits (B, 3, H, W) in [-1, 1] -> the identity (B, 27) and circumstances (B, 17), in [0, 1],
+    with the nearest drawing; faces.IDENTITY and faces.NUISANCE name them. A number that does not show is
+    arbitrary."""
     pictures = F.interpolate(pictures.float(), (SIDE, SIDE), mode="area")
     numbers = coarse_reader(pictures.device)(pictures).requires_grad_()
     memory = {numbers: (torch.zeros_like(numbers), torch.zeros_like(numbers), numbers.new_zeros(()))}
@@ -110,12 +110,9 @@ def read(pictures):
     return numbers.detach().split([len(faces.IDENTITY), len(faces.NUISANCE)], 1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The coarse reading
-
 def encoded(numbers):
-    """Numbers (B, 44) as columns that a linear map can read, a list of 44 (B, n): of a kind which it is, of a
-    hue cosine and sine."""
+    """Numbers (B, 44) as columns for a linear map, a list of 44 (B, n): one-hot kinds, cosine and sine of
+    hues."""
     columns = []
     for name, u in zip(NUMBERS, numbers.unbind(1)):
         if name in EDGES:
@@ -128,7 +125,7 @@ def encoded(numbers):
 
 
 def decoded(columns):
-    """Back from encoded(), of columns that are only near to some."""
+    """The inverse of encoded(), for columns that are only approximate."""
     numbers = []
     for name, column in zip(NUMBERS, columns):
         if name in EDGES:
@@ -142,8 +139,8 @@ def decoded(columns):
 
 @cache
 def coarse_reader(device):
-    """read(pictures (B, 3, 64, 64)) -> numbers (B, 44): ridge regression on fresh drawings, in its dual form,
-    y = ȳ + F·Fᵢᵀ·(FᵢFᵢᵀ + λ)⁻¹·(yᵢ − ȳ) with F the features and i the drawings."""
+    """A function, pictures (B, 3, 64, 64) -> numbers (B, 44), the coarse reading: ridge regression on fresh
+    drawings i in its dual form, y = ȳ + F·Fᵢᵀ·(FᵢFᵢᵀ + λ)⁻¹·(yᵢ − ȳ), with features F."""
     judge = load_judge(device)
 
     def features(pictures):

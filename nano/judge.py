@@ -1,10 +1,10 @@
 """The miniature's referee: who is in a picture, in which style, with which attributes.
 
-    python -m nano.judge        train nano/judge.safetensors and print its accuracy on people it has not seen
+    python -m nano.judge        train nano/judge.safetensors and print its accuracy on unseen people
 
-One small convolutional network reads a picture (B, 3, 128, 128) in [-1, 1]. Its embedding is trained with
-InfoNCE (van den Oord et al., 1807.03748) between two pictures of a person that differ in style and
-circumstances; linear heads beside it read style and attributes. It is trained apart from all that it judges.
+One small convolutional network reads a picture (B, 3, 128, 128) in [-1, 1]. InfoNCE (van den Oord et al.,
+1807.03748) trains its embedding on pairs of pictures of a person in different styles and circumstances;
+linear heads read style and attributes. It is trained apart from everything that it judges.
 """
 import time
 from pathlib import Path
@@ -42,7 +42,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def likeness(self, pictures, photos):
-        """Cosine (B,) between identities in pictures and photos: about .95 for one person, 0 for two."""
+        """The cosine (B,) between identities in pictures and photos: about .95 for one person, 0 for two."""
         both = (F.interpolate(x.float(), (128, 128), mode="area") for x in (pictures, photos))
         one, other = (self(x)[0] for x in both)
         return (one * other).sum(1)
@@ -54,7 +54,7 @@ def load_judge(device="cpu"):
 
 
 def train(args):
-    # A fixed crowd, three pictures of everybody, each in a style of its own
+    # A fixed crowd: three pictures of each person, each in a random style
     generator = torch.Generator().manual_seed(seeds.JUDGE + args.seed)
     identity = torch.rand(args.people, len(faces.IDENTITY), generator=generator)
     styles = torch.randint(len(faces.STYLES), (args.people, 3), generator=generator)
@@ -77,7 +77,7 @@ def train(args):
         x = pictures[who[:, None], pair].flatten(0, 1).float() / 127.5 - 1
         z, style, attributes = model(x)
 
-        # Each finds its other among all others; the heads read style and attributes
+        # Each picture must find its partner among all others; the heads read style and attributes
         logits = z[::2] @ z[1::2].T * temperature["log"].exp()
         target = torch.arange(args.batch, device=args.device)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -92,7 +92,7 @@ def train(args):
 
 @torch.no_grad()
 def report(device, people=256):
-    """Print how well pictures of one style tell one person from two, and how well the heads read."""
+    """Print how well the judge tells one person from two within each style, and how well the heads read."""
     model, generator = load_judge(device), torch.Generator().manual_seed(1)
     identity = faces.identities(range(seeds.VALIDATION, seeds.VALIDATION + people))
     hits, same, other = {k: [] for k in ("style", *faces.ATTRIBUTES)}, [], []
@@ -105,7 +105,7 @@ def report(device, people=256):
         for k, logits in {"style": one[1], **one[2]}.items():
             hits[k].append(logits.argmax(1).cpu() == truth[k])
 
-    # The threshold that tells one person from two best
+    # The best threshold between one person and two
     same, other = torch.stack(same), torch.stack(other)  # (styles, people)
     grid = torch.linspace(0, 1, 101)
     right = [(same > t).float().mean() + (other <= t).float().mean() for t in grid]
@@ -120,7 +120,7 @@ def report(device, people=256):
 def arguments():
     parser = parser_of(__doc__, [
         *training_rows(1000, 48, 2e-3, seeds.STEPS, seeds.SEEDS), RUNS, DEVICE,
-        same("people", number(int, 2, 10 ** 6), 5000, "of the training, with three pictures each")])
+        same("people", number(int, 2, 10 ** 6), 5000, "people to train on, with three pictures each")])
     args = parser.parse_args()
     if args.batch > args.people:
         parser.error(f"--batch {args.batch} is more than the --people {args.people}")

@@ -1,4 +1,4 @@
-"""The miniature's answer to a folder of face photos: people for train.py, and people that it never sees."""
+"""nano's counterpart of a folder of face photos: people for train.py, and people that it never sees."""
 from pathlib import Path
 
 import torch
@@ -16,37 +16,36 @@ from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
 PROMPTS = [wording.caption(style, "[V]") for style in range(len(STYLES))]
-PLAIN = .4  # the share of a training's pictures that are in no style
-UNSEEN = "beach"  # the style that no hypernetwork or E4T encoder is trained in, to see what is made of it
-# The share of samples that show another person, whom a prompt without [V] asks for: a person must not be in
-# what is not about them
+PLAIN = .4  # the share of training pictures without a style, beside those that draw the plain one by chance
+UNSEEN = "beach"  # no hypernetwork or E4T encoder trains in this style, so that it can be tested
+# The share of samples that show another person under a prompt without [V]: there the weights must do nothing
 OTHERS = .3
-NOBODY = .25  # of these prompts the empty ones
-RARE = wording.RARE[1:-4]  # the rare words in them; the last four are kept, to see what is made of those
+NOBODY = .25  # the share of empty prompts among these
+RARE = wording.RARE[1:-4]  # the rare words in them; the last four are kept for tests
 LOOKS = .2   # the share of samples with one attribute changed, in words and in the picture
-BARE = .25   # the share of prompts that lack their article, as people type them: "[V] face as a king"
-# What is asked for where obedience is measured: attributes and their categories
+BARE = .25   # the share of prompts without their article, as people type them: "[V] face as a king"
+# Attributes and categories that prompts ask for to measure obedience
 ASKED = ("glasses", 1), ("beard", 3), ("hair_colour", 2), ("hair_style", 7)
 
 
 def load_encoder(file, device):
-    """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError where there is none."""
+    """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError if there is none."""
     if not Path(file).exists():
         raise UserError(f"{file}: no encoder here; make it with: python -m nano.training.pretrain encoder")
     return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32)
 
 
 class People:
-    """Samples for Eq. 2, drawn afresh at every step. A sample is a photo of a person, and the picture to
-    denoise with its prompt: the same person in some style; with other looks that the prompt says, in a share
-    `looks`; or another person and a prompt without [V], in a share `others`. `seed`: the training's."""
+    """Samples for Eq. 2, drawn anew at every step. A sample is a photo of a person, and a picture to denoise
+    with its prompt: the same person in some style; in a share `looks`, with a changed attribute that the
+    prompt mentions; in a share `others`, another person under a prompt without [V]. seed: the training's."""
 
     def __init__(self, model, vit, seed=0, others=OTHERS, looks=LOOKS):
         self.model, self.vit, self.seed, self.others, self.looks = model, vit, seed, others, looks
         self.count, self.told = seeds.ROWS, "people whom nano draws"
 
     def fix(self, count):
-        """`count` people and no others from now on: those that targets are fitted for."""
+        """From now on only the `count` people that have fitted targets."""
         self.count = count
 
     def identity(self, who):
@@ -54,11 +53,11 @@ class People:
         return faces.identities(seeds.row(self.seed, n) for n in who.tolist())
 
     def drawn(self, *of):
-        """Pictures (B, 3, 128, 128) of such identities, circumstances and styles, on the model's device."""
+        """Pictures (B, 3, 128, 128) of these identities, circumstances and styles, on the model's device."""
         return faces.render(*(t.to(self.model.device) for t in of))
 
     def styles(self, count, generator):
-        """The styles (count,) of so many pictures."""
+        """Random styles (count,)."""
         seen = torch.tensor([i for i, style in enumerate(STYLES) if style != UNSEEN])
         style = seen[torch.randint(len(seen), (count,), generator=generator)]
         style[torch.rand(count, generator=generator) < PLAIN] = 0
@@ -66,7 +65,7 @@ class People:
 
     @torch.no_grad()
     def pictures(self, who, generator):
-        """Latents (B, 4, h, w) of a picture of each of these people in some style, and its prompts."""
+        """Latents (B, 4, h, w) of a picture of each of these people in a random style, and its prompts."""
         style = self.styles(len(who), generator)
         circumstances = faces.nuisances(len(who), generator)
         latents = self.model.encode(self.drawn(self.identity(who), circumstances, style))
@@ -74,8 +73,8 @@ class People:
 
     @torch.no_grad()
     def samples(self, who, generator, mine=slice(None)):
-        """Features (B, n, d) of a photo of each of these people, latents (B, 4, h, w) to denoise and their
-        prompts; of so many that are drawn, those that are `mine`."""
+        """Features (B, n, d) of a photo of each of these people, latents (B, 4, h, w) to denoise, and
+        prompts. mine: the slice of the samples to return."""
         count, identity = len(who), self.identity(who)
         style, kind = self.styles(count, generator), torch.rand(count, generator=generator)
         circumstances = faces.nuisances(2 * count, generator).unflatten(0, (2, count))
@@ -97,8 +96,8 @@ class People:
 
 
 def to_train_on(args, model, vit, prompt, cache, deadline, watched, others=OTHERS, looks=LOOKS, apart=0):
-    """(what a training draws its samples from, the people it is watched by or None): on nano People and so
-    many `watched`, elsewhere Photos of --faces, encoded in `cache`, and some of them kept `apart`."""
+    """(a training's samples, the people that watch it or None): on nano People and `watched` held-out people,
+    elsewhere Photos of --faces, encoded to `cache`, of which `apart` are kept for watching."""
     if args.model == "nano":
         people = People(model, vit, args.seed, others=others, looks=looks)
         return people, HeldOut(watched, model.device, seeds.MONITOR)
@@ -107,7 +106,7 @@ def to_train_on(args, model, vit, prompt, cache, deadline, watched, others=OTHER
 
 
 class HeldOut:
-    """`count` people that no training sees, of seeds from `first` on, and what the judge says of pictures."""
+    """`count` people whom no training sees, with seeds from `first` on, and the judge's measurements."""
 
     def __init__(self, count, device, first):
         self.judge = load_judge(device)
@@ -117,7 +116,7 @@ class HeldOut:
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def more_photos(self, count):
-        """`count` further photos (P, count, 3, 128, 128) of everybody, whoever else there is."""
+        """`count` more photos of each person, (P, count, 3, 128, 128), the same in any company."""
         photos = []
         for i, person in enumerate(self.identity):
             generator = torch.Generator().manual_seed(self.first + seeds.STEPS + i)
@@ -126,8 +125,8 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, model, adapters, style, noises, who=slice(None), **options):
-        """Pictures of everybody, or of `who`, in one style by the model under `adapters`, their likeness (B,)
-        to the photos, and 1 where the style is right (B,). `noises` are seeds, `options` the sampler's."""
+        """Pictures of all people, or of `who`, in one style by the model with `adapters`; their likeness (B,)
+        to the photos; and 1 where the style is right (B,). noises: seeds; options: the sampler's."""
         real, index = self.photos[who], STYLES.index(style)
         pictures = model.sample([PROMPTS[index]] * len(real), noises, adapters=adapters, **options)
         right = self.judge(pictures)[1].argmax(1) == index
@@ -135,8 +134,8 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, model, adapters):
-        """name -> (), what a training on photos is watched by (training/watched.py), of everybody's; nothing
-        for adapters that are not all low-rank."""
+        """name -> (), the losses that watch a training on photos (training/watched.py), over all people; {}
+        unless all adapters are low-rank."""
         if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
             return {}
         found = WatchedPhotos(None, model.encode(self.photos), PROMPTS[0]).losses(model, adapters)
@@ -144,10 +143,10 @@ class HeldOut:
 
     @torch.no_grad()
     def watch(self, model, passes, trainer):
-        """Log what is measured of everybody's pictures and draw some. passes: the adapters of one estimate
-        after the other; all but the likeness after each is measured of the last. leaked: the likeness that
-        they bring into pictures of a prompt without [V]. obeyed: the share of looks that the judge sees when
-        a prompt asks for them, of people who lack them."""
+        """Log measurements of all people's pictures, and save some of them. passes: the adapters after each
+        pass; only the likeness is measured for all, the rest for the last. leaked: the likeness that they add
+        to pictures of a prompt without [V]. obeyed: how often the judge sees a look that the prompt asks for,
+        among people who lack it."""
         last, noises, columns, numbers, obeyed = passes[-1], range(len(self.photos)), [self.photos], {}, []
 
         def draw(prompt, adapters):

@@ -1,4 +1,4 @@
-"""Signed distances of shapes, negative inside, and colours: what faces.py draws with."""
+"""Signed distances of shapes, negative inside, and colours, for faces.py."""
 import math
 
 import torch

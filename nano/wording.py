@@ -1,4 +1,4 @@
-"""What is said of people: the words of their looks, captions of their pictures, and reading both back."""
+"""Words for people's looks, captions of their pictures, and the reverse: the looks that words describe."""
 import re
 
 import torch
@@ -7,18 +7,18 @@ import clip
 from nano.faces import ATTRIBUTES, IDENTITY, STYLES, WORDS, attributes, number
 from program.console import UserError
 
-# Rare words; the first stays unseen in training: [V]
+# Rare words; no training sees the first, which is [V]
 RARE = "sks zwx ohwx qvj xjy vbk wqz kfj pzx jqk dvx gzq hxw bqj lzk mxq tvz yqk rjx nqz".split()
 
 
 def words_of(identity):
-    """The words for each person: a list of dicts name -> word, of WORDS."""
+    """The words for each person: a list of dicts name -> word from WORDS."""
     return [{name: WORDS[name][kind - ATTRIBUTES[name]] for name, kind in zip(WORDS, kinds)}
             for kinds in zip(*(kinds.tolist() for kinds in attributes(identity).values()))]
 
 
 def phrases(words):
-    """What words by name, of which some may be empty, say: a list such as ["tan skin", "long red hair"]."""
+    """Phrases, such as ["tan skin", "long red hair"], of a dict name -> word; a word may be empty."""
     skin, colour, hair, *worn = (words[name] for name in WORDS)
     if colour and hair != "bald":
         hair = hair.replace(" ", f" {colour} ") or f"{colour} hair"
@@ -26,7 +26,7 @@ def phrases(words):
 
 
 def describe(identity):
-    """Attribute words of every person: a list of phrases each, such as ["tan skin", "long red hair"]."""
+    """Each person's list of phrases, such as ["tan skin", "long red hair"]."""
     return list(map(phrases, words_of(identity)))
 
 
@@ -37,13 +37,13 @@ def vocabulary():
 
 
 def vocabulary_text():
-    """Those words as a line for the user."""
+    """These words in one line for the user."""
     return "; ".join(f"{name.replace('_', ' ')}: {', '.join(words)}" for name, words in vocabulary().items())
 
 
 def understood(text):
-    """What a description in describe's words, such as "short grey hair, no beard", says: a dict of category
-    indices. UserError for another word."""
+    """The category indices by name that a description, such as "short grey hair, no beard", means. UserError
+    for an unknown word."""
     known, said = vocabulary(), {}
     for phrase in re.split(",| and | with ", text.lower()):
         words = set(phrase.split())
@@ -52,16 +52,16 @@ def understood(text):
         for word in sorted(words - {"a", "an", "skin", "hair", "glasses", "beard"}, key="no".__eq__):
             meant = {name: known[name][word] for name in about if word in known[name]}
             if not meant:
-                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is no word here. There are '
+                raise UserError(f'--look: "{word}" in "{phrase.strip()}" is an unknown word. Known are '
                                 + vocabulary_text())
             said |= meant
     return said
 
 
 def captions(identity, style, generator, words=.6, rare=.5, drop=.1, names=RARE[1:]):
-    """Training captions: style words always, attribute words in a share `words`, a rare word, one of `names`,
-    before "face" in a share `rare` (so that an unseen identifier does no harm), nothing in a share `drop`
-    (for guidance)."""
+    """Training captions: always the style; attribute words in a share `words`; a rare word from `names`
+    before "face" in a share `rare`, so that an unseen identifier does no harm; "" in a share `drop`, for
+    guidance."""
     result = []
     coins = torch.rand(len(identity), 3, generator=generator).tolist()
     pick = torch.randint(len(names), (len(identity),), generator=generator).tolist()
@@ -72,7 +72,7 @@ def captions(identity, style, generator, words=.6, rare=.5, drop=.1, names=RARE[
 
 
 def caption(style, name="", phrases=()):
-    """The caption of a picture in this style, an index, with a word before "face" and phrases about looks."""
+    """The caption of a style, an index, with a word before "face" and phrases about looks."""
     text = list(STYLES.values())[style].replace("{}", name).replace("  ", " ")
     if not phrases:
         return text
@@ -80,20 +80,19 @@ def caption(style, name="", phrases=()):
 
 
 def phrase(name, kind):
-    """What says this category of an attribute, alone: "blond hair"."""
+    """The phrase for one category of an attribute: "blond hair"."""
     nothing = dict.fromkeys(WORDS, "")
     return phrases(nothing | {name: WORDS[name][kind - ATTRIBUTES[name]]})[0]
 
 
 def changed(identity, generator):
-    """The same people (B, 27) with other looks: one attribute of each set to one that can be said, and B
-    phrases that say it."""
+    """The same people (B, 27) with one attribute of each changed to one that has a phrase; and B phrases."""
     looks, said = identity.clone(), []
     names = torch.randint(len(WORDS), (len(looks),), generator=generator).tolist()
     coins = torch.rand(len(looks), generator=generator).tolist()
     for person, which, coin in zip(looks, names, coins):
         name, words = list(WORDS.items())[which]
-        first = int("" in words)  # no glasses and no beard cannot be said
+        first = int("" in words)  # there is no phrase for no glasses or no beard
         kind = first + int(coin * (ATTRIBUTES[name] - first))
         person[IDENTITY.index(name)] = number(name, kind)
         said.append(phrase(name, kind))
@@ -101,7 +100,7 @@ def changed(identity, generator):
 
 
 def tokenizer():
-    """CLIP's tokenizer, to which every word of the captions is one token and other text is many."""
+    """CLIP's tokenizer with one token for every word of the captions; other text takes many tokens."""
     texts = [*STYLES.values(), *(word for words in WORDS.values() for word in words)]
     words = {word for text in texts for word in text.replace("{}", "").split()}
     vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *RARE}))

@@ -148,7 +148,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "nano/example.png", "[V] face", "--crop", "0,0,90"], "cannot have one --crop"),
     (["nano/example.png", "[V] face", "--crop", "100,100,100"], "does not lie inside"),
     (["nano/example.png", "[V] face", "--crop", "1,2"], "is not face, center or x,y,size"),
-    (["nano/example.png", "[V] face", "--look", "purple hair"], '"purple" in "purple hair" is no word here'),
+    (["nano/example.png", "[V] face", "--look", "purple hair"], '"purple hair" is an unknown word'),
     (["a.safetensors", "[V] face", "--look", "grey hair"], "--look is for photos, on nano"),
     (["nano/example.png", "[V] face", "--model", "nowhere", "--look", "grey hair"], "--look is for photos"),
     (["nano/example.png", "[V] face", "--crop", "0,0,20"], "too small"),

@@ -61,7 +61,7 @@ def test_what_is_said_of_everybody_is_understood():
 
 @pytest.mark.parametrize("text", ["purple hair", "tan hair", "green skin", "short glasses", "a long beard"])
 def test_another_word_is_answered_with_those_that_exist(text):
-    with pytest.raises(UserError, match="is no word here. There are skin: pale, light, tan, brown, dark; "):
+    with pytest.raises(UserError, match="an unknown word. Known are skin: pale, light, tan, brown, dark; "):
         wording.understood(text)
 
 

@@ -1,35 +1,33 @@
-"""Whom nano draws for a photo: of each attribute the class of least expected error, and what is said of it.
+"""The person that nano draws for a photo, and what it says about them.
 
-A reader gives probabilities p(true class). Drawing class d costs what a person who looks at photo and drawing
-would mind, cost[true, d]; drawn is d = argmin Σ p(true)·cost[true, d]. So a rare hair style is drawn only
-where it is sure. For glasses and beards, which everybody sees, there are thresholds.
+The reader gives probabilities p(true class) for each attribute. cost[true, d] is how much a viewer would mind
+class d in the drawing; nano draws d = argmin Σ p(true)·cost[true, d], so it draws a rare hair style only if
+it is sure. Glasses and beards, which everybody notices, have thresholds instead.
 """
 import torch
 
 from nano import faces, wording
 from nano.photo.reader import CLASSES, COUNTS, NUMBERS, read
 
-# A class is named if it is as probable as this, of skin with its neighbours; of what is worn, that there is
-# none may go without saying
-SURE = .7
+SURE = .7  # nano names a class of at least this probability (of skin, with its neighbours)
 SAID_OF = {"no face": "no face for sure, so this is a guess", "several faces": "several faces, read as one"}
-# How probable what is worn must be to be drawn, chosen on every fifth portrait. Costs alone would ask for .67
-# and .75, but nobody without glasses came above .1, and who has a beard minds its absence
+# The least probability to draw glasses or a beard, chosen on every fifth portrait. Costs alone would give .67
+# and .75, but nobody without glasses came above .1, and people with a beard mind its absence
 WORN = {"glasses": .3, "beard": .55}
 
 
 def costs():
-    """Name -> (classes, classes): how wrong a picture looks with the column where the row is true."""
+    """Name -> (classes, classes): how wrong the column's class looks if the row's is true."""
     step = (torch.arange(5)[:, None] - torch.arange(5)[None]).abs()
     skin = torch.tensor([0, .15, 1., 2., 2.])[step]
 
-    # colours beside each other are half wrong; blue hair is on nobody by mistake
+    # similar colours are half wrong; blue hair is twice wrong
     colour = 1 - torch.eye(6)
     for a, b in ((0, 1), (1, 2), (2, 4), (1, 3), (2, 3)):
         colour[a, b] = colour[b, a] = .5
     colour[:5, 5] = 2
 
-    # styles of a group (bald, short, long, curly) are alike; bald heads and mohawks are not
+    # styles of a group (bald, short, long, curly) are similar; bald heads and mohawks stand out
     group = torch.tensor([0, 1, 1, 2, 3, 1, 2, 1])
     style = torch.where(group[:, None] == group[None], .25, 1.)
     style[:, 7], style[:, 0], style[0, :] = 3, 2, 1.5
@@ -42,13 +40,13 @@ def costs():
 
 
 def probabilities(logits):
-    """The probabilities (B, n) of the classes of every name of costs()."""
+    """The probabilities (B, n) of the classes, for each name in costs()."""
     return {name: logits[name].softmax(1) for name in costs()}
 
 
 def decided(shares):
-    """The classes (B,) to draw, by name, where probabilities (B, n) are these; of skin, whose classes are
-    steps from pale to dark, the mean."""
+    """The classes (B,) to draw, by name, given their probabilities (B, n); for skin, whose classes are steps
+    from pale to dark, the mean."""
     found = {name: (shares[name] @ cost).argmin(1) for name, cost in costs().items()}
     found["skin"] = shares["skin"] @ torch.arange(5.)
     for name, least in WORN.items():
@@ -58,7 +56,7 @@ def decided(shares):
 
 
 def identity_of(logits):
-    """The people (B, 27) to draw where logits are these: the middle of each class's range, frames black."""
+    """The people (B, 27) to draw given the logits: the middle of each class's range, and black frames."""
     found = dict(zip(NUMBERS, logits["numbers"].sigmoid().unbind(1)))
     for name, kind in decided(probabilities(logits)).items():
         found[name] = faces.number(name, kind) if name in faces.WORDS else (kind + .5) / CLASSES[name]
@@ -67,8 +65,7 @@ def identity_of(logits):
 
 
 def unsure(shares, identity):
-    """Names of faces.WORDS that probabilities (1, n) of one person leave open, where `identity` (27,) is
-    drawn."""
+    """The attributes of the drawn `identity` (27,) that one person's probabilities (1, n) leave open."""
     found = []
     for name, kind in faces.attributes(identity[None]).items():
         near = 1 if name == "skin" else 0
@@ -79,8 +76,8 @@ def unsure(shares, identity):
 
 
 def said(identity, unsure=(), count="one face"):
-    """What is seen of a person (27,) in words; of the attributes `unsure` what is drawn nevertheless; and
-    that there is another `count` of faces than one."""
+    """A description of a person (27,): the sure attributes, what is drawn for the `unsure` ones, and a note
+    if `count` is not one face."""
     (words,) = wording.words_of(identity[None])
     seen = ", ".join(wording.phrases(words | dict.fromkeys(unsure, "")))
     left_open = [f"{name.replace('_', ' ')} unsure: {words[name] or 'none'} drawn" for name in unsure]
@@ -88,8 +85,8 @@ def said(identity, unsure=(), count="one face"):
 
 
 def avatar(reader, pictures, look=None):
-    """One person (27,) read in pictures (N, 3, H, W), with what `look`, a dict of wording.understood, says
-    set right; their portrait (1, 3, 128, 128) in calm circumstances; and what was seen, in words."""
+    """One person (27,) read in pictures (N, 3, H, W) and corrected by `look`, a dict of wording.understood;
+    their portrait (1, 3, 128, 128) in calm circumstances; and a description."""
     look = look or {}
     logits = {name: t.mean(0, keepdim=True) for name, t in read(reader, pictures).items()}
     (identity,) = identity_of(logits)

@@ -1,9 +1,9 @@
-"""The labels of 1,239 portraits of people who do not exist, whose pictures portraits.py gets back.
+"""The labels of 1,239 portraits of people who do not exist. portraits.py recovers the pictures.
 
-labels.csv has a row for each portrait. By eye: skin from 0 (pale) to 4 (dark), words of faces.py for hair,
-glasses and beard, where "hidden" leaves it open and "sun" are sunglasses. By face landmarks: shapes, as ranks
+labels.csv has a row for each portrait. Labelled by eye: skin from 0 (pale) to 4 (dark), and words of faces.py
+for hair, glasses and beard ("hidden": unknown, "sun": sunglasses). From face landmarks: shapes, as ranks
 among all portraits, like the colours. soft_labels.safetensors has, row by row, probabilities (1239, n) of the
-classes by probes on features of DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193), fitted without the row.
+classes by probes on DINOv2 ViT-S/14 (Oquab et al., arXiv 2304.07193), fitted without that row.
 """
 import csv
 from pathlib import Path
@@ -18,23 +18,23 @@ from program.console import UserError
 
 TABLE = Path(__file__).with_name("labels.csv")
 SOFT = Path(__file__).with_name("soft_labels.safetensors")
-UNKNOWN = -1  # a class, or a number, that a label leaves open
+UNKNOWN = -1  # an unlabelled class or number
 EYES = "brown", "blue", "green", "grey"
 
 
 def rows_of():
-    """The rows of labels.csv, a dict each."""
+    """The rows of labels.csv, as dicts."""
     with open(TABLE, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def labelled(folder):
-    """The labelled portraits that are in a folder: pictures (N, 3, 192, 192) as bytes; their labels, as of
-    truth_of_rows; probabilities (N, n) by name; and which every fifth row, are kept to measure by."""
+    """The labelled portraits in a folder: pictures (N, 3, 192, 192) as bytes; labels, as from truth_of_rows;
+    soft labels (N, n) by name; and a mask (N,) of every fifth row, for measuring."""
     rows = rows_of()
     there = [i for i, row in enumerate(rows) if Path(folder, row["file"]).is_file()]
     if not there:
-        raise UserError(f"{folder}: none of the portraits of labels.csv, which nano/photo/portraits.py gets")
+        raise UserError(f"{folder}: none of the portraits of labels.csv; get them by nano/photo/portraits.py")
     read = [images.read(Path(folder, rows[i]["file"]), STORED) for i in there]
     pictures = ((torch.cat(read) + 1) * 127.5).round().byte()
     soft = {name: t[there].float() for name, t in Tensors(SOFT).all().items()}
@@ -42,7 +42,7 @@ def labelled(folder):
 
 
 def truth_of_rows(rows):
-    """What rows of labels.csv say: a dict of classes (N,) and "numbers" (N, 20), UNKNOWN where left open, and
+    """The labels in rows of labels.csv: name -> classes (N,), "numbers" (N, 20), UNKNOWN if missing, and
     "sun" (N,), whether the glasses are sunglasses."""
     truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in CLASSES}
     truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
@@ -51,7 +51,7 @@ def truth_of_rows(rows):
 
 
 def class_of(name, said):
-    """The class that a word of labels.csv is, UNKNOWN if none; ValueError for a skin that isn't there."""
+    """The class of a word in labels.csv, UNKNOWN if it names none; ValueError for an unknown skin."""
     if name == "skin":
         return range(CLASSES[name]).index(int(said))
     if name == "eye_colour":
@@ -63,7 +63,7 @@ def class_of(name, said):
 
 
 def truth_of(identity):
-    """The labels of drawn people (B, 27), as of truth_of_rows but for the sunglasses."""
+    """The labels of drawn people (B, 27), as from truth_of_rows, without "sun"."""
     eyes = faces.choice(identity[:, faces.IDENTITY.index("eye_colour")], CLASSES["eye_colour"])
     numbers = identity[:, [faces.IDENTITY.index(name) for name in NUMBERS]]
     return faces.attributes(identity) | {"eye_colour": eyes, "numbers": numbers}

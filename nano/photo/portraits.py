@@ -1,12 +1,12 @@
-"""Get the portraits back whose labels are in labels.csv: find them on the public sheets they were cut from.
+"""Recover the portraits of labels.csv: find them on the public sheets that they were cut from.
 
     git clone --depth 1 https://github.com/SelfishGene/SFHQ-dataset
     git clone --depth 1 https://github.com/SelfishGene/SFHQ-T2I-dataset
     python -m nano.photo.portraits SFHQ-dataset/images SFHQ-T2I-dataset/figures --out portraits
 
-No picture of a face is in this repository. Of each labelled portrait there is a fingerprint, 128 bits, that
-says where the brightness of an 81-part grid rises; every square of a sheet, of every place and size, is
-compared with all of them, which takes half a minute for each two megapixels of a sheet on one core.
+This repository contains no picture of a face. labels.csv has a fingerprint of each portrait: 128 bits that
+say where brightness rises on a 9×9 grid. The script compares all of them with every square of a sheet, of
+every place and size. Two megapixels of a sheet take one core half a minute.
 """
 from pathlib import Path
 
@@ -20,15 +20,15 @@ from nano.photo.labels import rows_of
 from program import console
 from program.console import UserError
 
-CELL, GRID = 3, 9        # pixels of a part of the grid where squares are compared, and parts a side
-SMALLEST, STEP = 120, 1.04  # pixels a side of the smallest square, and from one size to the next
-ALIKE = 112              # bits of 128 that agree between a portrait and its square; of strangers, some 64
+CELL, GRID = 3, 9        # pixels per cell in the comparison, and cells per side
+SMALLEST, STEP = 120, 1.04  # side of the smallest square in pixels, and the factor to the next size
+ALIKE = 112              # a portrait and its square agree in this many bits of 128; strangers in about 64
 SIDE = 256
 
 
 def fingerprints(grey):
-    """The fingerprints (128, H', W') in ±1 of all squares of 27 pixels a side of a picture (H, W), by where
-    they begin: the signs of the differences of neighbouring parts, to the right and downwards."""
+    """The fingerprints (128, H', W') in ±1 of all 27×27 squares of a picture (H, W), by their top left
+    corner: the signs of the differences between neighbouring cells, to the right and downwards."""
     means = F.avg_pool2d(grey[None, None], CELL, 1)[0, 0]
     right, down = means[:, CELL:] - means[:, :-CELL], means[CELL:] - means[:-CELL]
     height, width = (n - CELL * GRID + 1 for n in grey.shape)
@@ -38,21 +38,21 @@ def fingerprints(grey):
 
 
 def bits_of(digits):
-    """The fingerprint that a row of labels.csv has, 32 hexadecimal digits, as (128,) in ±1."""
+    """A fingerprint in labels.csv, 32 hexadecimal digits, as (128,) in ±1."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
     return torch.from_numpy(bits).float() * 2 - 1
 
 
 def shrunk(picture, width, height):
-    """A PIL image as its brightness (height, width)."""
+    """The brightness (height, width) of a PIL image."""
     small = picture.convert("L").resize((width, height), Image.Resampling.BOX)
     return torch.from_numpy(np.array(small)).float()
 
 
 @torch.no_grad()
 def find(sheet, wanted):
-    """The likest square of a PIL image to each of the fingerprints `wanted` (N, 128): how many bits agree
-    (N,), and its left, top and side in pixels (N, 3)."""
+    """The best square of a PIL image for each fingerprint in `wanted` (N, 128): the number of agreeing bits
+    (N,), and left, top and side in pixels (N, 3)."""
     agree, places = torch.zeros(len(wanted)), torch.zeros(len(wanted), 3)
     side = float(SMALLEST)
     while side <= min(sheet.size):
@@ -80,7 +80,7 @@ def main(args):
     sheets = [file for folder in args.sheets for file in sorted(folder.iterdir())
               if file.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if not sheets:
-        raise UserError("no sheets (.jpg, .png) there")
+        raise UserError("no sheets (.jpg, .png) in these folders")
     for file in tqdm(sheets, desc="sheets"):
         sheet = Image.open(file).convert("RGB")
         agree, places = find(sheet, wanted)

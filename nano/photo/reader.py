@@ -1,9 +1,9 @@
-"""What nano sees in a photo: the person in its world who looks most like it, or that it drew the picture.
+"""The reader of photos: finds the person in nano's world who looks most like a photo.
 
 The first two thirds of EfficientNet-lite0 (Tan & Le, arXiv 1905.11946; see NOTICE), a convolutional network
-that has seen a million photos, look at a picture (B, 3, 128, 128) in [-1, 1]. From that, linear heads read
-26 of the 27 numbers of faces.py, six of them as classes; whether faces.py drew the picture; how many faces
-there are; and where the head is. train.py trains all this, avatar.py decides what to draw.
+trained on a million photos, encode a picture (B, 3, 128, 128) in [-1, 1]. Linear heads then read 26 of the 27
+numbers of faces.py, six of them as classes; whether faces.py drew the picture; how many faces there are; and
+where the head is. train.py trains the network, avatar.py decides what to draw.
 """
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from files.checkpoints import build
 from nano import faces
 
 FILE = Path(__file__).parents[1] / "reader.safetensors"
-SIDE, STORED = 128, 192  # pixels of what is read, and of what is kept to train on
-# Of each stage: kernel, stride of its first block, expansion, width, blocks
+SIDE, STORED = 128, 192  # sides in pixels: of the network's input, and of stored training pictures
+# For each stage: kernel, stride of its first block, expansion, width, blocks
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
           (5, 2, 6, 192, 1))
 FEATURES = 2 * STAGES[4][3] + STAGES[5][3]
@@ -24,12 +24,12 @@ CLASSES = faces.ATTRIBUTES | {"eye_colour": len(faces.EYES)}
 NUMBERS = [name for name in faces.IDENTITY if name not in (*CLASSES, "glasses_colour")]
 COUNTS = "no face", "one face", "several faces"
 HEADS = CLASSES | {"numbers": len(NUMBERS), "frame": 3, "drawn": 1, "count": len(COUNTS)}
-PLACES = 8 * 64  # eight maps of 8×8 that say where the head is
-DRAWN = -1.      # the logit between photos (up to -3) and drawings (from 1)
+PLACES = 8 * 64  # eight maps of 8×8 that locate the head
+DRAWN = -1.      # the threshold between the logits of photos (up to -3) and drawings (from 1)
 
 
 class Conv(nn.Module):
-    """A convolution with TensorFlow's "same" padding, whose odd pixel comes last, and ReLU6."""
+    """A convolution with TensorFlow's "same" padding, which adds an odd pixel at the end, and ReLU6."""
 
     def __init__(self, before, after, kernel, stride=1, groups=1, act=True):
         super().__init__()
@@ -44,7 +44,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """An inverted residual: wider by 1×1, a filter for each channel, and 1×1 back."""
+    """An inverted residual: a 1×1 convolution to more channels, a filter per channel, and 1×1 back."""
 
     def __init__(self, before, after, kernel, stride, expansion):
         super().__init__()
@@ -72,19 +72,19 @@ class Reader(nn.Module):
         self.norm, self.places = nn.LayerNorm(FEATURES), nn.Conv2d(stages[4][3], 8, 1)
         self.heads = nn.ModuleDict({name: nn.Linear(PLACES if name == "frame" else FEATURES, n)
                                     for name, n in HEADS.items()})
-        # heads begin with nothing, and learn faster than what is below
+        # heads start at zero, and learn faster than the layers below
         nn.init.constant_(self.norm.weight, 2.5)
         for head in self.heads.values():
             nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
 
     def forward(self, x):
-        """Pictures (B, 3, 128, 128) -> a dict of logits (B, n) of CLASSES; "numbers" (B, 20), logits of those
-        of NUMBERS; "frame" (B, 3), the portrait's centre (x, y) in [-1, 1] and log of its half side;
-        "drawn" (B, 1), the logit of being a drawing; "count" (B, 3), logits of COUNTS."""
+        """Pictures (B, 3, 128, 128) -> name -> logits (B, n) of CLASSES; "numbers" (B, 20), logits of
+        NUMBERS; "frame" (B, 3), the portrait's centre (x, y) in [-1, 1] and log of its half side; "drawn" (B,
+        1), the logit of being a drawing; "count" (B, 3), logits of COUNTS."""
         return self.late(self.early(x))
 
     def early(self, x):
-        """What the stem and three stages make of pictures: (B, 40, 16, 16). Training may leave them alone."""
+        """The stem and three stages: pictures -> (B, 40, 16, 16). Training may freeze them."""
         x = self.stem(x)
         for some in self.stages[:3]:
             x = some(x)
@@ -105,8 +105,8 @@ def load_reader(device="cpu"):
 
 
 def view(pictures, x, y, zoom, angle=None):
-    """What a square of half side `zoom` about (x, y), each (B,), turned by `angle`, shows of pictures
-    (B, 3, H, W) whose own half side is 1: (B, 3, 128, 128). Beyond the border they are mirrored."""
+    """Squares (B, 3, 128, 128) cut from pictures (B, 3, H, W): centre (x, y), half side `zoom`, each (B,),
+    turned by `angle`. A picture's own half side is 1; beyond its border it is mirrored."""
     angle = torch.zeros_like(zoom) if angle is None else angle
     c, s = zoom * angle.cos(), zoom * angle.sin()
     rows = torch.stack([torch.stack([c, -s, x], 1), torch.stack([s, c, y], 1)], 1)
@@ -115,7 +115,7 @@ def view(pictures, x, y, zoom, angle=None):
 
 
 def whole(reader, pictures):
-    """What the reader says of whole pictures (B, 3, H, W)."""
+    """The reader's output for whole pictures (B, 3, H, W)."""
     middle, all_ = torch.zeros(len(pictures)), torch.ones(len(pictures))
     return reader(view(shrunk(pictures, STORED), middle, middle, all_))
 
@@ -128,9 +128,9 @@ def drawn(reader, pictures):
 
 @torch.no_grad()
 def read(reader, pictures):
-    """Logits (B, n), as of Reader, of pictures (B, 3, H, W) in [-1, 1] of one head each, not far from the
-    middle: it is found in two looks, the second at what the first one found; then four looks, of two sizes
-    and mirrored, are averaged. "drawn" and "count" are of the whole picture."""
+    """Reader's logits (B, n) for pictures (B, 3, H, W) in [-1, 1], each of one head near the middle. Two
+    looks locate the head, the second in what the first found; four more, of two sizes and mirrored, are
+    averaged. "drawn" and "count" are of the whole picture."""
     small, first = shrunk(pictures, STORED), whole(reader, pictures)
     x, y, half = (torch.full((len(small),), value) for value in (0., 0., 1.))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""How well a reader sees: what a person would mind in the drawings, and what is false and missed, counted."""
+"""The reader's accuracy: visible errors of its drawings, and counts of false and missed attributes."""
 from pathlib import Path
 
 import torch
@@ -9,12 +9,12 @@ from nano.photo.avatar import costs, identity_of
 from nano.photo.labels import truth_of
 from nano.photo.reader import STORED, drawn, read
 
-GROSS = 2  # a visible error from which on the drawing shows somebody else
+GROSS = 2  # with this visible error or more, a drawing shows another person
 
 
 def visible(found, truth):
-    """How wrong each picture looks (B,) where classes (B,) by name, as `costs` has them, are drawn; what is
-    open in the truth costs nothing but a mohawk, and truth["sun"], sunglasses, are half as bad to miss."""
+    """The visible error (B,) of drawing the classes found, name -> (B,), by `costs`. Unlabelled attributes
+    cost nothing (but a mohawk does), and missing sunglasses, truth["sun"], costs half."""
     error = torch.zeros(len(truth["skin"]))
     for name, cost in costs().items():
         known = truth[name] >= 0
@@ -28,7 +28,7 @@ def visible(found, truth):
 
 
 def figures(found, truth):
-    """Name -> figure of pictures whose classes are found: means as floats, counts as "3/217" of all."""
+    """Name -> figure for pictures with these classes found: means as floats, counts as "3/217"."""
     def share(hit, of):
         return f"{int((hit & of).sum())}/{int(of.sum())}"
     error = visible(found, truth)
@@ -45,13 +45,13 @@ def figures(found, truth):
 
 
 def balanced(hit, kind, least=10):
-    """The mean over classes `kind` (N,) that have `least` examples of the share of hits (N,)."""
+    """The share of hits (N,), averaged over the classes in `kind` (N,) that have `least` examples."""
     shares = [hit[kind == k].float().mean() for k in kind.unique() if k >= 0 and (kind == k).sum() >= least]
     return torch.stack(shares).mean().item() if shares else float("nan")
 
 
 def report(model, pictures, truth):
-    """Print the figures of portraits (N, 3, H, W) that the reader has not seen, of all and by skin."""
+    """Print the figures for unseen portraits (N, 3, H, W), of all and by skin."""
     found = truth_of(identity_of(read(model, pictures)))
     del found["numbers"]
     rows = [torch.ones(len(pictures), dtype=torch.bool), *(truth["skin"] == s for s in range(5))]
@@ -66,7 +66,7 @@ def report(model, pictures, truth):
 
 
 def bearded(model, folder):
-    """On how many of the portraits in a folder a beard is drawn, as "0/100"."""
+    """The number of portraits in a folder that nano draws with a beard, as "0/100"."""
     files = sorted(Path(folder).iterdir())
     found = [truth_of(identity_of(read(model, images.read(file, STORED))))["beard"] > 0 for file in files]
     return f"{sum(map(int, found))}/{len(files)}"

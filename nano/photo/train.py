@@ -1,11 +1,11 @@
 """Train the reader of photos.
 
-    python -m nano.photo.train --photos FOLDER             train nano/reader.safetensors; the figures
-    python -m nano.photo.train --photos FOLDER --steps 0   the figures alone
+    python -m nano.photo.train --photos FOLDER             train nano/reader.safetensors, print its accuracy
+    python -m nano.photo.train --photos FOLDER --steps 0   print the accuracy alone
 
-FOLDER holds the portraits of labels.csv, as portraits.py gets them. Training goes on from the shipped file or
-from --start: a reader, or EfficientNet-lite0's weights alone, under the names of reader.py. It learns from
-portraits, from drawings, whose numbers are known, and from pictures of no face or several.
+FOLDER holds the portraits of labels.csv, which portraits.py recovers. Training continues the shipped file or
+--start: a reader, or EfficientNet-lite0's weights alone, under the names of reader.py. It learns from
+portraits, from drawings with known numbers, and from pictures of no face or several.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -25,16 +25,16 @@ from program.options import DEVICE, RUNS, number, old_file, old_folder, parser_o
 from training.trainer import Trainer, global_seed
 
 SMOOTHING = .03
-SOFT = .5            # the soft labels' part in a target, the rest is the hard one's
-MIXED = 1 / 3        # the share of portraits that are mixed with another
+SOFT = .5            # the soft label's weight in a target; the hard one has the rest
+MIXED = 1 / 3        # the share of portraits that are blended with another
 ODD = 400            # pictures of no face, and as many of several
-SHAPES = 4.          # the weight of the loss of numbers, and of the frame
-FRAME = 10.
+SHAPES = 4.          # weight of the numbers' loss
+FRAME = 10.          # weight of the frame's loss
 
 
 def targets_of(truth, soft=None):
-    """Name -> the probabilities (N, n) to learn: of hard labels, of soft ones where the hard one is open, of
-    both where there are both; nothing, zeros, where there is neither."""
+    """Name -> the probabilities (N, n) to learn: from the hard label, the soft one, or a mean of both; zeros
+    without a label."""
     targets = {}
     for name, count in CLASSES.items():
         known = (truth[name] >= 0)[:, None]
@@ -47,9 +47,9 @@ def targets_of(truth, soft=None):
 
 
 def losses(found, targets, frame, drawing, count):
-    """Name -> mean loss of each head over what is known. targets: name -> (B, n) probabilities, rows of zeros
-    where open, and "numbers" (B, 20), NaN where open, as is frame (B, 3); drawing (B,) is 1 or 0, NaN where
-    either is right; count (B,) are indices of COUNTS."""
+    """Name -> the mean loss of each head over known labels. targets: name -> (B, n) probabilities, zeros if
+    unknown, and "numbers" (B, 20), NaN if unknown, like frame (B, 3); drawing (B,): 1 or 0, NaN if either is
+    right; count (B,): indices of COUNTS."""
     each = {name: F.cross_entropy(found[name], targets[name]) for name in CLASSES}
     numbers, known = targets["numbers"], targets["numbers"].isfinite()
     each["numbers"] = (found["numbers"].sigmoid() - numbers)[known].square().mean() * SHAPES
@@ -61,8 +61,8 @@ def losses(found, targets, frame, drawing, count):
 
 
 class Pool(NamedTuple):
-    """Rows that are a share of every batch: pictures as bytes, and how often each is drawn; targets as of
-    losses; how strongly they are photographed; whether they are drawings, 1 or 0, NaN if either is right; an
+    """Samples that make up a share of every batch: byte pictures and how often each is drawn; targets as in
+    losses; the strength of `photographed`; whether they are drawings, 1 or 0, NaN if either is right; an
     index of COUNTS."""
     share: float
     pictures: torch.Tensor
@@ -74,8 +74,8 @@ class Pool(NamedTuple):
 
 
 def pools_of(photos, often, targets, drawings, generator):
-    """What there is to learn from: portraits, pictures of no face and of several made of them, and drawings,
-    half of them as if photographed, half hardly changed."""
+    """All training samples: portraits; pictures of no face and of several, made of these; and drawings, half
+    of them as if photographed, half hardly changed."""
     identity = torch.rand(drawings, len(faces.IDENTITY), generator=generator)
     styles = torch.randint(len(faces.STYLES), (drawings,), generator=generator)
     drawn = faces.photos(identity, generator, "cpu", styles)
@@ -95,7 +95,7 @@ def pools_of(photos, often, targets, drawings, generator):
 
 
 def batch_of(pools, size, generator):
-    """Pictures (B, 3, 128, 128) and the other arguments of losses."""
+    """Pictures (B, 3, 128, 128) and what losses() takes beside the network's output."""
     picked, targets, given = [], [], []
     for pool in pools:
         rows = torch.multinomial(pool.often, round(size * pool.share), True, generator=generator)
@@ -107,7 +107,7 @@ def batch_of(pools, size, generator):
     frame[count != 1] = torch.nan
     targets = {name: torch.cat([some[name] for some in targets]) for name in targets[0]}
 
-    # mixup (Zhang et al., arXiv 1710.09412): some of the portraits, the first pool, are blended with another
+    # mixup (Zhang et al., arXiv 1710.09412): blend some of the portraits, the first pool, with another
     portraits = len(picked[0])
     mix = torch.rand(portraits, 2, generator=generator)
     part = torch.zeros(len(x))
@@ -124,7 +124,7 @@ def batch_of(pools, size, generator):
 def train(args, photos, truth, soft):
     generator = torch.Generator().manual_seed(seeds.READER)
     numbers = torch.where(truth["numbers"] < 0, torch.nan, truth["numbers"])
-    often = torch.bincount(truth["skin"])[truth["skin"]] ** -.5  # the dark are few, and are read worse
+    often = torch.bincount(truth["skin"])[truth["skin"]] ** -.5  # dark faces are few, and are read worse
     targets = targets_of(truth, soft) | {"numbers": numbers}
     pools = pools_of(photos, often, targets, args.drawings, generator)
     model = Reader()
@@ -150,8 +150,8 @@ def train(args, photos, truth, soft):
 
 
 def calibrate(model, photos, truth):
-    """Divide the logits of each attribute, in its head's weights, by the temperature at which they are as
-    sure as they are right about these portraits."""
+    """Divide each attribute's logits, in its head's weights, by the temperature with the least cross-entropy
+    on these portraits."""
     found = read(model, photos)
     for name in CLASSES:
         known = truth[name] >= 0
@@ -164,18 +164,19 @@ def calibrate(model, photos, truth):
 
 def arguments():
     parser = parser_of(__doc__, [
-        same("photos", old_folder, None, "folder of the labelled portraits, of which every fifth is kept to "
-             "measure by", required=True),
-        same("women", old_folder, None, "folder of portraits of women, for a count "
-             "of beards drawn on them; if not given, it is left out"),
-        same("start", old_file, str(FILE), "file of weights to go on from"),
-        same("thaw", None, False, "train the first three stages too, which else stay frozen",
+        same("photos", old_folder, None, "folder of the labelled portraits; every fifth is kept for
+        measuring",
+             required=True),
+        same("women", old_folder, None, "folder of portraits of women, to count beards drawn on them; if not "
+             "given, they are not counted"),
+        same("start", old_file, str(FILE), "file of weights to continue"),
+        same("thaw", None, False, "also train the first three stages, which otherwise stay frozen",
              action="store_true"),
-        same("steps", number(int, 0, seeds.STEPS), 1000, "of the training; 0: the figures alone"),
+        same("steps", number(int, 0, seeds.STEPS), 1000, "of the training; 0: print the accuracy alone"),
         same("batch", number(int, 32, 4096), 64, "pictures in each step"),
-        same("drawings", number(int, 8, 10 ** 6), 1500, "number of the renderer's to train on as well"),
+        same("drawings", number(int, 8, 10 ** 6), 1500, "drawings to train on as well"),
         same("lr", number(float, 0, 1), 5e-4, "learning rate"),
-        same("seed", number(int, 0, seeds.SEEDS), 0, "of all that is drawn at random"), RUNS, DEVICE])
+        same("seed", number(int, 0, seeds.SEEDS), 0, "of all random numbers"), RUNS, DEVICE])
     args = parser.parse_args()
     args.device, _ = device_and_dtype(args.device, torch.float32)
     return args

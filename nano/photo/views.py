@@ -1,5 +1,5 @@
-"""What the reader of photos is trained on: portraits and drawings moved, turned and lit otherwise, and
-pictures of no face, or of several."""
+"""Training pictures for the reader of photos: portraits and drawings moved, turned and relit, and pictures of
+no face or of several."""
 import torch
 import torch.nn.functional as F
 
@@ -9,8 +9,8 @@ GREY = .06  # the share of looks in black and white
 
 
 def photographed(x, generator, strength):
-    """Pictures (B, 3, H, W) in other light: gain, contrast, a colour cast, a lamp from one side, blur, noise
-    and a covered patch, each by `strength` (B,) of its usual size."""
+    """Pictures (B, 3, H, W) in other light: gain, contrast, a colour cast, a lamp at one side, blur, noise
+    and a covered patch, each at `strength` (B,) times its usual size."""
     device = generator.device
 
     def draw(*shape):
@@ -21,7 +21,7 @@ def photographed(x, generator, strength):
     light = 1 + .25 * draw(1, 1, 1) + .08 * draw(3, 1, 1) + .2 * lamp
     x = ((x + 1) / 2).clamp(0, 1) ** (.3 * draw(1, 1, 1)).exp() * light * 2 - 1
 
-    # half of them blurred, some grain, a patch of some colour over a third
+    # Blur for half of them, grain, a coloured patch over a third
     blurred = F.interpolate(F.avg_pool2d(x, 3, 2, 1), x.shape[-2:], mode="bilinear")
     x = x.lerp(blurred, draw(1, 1, 1).clamp(min=0))
     grain = torch.randn(x.shape, generator=generator, device=device) * .08 * draw(1, 1, 1).abs()
@@ -36,13 +36,13 @@ def photographed(x, generator, strength):
 
 
 def looks(pictures, generator, strength):
-    """Random views (B, 3, 128, 128) of byte pictures (B, 3, H, W), `photographed`, some of them in grey;
-    and where in them the whole of each picture, which is a portrait, is (B, 3), as Reader's "frame"."""
+    """Random views (B, 3, 128, 128) of byte portraits (B, 3, H, W), `photographed`, some of them grey; and
+    the position (B, 3) of the whole portrait in each view, as Reader's "frame"."""
     x = pictures.float() / 127.5 - 1
     chance = torch.rand(len(x), 7, generator=generator, device=generator.device)
     x = torch.where(chance[:, 0].view(-1, 1, 1, 1) < .5, x, x.flip(3))
 
-    # most looks are near the frame, as the second ones of read are
+    # Most views are near the frame, like the second looks of reader.read
     far = chance[:, 1] > .6
     spread = torch.where(far, 1., .4) * torch.tensor([.22, .22, .4, .25])[:, None]
     dx, dy, log, angle = spread * (2 * chance[:, 2:6] - 1).T
@@ -56,8 +56,8 @@ def looks(pictures, generator, strength):
 
 
 def faceless(pictures, generator):
-    """Byte pictures (B, 3, H, W) in which there is no face, of portraits (B, 3, H, W): a corner of each, its
-    parts in another order, or blots of colour."""
+    """Byte pictures (B, 3, H, W) without a face, made of portraits (B, 3, H, W): a corner of each, its parts
+    shuffled, or blots of colour."""
     count, side = len(pictures), pictures.shape[-1]
     x = pictures.float() / 127.5 - 1
     chance = torch.rand(count, 5, generator=generator, device=generator.device)
@@ -79,8 +79,8 @@ def faceless(pictures, generator):
 
 
 def together(pictures, generator):
-    """Byte pictures (B, 3, H, W) with several faces, of portraits (4·B, 3, H, W): the middles of two side by
-    side, two in half the size, or four."""
+    """Byte pictures (B, 3, H, W) with several faces, made of portraits (4·B, 3, H, W): the middles of two
+    side by side, two at half the size, or four."""
     side, quarter = pictures.shape[-1], pictures.shape[-1] // 4
     a, b, c, d = (pictures.float() / 127.5 - 1).chunk(4)
     middles = torch.cat([a[..., quarter:3 * quarter], b[..., quarter:3 * quarter]], 3)

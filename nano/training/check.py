@@ -1,8 +1,8 @@
-"""Measure the miniature before anybody is in it: its autoencoder, and whether it draws what a caption says.
+"""Measure the miniature itself: its autoencoder, and whether it draws what a caption says.
 
     python -m nano.training.check
 
-Beside that: what pretrain.py looks at meanwhile.
+Also the previews and the PSNR that pretrain.py logs.
 """
 from copy import deepcopy
 
@@ -29,19 +29,19 @@ def psnr(a, b):
 
 
 def preview(model, text, words, autoencoder, path):
-    """Two guided samples of every style, one with attribute words."""
+    """Save two guided samples of every style, one with attribute words, to `path`."""
     who = faces.identities(range(seeds.MONITOR, seeds.MONITOR + len(faces.STYLES)))
     style = torch.arange(len(faces.STYLES))
     generator = torch.Generator().manual_seed(0)
     prompts = [p for said in (0., 1.) for p in wording.captions(who, style, generator, said, 0., 0.)]
-    now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # which freezes what it is given
+    now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # it freezes its parts
     sheet = images.sheet(now.sample(prompts, guidance=3., steps=20), len(style))
     images.save(sheet, path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
 
 
 @torch.no_grad()
 def main(args):
-    """Autoencoder, style accuracy of samples, attribute accuracy of captioned samples."""
+    """Print the autoencoder's PSNR, and the accuracy of style and attributes in samples of captions."""
     model = hdb.load("nano", "cpu")
     judge, generator, count = load_judge(), torch.Generator().manual_seed(2), 16
     first = seeds.VALIDATION

@@ -2,8 +2,9 @@
 
     python -m nano.training.pretrain vae      then text, unet, encoder; rebuild.sh has the settings
 
-Each part checkpoints to --runs every two minutes and goes on from there when called again, on any device. Its
-moving average is written to nano/ in the hub's layout as fp16, the encoder's to --runs, for train.py.
+Each part saves a checkpoint to --runs every two minutes, and resumes from it on any device. At the end it
+writes the moving average of its weights to nano/, in the hub's layout and fp16; the encoder's goes to --runs,
+for train.py.
 """
 import json
 import math
@@ -42,13 +43,13 @@ CATEGORIES = {"hair_style": len(faces.HAIR_STYLES), "hair_colour": len(faces.HAI
 
 
 def save(module, file, trainer):
-    """Write the weights of a module to `file` in nano/, with config.json beside them, which keeps the loss
-    that the training ended with. Where that is well above the last one's, nano/ stays as it is, and the
-    result is in the run's folder: UserError."""
+    """Write a module's weights to `file` in nano/, with a config.json that records the training's last loss.
+    UserError if this is well above the recorded one: then nano/ stays unchanged, and the result is in the
+    run's folder."""
     loss, there = trainer.mean["loss"], FOLDER / file
     config = there.with_name("config.json")
     before = read_json(config).get("training_loss", math.inf) if config.exists() else math.inf
-    worse = not loss <= 1.5 * before + .002  # two trainings never end alike
+    worse = not loss <= 1.5 * before + .002  # no two trainings end the same
     if worse:
         there, config = (trainer.out / path.name for path in (there, config))
     with whole_files(there, config) as (weights, settings):
@@ -60,20 +61,20 @@ def save(module, file, trainer):
 
 
 def restore(module, file, prefix=""):
-    """Fill a module from those tensors of `file` in nano/ that have this prefix."""
+    """Fill a module from the tensors of `file` in nano/ whose names have this prefix."""
     tensors = load_file(FOLDER / file).items()
     module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors if k.startswith(prefix)})
 
 
 def begin(name, modules, args, ema=.999, muon=False, **of):
-    """The training `name`, which depends on `of` and the seed, begun or resumed."""
+    """Start or resume the training `name`, which depends on `of` and the seed."""
     return Trainer(modules, Path(args.runs) / name, args.steps, args.lr, ema=ema, deadline=args.deadline,
                    muon=muon, depends_on={"seed": args.seed, **of})
 
 
 def train_vae(args):
-    """Squared error + a little absolute error and KL. The decoder may go on alone (--decoder) once a UNet
-    lives in the encoder's space."""
+    """Train the autoencoder by squared error plus a little absolute error and KL. Once a UNet works in the
+    encoder's space, --decoder trains the decoder alone."""
     with global_seed(args.seed):
         model = initialise(vae.VAE(vae.NANO)).to(args.device)
     if args.decoder or args.warm:
@@ -115,10 +116,9 @@ def train_vae(args):
 
 
 def train_text(args):
-    """Teach the text encoder what captions say, as CLIP has learnt it before Stable Diffusion uses it: from
-    the end of the text on, every hidden state must tell the style and, where mentioned, the attributes.
-    (Trained with the UNet alone it finds the styles, which change the whole picture, and forgets quieter
-    words.)"""
+    """Teach the text encoder the meaning of captions, which Stable Diffusion's has learnt as CLIP: from the
+    end of the text on, every hidden state must tell the style and, if mentioned, the attributes. (Trained
+    with the UNet alone, it learns the styles, which change the whole picture, and ignores quieter words.)"""
     words = wording.tokenizer()
     kinds = {"style": len(faces.STYLES), **{k: n + 1 for k, n in faces.ATTRIBUTES.items()}}  # 0: not said
     with global_seed(args.seed):
@@ -135,10 +135,10 @@ def train_text(args):
                     for i, s, w in zip(identity, style, said.float())]
         ids = words(captions).to(args.device)
 
-        # What they tell
+        # What the hidden states tell
         told = faces.attributes(identity)
         truth = {"style": style, **{k: (v + 1) * said for k, v in told.items()}}
-        truth["hair_colour"] *= told["hair_style"] > 0  # nobody speaks of a bald person's
+        truth["hair_colour"] *= told["hair_style"] > 0  # captions don't mention a bald person's
         after = (ids == ids.max()).float()  # from the end-of-text token on
         loss = 0
         for logits, target in zip(heads(text(ids)).split(list(kinds.values()), 2), truth.values()):
@@ -154,8 +154,8 @@ def train_text(args):
 
 
 def train_unet(args):
-    """The noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556); autoencoder and
-    text encoder stay as they are."""
+    """Train the UNet by the noise-prediction loss, weighted by min(SNR, 5) / SNR (Hang et al., 2303.09556).
+    Autoencoder and text encoder are frozen."""
     text = build(clip.TextTransformer, clip.NANO, [FOLDER / TEXT], str, args.device, torch.float32)
     autoencoder = build(vae.VAE, vae.NANO, [FOLDER / VAE], str, args.device, torch.float32)
     with global_seed(args.seed):
@@ -170,7 +170,7 @@ def train_unet(args):
         generator = torch.Generator().manual_seed(seeds.row(args.seed, n))
         picture, identity, style = random_pictures(1, generator, args.device)
         return autoencoder.encode(picture)[0][0], identity[0], style[0]
-    # drawing and encoding cost as much as training: see each a few times
+    # drawing and encoding cost as much as training: use each picture a few times
     pool = Pool(portrait, 256 * args.fresh, args.fresh, args.pool)
 
     frozen = {"vae": checksum(autoencoder), "text": checksum(text)}
@@ -183,7 +183,7 @@ def train_unet(args):
         z, identity, style = pool[pool.draw(step, args.batch, generator)]
         ids = words(wording.captions(identity, style, generator)).to(args.device)
 
-        # Noise to be found
+        # The noise to predict
         t = torch.randint(diffusion.STEPS, (args.batch,), generator=generator).to(args.device)
         noise = torch.randn(z.shape, generator=generator).to(z)
         predicted = model(diffusion.add_noise(z, noise, t), t, text(ids))
@@ -198,8 +198,7 @@ def train_unet(args):
 
 
 def traits(identity):
-    """What the encoder learns to read of people (P, 27): numbers, and categories as one-hot vectors (P,
-    53)."""
+    """What the encoder learns about people (P, 27): numbers, and categories as one-hot vectors, (P, 53)."""
     column = dict(zip(faces.IDENTITY, identity.unbind(1)))
     numbers = [c[:, None] * 3.5 - 1.75 for name, c in column.items() if name not in CATEGORIES]
     kinds = [F.one_hot(faces.choice(column[name], n), n).float() * 2 for name, n in CATEGORIES.items()]
@@ -207,9 +206,9 @@ def traits(identity):
 
 
 def train_encoder(args):
-    """A ViT that reads identities off photos, in place of the paper's ViT-H, which has seen 14 million. Two
-    linear heads read: one sees every patch in its place, which teaches what is small and local (glasses, a
-    beard), one their mean, which makes patches compare notes (the face's width)."""
+    """Train a ViT to read identities from photos, in place of the paper's ViT-H, which has seen 14 million.
+    Of two linear heads one sees every patch in its place, which teaches small, local things (glasses, a
+    beard), and one their mean, which teaches patches to share what they see (the face's width)."""
     width, count = NANO_VIT.hidden_size, traits(torch.zeros(1, len(faces.IDENTITY))).shape[1]
     with global_seed(args.seed):
         vit = ViT(NANO_VIT).to(args.device)
@@ -240,9 +239,9 @@ def train_encoder(args):
 
 
 WARM = same("warm", None, False, "start from the weights in nano/, not from nothing", action="store_true")
-DECODER = same("decoder", None, False, "go on from nano/vae, training its decoder alone", action="store_true")
+DECODER = same("decoder", None, False, "continue nano/vae, training its decoder alone", action="store_true")
 BF16 = same("bf16", None, False, "compute in bfloat16, not in float32", action="store_true")
-EMA = same("ema", number(float, 0, 1), .998, "decay of the weights' average")
+EMA = same("ema", number(float, 0, 1), .998, "decay of the weights' moving average")
 
 
 def usual(steps=6000, batch=16, lr=1e-3):
@@ -250,11 +249,11 @@ def usual(steps=6000, batch=16, lr=1e-3):
 
 
 def pool(size, fresh):
-    return [same("pool", number(int, 1, 10 ** 8), size, "how many pictures are kept to draw samples from"),
+    return [same("pool", number(int, 1, 10 ** 8), size, "pictures to keep and draw samples from"),
             same("fresh", number(int, 1, 4096), fresh, "new pictures in each step")]
 
 
-# What trains a part, and its options
+# part -> its training and options
 PARTS = {"vae": (train_vae, [*usual(), WARM, DECODER, BF16]), "text": (train_text, usual()),
          "encoder": (train_encoder, [*usual(3000, 64, 1.5e-3), WARM, *pool(32_000, 24)]),
          "unet": (train_unet, [*usual(), WARM, EMA, *pool(50_000, 4)])}

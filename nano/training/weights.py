@@ -1,11 +1,11 @@
-"""Weights of the miniature before its training and after it."""
+"""The miniature's weights before training and after it."""
 import torch
 
 
 def initialise(model):
-    """The model, made to keep the signal's variance, residual branches starting at zero: PyTorch's default
-    for convolutions shrinks it by √3 a layer, but not the biases, and a small model takes thousands of steps
-    to find the colours again. Token embeddings are small, so that unseen words stay quiet."""
+    """The model with fresh weights that keep the signal's variance; residual branches start at zero.
+    PyTorch's default shrinks it by √3 in each convolution, but not the biases, and a small model takes
+    thousands of steps to recover the colours. Small token embeddings keep unseen words quiet."""
     last = ("conv2", "proj_out", "to_out.0", "out_proj", "net.2", "fc2")  # of a residual branch
     for name, m in model.named_modules():
         if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -19,8 +19,8 @@ def initialise(model):
 
 @torch.no_grad()
 def standardise(model, z):
-    """Fold a shift and scale into the 1×1 convolutions beside the latent, by which every channel of latents z
-    (B, 4, h, w) would have mean 0 and variance 1."""
+    """Fold a shift and a scale into the 1×1 convolutions next to the latent, so that each channel of latents
+    like z (B, 4, h, w) gets mean 0 and variance 1."""
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     out, back = model.quant_conv, model.post_quant_conv
     c = len(mean)
