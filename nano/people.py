@@ -96,8 +96,8 @@ class People:
 
 
 def to_train_on(args, model, vit, prompt, cache, deadline, watched, others=OTHERS, looks=LOOKS, apart=0):
-    """(a training's samples, the people that watch it or None): on nano People and `watched` held-out people,
-    elsewhere Photos of --faces, encoded to `cache`, of which `apart` are kept for watching."""
+    """(the samples of a training, the people to measure meanwhile or None): on nano People and `watched`
+    held-out people, elsewhere Photos of --faces, encoded to `cache`, of which `apart` are kept to measure."""
     if args.model == "nano":
         people = People(model, vit, args.seed, others=others, looks=looks)
         return people, HeldOut(watched, model.device, seeds.MONITOR)

@@ -164,8 +164,7 @@ def calibrate(model, photos, truth):
 
 def arguments():
     parser = parser_of(__doc__, [
-        same("photos", old_folder, None, "folder of the labelled portraits; every fifth is kept for
-        measuring",
+        same("photos", old_folder, None, "folder of the labelled portraits; every fifth is kept to measure",
              required=True),
         same("women", old_folder, None, "folder of portraits of women, to count beards drawn on them; if not "
              "given, they are not counted"),
