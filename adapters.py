@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-SMALL = 2 ** 18     # fastest() puts a LoRA into the weights of layers with at most this many
-
 
 class LowRank(NamedTuple):
     """y + x·A·B, with A (P, in, r) and B (P, r, out) of P people.
@@ -235,28 +233,6 @@ def linear(name, adapter):
     if not isinstance(adapter, LINEAR):
         raise ValueError(f"{name}: only changes of weights can be scaled or merged")
     return adapter
-
-
-def as_changes(lora, layers):
-    """One person's low-rank adapters as changes of whole weights, with the present ΔW = A·B. Gradients reach
-    A and B through them. One product serves all layers of a shape."""
-    alike, changes = {}, {}
-    for name, (a, b) in require_low_rank(lora, people=1).items():
-        alike.setdefault((a.shape, b.shape), []).append(name)
-    for names in alike.values():
-        a, b = (torch.cat(factors) for factors in zip(*(lora[name] for name in names)))
-        for name, change in zip(names, b.mT.float() @ a.mT.float()):
-            changes[name] = Change({"weight": change.view_as(layers[name].weight)})
-    return changes
-
-
-def fastest(lora, layers):
-    """A LoRA in training in its fastest form, with the same output: one person's goes into the weights if
-    these are small, on a CPU and in float32 (a step of nano's fine-tuning: 91 ms, not 118)."""
-    weights = [layers[name].weight for name in lora]
-    small = all(w.numel() <= SMALL and w.device.type == "cpu" and w.dtype == torch.float32 for w in weights)
-    one = all(len(pair.a) == 1 for pair in lora.values())
-    return as_changes(lora, layers) if small and one else lora
 
 
 def detach(adapters):

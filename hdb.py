@@ -34,12 +34,12 @@ from functools import cached_property
 
 import torch
 
-from adapters import detach, fastest, fresh_lora
+from adapters import detach, fresh_lora
 from diffusion import denoising_error, denoising_loss, noised
 from files.hypernetwork import load_hypernet
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load
-from training.fit import fit, fit_or_take_back
+from training.fit import fastest, fit, fit_or_take_back
 from vit import encode_face, visiting
 
 __all__ = ["PROMPT", "HyperDreamBooth", "load", "load_hypernet"]

@@ -16,7 +16,7 @@ from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
 PROMPTS = [wording.caption(style, "[V]") for style in range(len(STYLES))]
-PLAIN = .4  # the share of training pictures without a style, beside those that draw the plain one by chance
+PLAIN = .4  # this share of training pictures is plain; of the others some are by chance
 UNSEEN = "beach"  # no hypernetwork or E4T encoder trains in this style, so that it can be tested
 # The share of samples that show another person under a prompt without [V]: there the weights must do nothing
 OTHERS = .3

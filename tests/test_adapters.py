@@ -13,13 +13,13 @@ from torch.func import functional_call
 import clip
 import adapters
 from files.lora import adaptable_layers
+from training.fit import as_changes
 from adapters import (
     Change,
     LowRank,
     detach,
     adapted,
     fresh_lora,
-    as_changes,
     join,
     require_low_rank,
     merge,

@@ -11,8 +11,8 @@ import diffusion
 import hdb
 import lidb
 from diffusion import denoising_loss, noised
-from adapters import Change, LowRank, adapted, fastest, fresh_lora, join, merge
-from training.fit import fit
+from adapters import Change, LowRank, adapted, fresh_lora, join, merge
+from training.fit import fastest, fit
 from vit import encode_face
 
 
@@ -290,7 +290,7 @@ def test_in_a_small_models_weights_the_lora_learns_the_same(method, monkeypatch)
     for theta in some_theta(method), None:
         in_weights = method.fine_tune(photo(), theta, steps=3, lr=1e-2)
         with monkeypatch.context() as patch:
-            patch.setattr("adapters.SMALL", 0)
+            patch.setattr("training.fit.SMALL", 0)
             beside = method.fine_tune(photo(), theta, steps=3, lr=1e-2)
         assert all(torch.allclose(in_weights[k].b, beside[k].b, rtol=.02, atol=1e-3) for k in beside)
 
@@ -303,7 +303,7 @@ def test_which_form_of_a_lora_is_the_fastest(method, monkeypatch):
     assert fastest(two, layers) is two
     half = {name: copy.deepcopy(layer).bfloat16() for name, layer in layers.items()}
     assert fastest(one, half) is one  # whose 8 bits would round W + ΔW
-    monkeypatch.setattr("adapters.SMALL", 8)
+    monkeypatch.setattr("training.fit.SMALL", 8)
     assert fastest(one, layers) is one
 
 
