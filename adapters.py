@@ -74,8 +74,7 @@ class Change(NamedTuple):
 
 
 def shared(tensor, batch):
-    """One person's tensor (1, …) unchanged; P people's (P, …) repeated k times for a batch of k·P samples.
-    ValueError for a batch of another size."""
+    """One person's tensor (1, …), or P people's (P, …) repeated for a batch of k·P. ValueError for others."""
     groups, rest = divmod(batch, len(tensor))
     if rest:
         raise ValueError(f"a batch of {batch} cannot be shared among {len(tensor)} people")
@@ -149,8 +148,7 @@ class Hook(NoCopy):
 
 
 class WeightChanges(NoCopy):
-    """The changes of one layer's weights, outermost first, each with the parameters before it. They may
-    leave in any order."""
+    """One layer's changes, outermost first, each with the parameters before it. They leave in any order."""
 
     def __init__(self, layer):
         self.layer, self.entries = layer, []
@@ -182,9 +180,8 @@ def fits_weights(layer, adapter):
 
 
 def fresh_lora(layers, rank, generator, people=1):
-    """Low-rank adapters to train (LoRA, Hu et al., arXiv 2106.09685) for P people: A (P, in, rank) ~ N(0,
-    1/in) from a CPU generator, or a list with one for each person; B (P, rank, out) = 0. ValueError for rank
-    0."""
+    """LoRA adapters to train (Hu et al., arXiv 2106.09685) for P people: A (P, in, rank) ~ N(0, 1/in) from
+    one CPU generator or a list of P, and B (P, rank, out) = 0. ValueError for rank 0."""
     if rank < 1:
         raise ValueError(f"a LoRA of rank {rank} changes nothing")
     adapters, each = {}, generator if isinstance(generator, list) else [generator]

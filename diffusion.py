@@ -89,7 +89,7 @@ def timesteps(steps, spacing="leading"):
 
     They are diffusers' with SD 1.5's scheduler file: "leading" for DDIM, multiples of ⌊1000 / steps⌋ plus 1
     (the file's steps_offset); "linspace" for DPM-Solver++, from 999 evenly down, without 0. ValueError for
-    other steps than 1 to 999 or another spacing."""
+    another spacing, or steps outside 1 to 999."""
     if not 1 <= steps < STEPS:
         raise ValueError(f"steps must be from 1 to {STEPS - 1}, not {steps}")
     if spacing == "leading":
@@ -202,8 +202,7 @@ def guided(unet, context, negative=None, scale=7.5):
 
     context (B, n, d) or (1, n, d): features of the prompts; negative, the same: of what to avoid, or of "".
     Each step calls unet(x, t, context) once, in the dtype of context, on a batch of 2B: all B negatives, then
-    all B prompts. At scale 1 the negative cancels out, and the batch is B. ValueError without a negative at
-    another scale."""
+    all B prompts. At scale 1 the negative is not needed (else ValueError without it), and the batch is B."""
     if scale != 1 and negative is None:
         raise ValueError("guidance needs a negative: the features of the empty prompt will do")
 

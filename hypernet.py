@@ -61,9 +61,8 @@ class HyperNetwork(nn.Module):
         return self.passes(features, iterations)[-1]
 
     def passes(self, features, iterations=None):
-        """Eq. 3, θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> θ̂_0, …, θ̂_s as one
-        tensor (s + 1, B, layers, size). Every pass runs the same decoder on the same f: only θ̂_{k−1} tells it
-        how far it has come."""
+        """Eq. 3, θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}) with θ̂_0 = 0: ViT features f (B, n, d) -> θ̂_0, …, θ̂_s as
+        one tensor (s + 1, B, layers, size). Every pass runs the same decoder; only θ̂_{k−1} changes."""
         steps = self.config.iterations if iterations is None else iterations
         face = self.face(features)
         estimates = [features.new_zeros(len(features), self.config.layers, self.config.size)]

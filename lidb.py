@@ -13,9 +13,9 @@ from adapters import LowRank
 
 
 def personal_layers(unet, text):
-    """The personalised layers: name -> nn.Linear. On SD 1.5 these are 192, the set behind the paper's "386K"
-    for rank-1 LoRA and "28k" for LiDB: 128 attention projections and 16 GEGLU projections of the UNet, and 48
-    attention projections of the text encoder."""
+    """The personalised layers: name -> nn.Linear. On SD 1.5 these are 192, as in the paper's "386K" for
+    rank-1 LoRA and "28k" for LiDB: attention (128) and GEGLU (16) of the UNet, attention (48) of the text
+    encoder."""
     ends = "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj"
     found = {}
     for name, layer in unet.named_modules():

@@ -98,9 +98,8 @@ def main(args):
 
 
 def left_after(count, iterations, progress, generator):
-    """The number of passes (count,), 1 to `iterations`, after which the loss sees each sample's estimate. In
-    the first half of a training (progress below .5) all are equally likely; then k passes are k times as
-    likely as 1."""
+    """For `count` samples the pass, 1 to `iterations`, whose estimate the loss sees: all equally likely in
+    the first half of a training (progress below .5), then k passes k times as likely as 1."""
     weights = torch.ones(iterations) if progress < .5 else torch.arange(1., iterations + 1)
     return 1 + torch.multinomial(weights, count, replacement=True, generator=generator)
 

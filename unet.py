@@ -132,9 +132,8 @@ def sinusoids(t, width):
 class UNet(nn.Module):
     """Predicts the noise in x, a noisy latent, at time step t under the text features `context`.
 
-    With `gradient_checkpointing` backward computes the blocks again: equal gradients, less memory, about a
-    third more time. KeyError for another down_block_type, ValueError for widths that norm_num_groups does not
-    divide."""
+    `gradient_checkpointing` computes the blocks again in backward: equal gradients, less memory, a third more
+    time. KeyError for another down_block_type, ValueError for widths that norm_num_groups does not divide."""
 
     def __init__(self, config):
         super().__init__()

@@ -100,8 +100,7 @@ class ViT(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, image):
-        """image (B, 3, H, W), normalised with config's mean and std → (B, 1 + patches, d): class token,
-        patches."""
+        """Normalised images (B, 3, H, W) → (B, 1 + patches, d): the class token, then the patches."""
         return self.layernorm(self.encoder["layer"](self.embeddings(image)))
 
 
@@ -117,8 +116,7 @@ def visiting(vit, device):
 
 @torch.no_grad()
 def encode_face(vit, photo):
-    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], which it resizes and normalises for the ViT.
-    ValueError for other shapes, or bytes."""
+    """ViT features (B, n, d) of photos (B, 3, H, W) in [-1, 1], normalised here. ValueError for others."""
     if photo.dim() != 4 or photo.shape[1] != 3 or not photo.is_floating_point():
         raise ValueError(f"photos are (B, 3, H, W) in [-1, 1], not {photo.dtype} {tuple(photo.shape)}")
     side, weight = vit.config.image_size, vit.layernorm.weight

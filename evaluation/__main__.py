@@ -108,8 +108,7 @@ def paper(args, model):
 
 
 def chosen(args):
-    """The jobs that --rows names; all without --rows, none for an empty --rows. UserError for an unknown
-    row."""
+    """The jobs that --rows names; all without --rows, none for an empty one. UserError for an unknown row."""
     jobs = systems.rows(args.model == "nano", args.quick)
     names = [job.system for job in jobs]
     if unknown := set(args.rows or ()) - set(names):
@@ -157,8 +156,7 @@ def arguments():
 
 
 def check_before_loading(parser, args):
-    """Refuse, before gigabytes are loaded, an unknown row, missing photos, and another model's results in
-    --out."""
+    """Refuse unknown rows, missing photos and another model's --out before gigabytes are loaded."""
     chosen(args)
     if args.faces:
         photo_files(args.faces)

@@ -62,8 +62,7 @@ def keep(picture, out, system, who, name):
 
 
 def fit(job, group, method, photos, costs=None):
-    """The Person of the people (P,) of a group, each with their own generator. For one person alone it adds
-    the seconds and the file's bytes to `costs`."""
+    """The Person of a group of people (P,). For one person alone it adds seconds and bytes to `costs`."""
     start = time.perf_counter()
     given = photos[group, 0] if job.photos == 1 else photos[group, :job.photos]
     generators = [torch.Generator().manual_seed(who) for who in group.tolist()]
@@ -80,8 +79,7 @@ def fit(job, group, method, photos, costs=None):
 
 
 def draw(method, adapters, group, names, scores, settings):
-    """Pictures of every prompt and all people of the group, (prompts · P, 3, H, W). The noise depends on the
-    prompt and the person alone."""
+    """Pictures (prompts · P, 3, H, W), from noise that depends on the prompt and the person alone."""
     listed, pictures = [*scores.prompts], []
     some = max(1, settings.side // len(group))
     for i in tqdm(range(0, len(names), some), desc="pictures", leave=False, delay=2):
@@ -94,9 +92,8 @@ def draw(method, adapters, group, names, scores, settings):
 
 
 class Table:
-    """A CSV file that grows line by line. The first `key` columns identify a line, which is then `in` the
-    table; the others are numbers or empty. It drops a last line that was cut off. UserError for a file with
-    other columns, or damaged lines."""
+    """A CSV file that grows line by line. The first `key` columns identify a line, the others are numbers or
+    empty. It drops a last line that was cut off. UserError for other columns, or damaged lines."""
 
     def __init__(self, path, key, columns):
         self.path, self.key, rows = path, key, []

@@ -21,8 +21,7 @@ COLUMNS = "photo", "pixar", "bark", "rock star", "king", "beach", "round glasses
 
 
 def write(folder, found, scores):
-    """Write the figures that have numbers or pictures; return their paths. found: from report.write. Without
-    matplotlib, print a message and return []."""
+    """Write the figures that have data; return their paths, [] without matplotlib. found: of report.write."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -114,8 +113,7 @@ def training(log, file):
 
 
 def grid(folder, systems, scores, file, people=2):
-    """Pictures of the first people: a row for each person and system, a column for the photo and each prompt.
-    None without two rows of pictures."""
+    """The first people's pictures, a row for each person and system. None without two rows."""
     names = [name for name in COLUMNS if name in scores.prompts] or [*scores.prompts][:len(COLUMNS)]
     rows = [(who, system) for who in range(people) for system in systems
             if all(picture(folder, system, who, name).exists() for name in names)]

@@ -53,8 +53,7 @@ def over_people(pairs):
 
 
 def summary(rows, scores, base=()):
-    """heading -> over_people() of a system's pictures with one setting. base: the rows of the model itself,
-    the baseline of `leaked`."""
+    """heading -> over_people() of a system's pictures. base: rows of the model itself, for `leaked`."""
     if "another" not in scores.names:
         return {name: over_people((row["person"], row[name]) for row in rows) for name in scores.names}
     plain = [row for row in rows if row["prompt"] in scores.plain]

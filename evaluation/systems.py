@@ -53,8 +53,7 @@ def ours(method, photo, generators, steps=40, predict=True, iterations=None, ran
 
 
 def theirs(module, shared=None, *, steps, **settings):
-    """fit() of a module in methods/ with these settings; shared(model): more settings, the same for
-    everyone."""
+    """A fit() by a module of methods/, with these settings and those of shared(model), equal for all."""
     def fit(method, photo, generators):
         given = settings | (shared(method.model) if shared else {})
         with moving(steps) as moved:

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 
 class Row(NamedTuple):
-    """A line of the table. It times ours() and theirs(), or with `steps` each step of ours(steps,
-    callback=…). flops: whether to count our multiplications."""
+    """A line of the table. It times ours() and theirs(), or each step of ours(steps, callback=…)."""
     key: str
     what: str
     ours: Callable
@@ -37,8 +36,7 @@ def timed(work, device):
 
 
 def ticks(work, steps):
-    """The seconds of each step of work(steps, callback=…) after the first five, which record a GPU's
-    graph."""
+    """The seconds of each step of work(steps, callback=…), without five that record a GPU's graph."""
     times = []
     work(steps=steps, callback=lambda step, loss: times.append(time.perf_counter()))
     seconds = [after - before for before, after in zip(times, times[1:])]

@@ -90,8 +90,7 @@ def photos(identity, generator, device, style=None):
 
 
 def render(identity, nuisance, style, size=128):
-    """Portraits (B, 3, size, size) in [-1, 1] of people `identity` (B, 27) under `nuisance` (B, 17) in the
-    styles `style` (B,), indices of STYLES."""
+    """Portraits (B, 3, size, size) in [-1, 1] of identities (B, 27), nuisances (B, 17) and styles (B,)."""
     few = 4 if identity.device.type == "cpu" else 512  # fits a core's cache, or fills a GPU
     if len(identity) > few:
         parts = zip(identity.split(few), nuisance.split(few), style.split(few))

@@ -90,8 +90,7 @@ def try_kinds(numbers, pictures):
 @torch.no_grad()
 def read(pictures):
     """Plain portraits (B, 3, H, W) in [-1, 1] -> the identity (B, 27) and circumstances (B, 17), in [0, 1],
-    with the nearest drawing; faces.IDENTITY and faces.NUISANCE name them. A number that does not show is
-    arbitrary."""
+    of the nearest drawing, in the order of faces.IDENTITY and NUISANCE. What does not show is arbitrary."""
     pictures = F.interpolate(pictures.float(), (SIDE, SIDE), mode="area")
     numbers = coarse_reader(pictures.device)(pictures).requires_grad_()
     memory = {numbers: (torch.zeros_like(numbers), torch.zeros_like(numbers), numbers.new_zeros(()))}
@@ -111,8 +110,7 @@ def read(pictures):
 
 
 def encoded(numbers):
-    """Numbers (B, 44) as columns for a linear map, a list of 44 (B, n): one-hot kinds, cosine and sine of
-    hues."""
+    """Numbers (B, 44) as 44 columns (B, n) for a linear map: one-hot kinds, cosine and sine of hues."""
     columns = []
     for name, u in zip(NUMBERS, numbers.unbind(1)):
         if name in EDGES:

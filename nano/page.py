@@ -19,8 +19,7 @@ page, numbers and pictures included: run `python tour.py` and compare.
 
 
 def steps_of(file):
-    """What stands before the first "# %%" line of `file`, and (title, text, code) of each step: that line,
-    the comment under it, and the rest."""
+    """What precedes the first "# %%" line of `file`; then (title, text, code) of each step."""
     before, *steps = file.read_text(encoding="utf-8").split("\n# %% ")
     found = []
     for step in steps:
@@ -48,8 +47,8 @@ class Page:
         self.said.append(text)
 
     def show(self, title, columns):
-        """End a step with its picture, returned for a notebook to display; columns: head -> pictures (rows,
-        3, H, W) in [-1, 1]."""
+        """Save and return a step's picture, and add the step to the page. columns: head -> (rows, 3, H,
+        W)."""
         number = len(self.parts)
         file = self.folder / f"tour/{number}.png"
         sheet = images.sheet(torch.stack([*columns.values()], 1).flatten(0, 1), len(columns), [*columns])

@@ -134,8 +134,7 @@ class HeldOut:
 
     @torch.no_grad()
     def losses(self, model, adapters):
-        """name -> (), the losses that watch a training on photos (training/watched.py), over all people; {}
-        unless all adapters are low-rank."""
+        """name -> (), all people's losses, as for photos (training/watched.py); {} if not all is low-rank."""
         if not all(isinstance(adapter, LowRank) for adapter in adapters.values()):
             return {}
         found = WatchedPhotos(None, model.encode(self.photos), PROMPTS[0]).losses(model, adapters)

@@ -42,8 +42,7 @@ def vocabulary_text():
 
 
 def understood(text):
-    """The category indices by name that a description, such as "short grey hair, no beard", means. UserError
-    for an unknown word."""
+    """name -> category that a description such as "short grey hair" gives. UserError for an unknown word."""
     known, said = vocabulary(), {}
     for phrase in re.split(",| and | with ", text.lower()):
         words = set(phrase.split())
@@ -59,8 +58,8 @@ def understood(text):
 
 
 def captions(identity, style, generator, words=.6, rare=.5, drop=.1, names=RARE[1:]):
-    """Training captions: always the style; attribute words in a share `words`; a rare word from `names`
-    before "face" in a share `rare`, so that an unseen identifier does no harm; "" in a share `drop`, for
+    """Training captions: always the style; attributes in a share `words`; a rare word of `names` before
+    "face" in a share `rare`, so that an unseen identifier does no harm; "" in a share `drop`, for
     guidance."""
     result = []
     coins = torch.rand(len(identity), 3, generator=generator).tolist()

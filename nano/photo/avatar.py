@@ -45,8 +45,7 @@ def probabilities(logits):
 
 
 def decided(shares):
-    """The classes (B,) to draw, by name, given their probabilities (B, n); for skin, whose classes are steps
-    from pale to dark, the mean."""
+    """The classes (B,) to draw, by name, from probabilities (B, n); of skin, a scale, the mean."""
     found = {name: (shares[name] @ cost).argmin(1) for name, cost in costs().items()}
     found["skin"] = shares["skin"] @ torch.arange(5.)
     for name, least in WORN.items():
@@ -76,8 +75,7 @@ def unsure(shares, identity):
 
 
 def said(identity, unsure=(), count="one face"):
-    """A description of a person (27,): the sure attributes, what is drawn for the `unsure` ones, and a note
-    if `count` is not one face."""
+    """A person (27,) in words, with what is drawn for the `unsure` attributes, and a note on the count."""
     (words,) = wording.words_of(identity[None])
     seen = ", ".join(wording.phrases(words | dict.fromkeys(unsure, "")))
     left_open = [f"{name.replace('_', ' ')} unsure: {words[name] or 'none'} drawn" for name in unsure]

@@ -42,8 +42,7 @@ def labelled(folder):
 
 
 def truth_of_rows(rows):
-    """The labels in rows of labels.csv: name -> classes (N,), "numbers" (N, 20), UNKNOWN if missing, and
-    "sun" (N,), whether the glasses are sunglasses."""
+    """name -> the labels in rows of labels.csv: classes (N,), "numbers" (N, 20), "sun" (N,), sunglasses."""
     truth = {name: torch.tensor([class_of(name, row[name]) for row in rows]) for name in CLASSES}
     truth["sun"] = torch.tensor([row["glasses"] == "sun" for row in rows])
     truth["numbers"] = torch.tensor([[float(row.get(name) or UNKNOWN) for name in NUMBERS] for row in rows])

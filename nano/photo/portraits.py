@@ -51,8 +51,8 @@ def shrunk(picture, width, height):
 
 @torch.no_grad()
 def find(sheet, wanted):
-    """The best square of a PIL image for each fingerprint in `wanted` (N, 128): the number of agreeing bits
-    (N,), and left, top and side in pixels (N, 3)."""
+    """The best square of a PIL image for each fingerprint (N, 128): equal bits (N,), left, top, side (N,
+    3)."""
     agree, places = torch.zeros(len(wanted)), torch.zeros(len(wanted), 3)
     side = float(SMALLEST)
     while side <= min(sheet.size):

@@ -128,9 +128,9 @@ def drawn(reader, pictures):
 
 @torch.no_grad()
 def read(reader, pictures):
-    """Reader's logits (B, n) for pictures (B, 3, H, W) in [-1, 1], each of one head near the middle. Two
-    looks locate the head, the second in what the first found; four more, of two sizes and mirrored, are
-    averaged. "drawn" and "count" are of the whole picture."""
+    """Reader's logits (B, n) for pictures (B, 3, H, W) in [-1, 1] of one head near the middle each. Two looks
+    find the head; four, of two sizes and mirrored, are averaged. "drawn" and "count" are of the whole
+    picture."""
     small, first = shrunk(pictures, STORED), whole(reader, pictures)
     x, y, half = (torch.full((len(small),), value) for value in (0., 0., 1.))
     for _ in range(2):

@@ -33,8 +33,7 @@ FRAME = 10.          # weight of the frame's loss
 
 
 def targets_of(truth, soft=None):
-    """Name -> the probabilities (N, n) to learn: from the hard label, the soft one, or a mean of both; zeros
-    without a label."""
+    """Name -> probabilities (N, n) to learn: of the hard label, the soft one or their mean; else zeros."""
     targets = {}
     for name, count in CLASSES.items():
         known = (truth[name] >= 0)[:, None]
@@ -61,9 +60,8 @@ def losses(found, targets, frame, drawing, count):
 
 
 class Pool(NamedTuple):
-    """Samples that make up a share of every batch: byte pictures and how often each is drawn; targets as in
-    losses; the strength of `photographed`; whether they are drawings, 1 or 0, NaN if either is right; an
-    index of COUNTS."""
+    """Samples for a share of every batch: byte pictures, and how often each is drawn; targets for losses();
+    the strength of `photographed`; 1 for drawings, 0 for photos, NaN for either; an index of COUNTS."""
     share: float
     pictures: torch.Tensor
     often: torch.Tensor
@@ -74,8 +72,7 @@ class Pool(NamedTuple):
 
 
 def pools_of(photos, often, targets, drawings, generator):
-    """All training samples: portraits; pictures of no face and of several, made of these; and drawings, half
-    of them as if photographed, half hardly changed."""
+    """All samples: portraits, no face, several faces, drawings as if photographed, drawings as they are."""
     identity = torch.rand(drawings, len(faces.IDENTITY), generator=generator)
     styles = torch.randint(len(faces.STYLES), (drawings,), generator=generator)
     drawn = faces.photos(identity, generator, "cpu", styles)
@@ -150,8 +147,7 @@ def train(args, photos, truth, soft):
 
 
 def calibrate(model, photos, truth):
-    """Divide each attribute's logits, in its head's weights, by the temperature with the least cross-entropy
-    on these portraits."""
+    """Divide each attribute's logits, in its head, by the temperature of least cross-entropy."""
     found = read(model, photos)
     for name in CLASSES:
         known = truth[name] >= 0

@@ -56,8 +56,7 @@ def looks(pictures, generator, strength):
 
 
 def faceless(pictures, generator):
-    """Byte pictures (B, 3, H, W) without a face, made of portraits (B, 3, H, W): a corner of each, its parts
-    shuffled, or blots of colour."""
+    """Byte portraits (B, 3, H, W) made faceless: a corner, the parts shuffled, or blots of colour."""
     count, side = len(pictures), pictures.shape[-1]
     x = pictures.float() / 127.5 - 1
     chance = torch.rand(count, 5, generator=generator, device=generator.device)
@@ -79,8 +78,7 @@ def faceless(pictures, generator):
 
 
 def together(pictures, generator):
-    """Byte pictures (B, 3, H, W) with several faces, made of portraits (4·B, 3, H, W): the middles of two
-    side by side, two at half the size, or four."""
+    """Byte pictures (B, 3, H, W) of several of 4·B portraits: two halves, two small ones, or four."""
     side, quarter = pictures.shape[-1], pictures.shape[-1] // 4
     a, b, c, d = (pictures.float() / 127.5 - 1).chunk(4)
     middles = torch.cat([a[..., quarter:3 * quarter], b[..., quarter:3 * quarter]], 3)

@@ -19,8 +19,7 @@ def initialise(model):
 
 @torch.no_grad()
 def standardise(model, z):
-    """Fold a shift and a scale into the 1×1 convolutions next to the latent, so that each channel of latents
-    like z (B, 4, h, w) gets mean 0 and variance 1."""
+    """Fold into the 1×1 convolutions at the latent what gives z (B, 4, h, w) mean 0 and variance 1."""
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     out, back = model.quant_conv, model.post_quant_conv
     c = len(mean)
