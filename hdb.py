@@ -36,11 +36,12 @@ import torch
 
 from adapters import detach, fresh_lora
 from diffusion import denoising_error, denoising_loss, noised
+from files.encoders import loaded
 from files.hypernetwork import load_hypernet
 from lidb import LiDB, personal_layers, unet_layers
 from sd import load
 from training.fit import fastest, fit, fit_or_take_back
-from vit import encode_face, visiting
+from vit import encode_face
 
 __all__ = ["PROMPT", "HyperDreamBooth", "load", "load_hypernet"]
 
@@ -70,8 +71,9 @@ class HyperDreamBooth:
         if self.hypernet is None:
             raise ValueError("this model has no hypernetwork to predict with; see train.py")
         photos = photo if photo.dim() == 5 else photo[:, None]
-        with visiting(self.hypernet.vit, self.model.device) as encoder:
-            features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
+        encoder = loaded(self.hypernet.vit, self.model.device)
+        features = encode_face(encoder, photos.flatten(0, 1)).to(self.hypernet.bias.dtype)
+        del encoder  # 2.5 GB, if it is a ViT-H
         theta = self.hypernet.refine(features, iterations).float()
         return theta.unflatten(0, photos.shape[:2]).mean(1)
 

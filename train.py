@@ -108,7 +108,7 @@ def hypernetwork(args, model, deadline):
     """The HyperNetwork to train: --start's, or a fresh one with a frozen encoder. An official encoder's
     weights stay in its file until training/photos.py reads them."""
     if args.start:
-        hypernet = load_hypernet(args.start, model, encoder_device="meta").requires_grad_()
+        hypernet = load_hypernet(args.start, model).requires_grad_()
         if args.iterations:
             hypernet.config = replace(hypernet.config, iterations=args.iterations)
     else:

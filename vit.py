@@ -1,7 +1,6 @@
 """The vision transformer that looks at faces (Dosovitskiy et al., arXiv 2010.11929).
 
 Parameters carry the names of transformers' ViTModel, so official files load with strict=True."""
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -102,16 +101,6 @@ class ViT(nn.Module):
     def forward(self, image):
         """Normalised images (B, 3, H, W) → (B, 1 + patches, d): the class token, then the patches."""
         return self.layernorm(self.encoder["layer"](self.embeddings(image)))
-
-
-@contextmanager
-def visiting(vit, device):
-    """Inside, the encoder is on this device. Then it goes back to where it was: a ViT-H takes 2.5 GB."""
-    home = vit.layernorm.weight.device
-    try:
-        yield vit.to(device)
-    finally:
-        vit.to(home)
 
 
 @torch.no_grad()

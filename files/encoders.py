@@ -40,14 +40,21 @@ def load_vit(source, device=None):
     return vit
 
 
-def vit_of(path, source, noted, device, instead=None):
-    """The ViT that the file at `path` was trained with, of this checksum or None (in old files): `instead`, a
-    folder of its name beside the file, or what it was then, `source`. LoadError for none or another."""
+def loaded(vit, device):
+    """The ViT, or of one that has left its numbers in its file (on the meta device) a copy with them, on this
+    device. So an official one takes memory, 2.5 GB for a ViT-H, only while somebody holds the copy."""
+    return load_vit(vit.source, device) if vit.layernorm.weight.is_meta else vit
+
+
+def vit_of(path, source, noted, instead=None):
+    """The ViT, without numbers, that the file at `path` was trained with, of this checksum or None (in old
+    files): `instead`, a folder of its name beside the file, or what it was then, `source`. LoadError for none
+    or another."""
     beside, hint = Path(path).parent / Path(source).name, f"put its folder, {Path(source).name}, beside it"
     source = instead or (str(beside) if beside.is_dir() else source)
     if os.path.isabs(source) and not os.path.isdir(source):
         raise LoadError(f"{path}: trained with the encoder of photos {source}, which is not there; {hint}")
-    vit = load_vit(source, device)
+    vit = load_vit(source, "meta")
     if noted is not None and not alike(checksum(vit), noted):
         raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}; "
                         f"{hint}")

@@ -26,11 +26,11 @@ def save_hypernet(hypernet, model, path):
     write({key: t.half() for key, t in kept.items()}, path, note)
 
 
-def load_hypernet(path, model, encoder=None, encoder_device="cpu"):
+def load_hypernet(path, model, encoder=None):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
-    official encoder that it names is, if neither beside the file nor where it was; encoder_device: where that
-    encoder stays while it does not look. LoadError if it is none, was made for other layers than this model's
-    or with another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
+    official encoder that it names is, if neither beside the file nor where it was; its numbers stay there
+    while it does not look. LoadError if it is none, was made for other layers than this model's or with
+    another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = Tensors(path).note
         found = json.loads(note["config"])
@@ -46,7 +46,7 @@ def load_hypernet(path, model, encoder=None, encoder_device="cpu"):
     vit = torch.nn.Identity() if config.encoder else None
     built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:
-        built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), encoder_device, encoder)
+        built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), encoder)
         if built.vit.config != config.vit:
             raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
     return built

@@ -26,14 +26,14 @@ from adapters import Change, merge, shared
 from files.checkpoints import Tensors, build, checksum, configure, write
 from files.disk import refusing
 from program.console import UserError
-from files.encoders import load_vit, vit_of
+from files.encoders import load_vit, loaded, vit_of
 from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
 from files.person import Person
 from methods.protocol import Method
 from program.options import Option, number, old_file, same
 from hdb import PROMPT, seeded
-from vit import encode_face, visiting
+from vit import encode_face
 
 # s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's word embeddings have a norm of .2, as have
 # Stable Diffusion's, but one that shows a person is longer: Textual Inversion's has a likeness of .6 at .9,
@@ -82,8 +82,7 @@ class Domain(nn.Module):
 
     def look(self, photo):
         """Photos (B, 3, H, W) in [-1, 1] to the mean of their tokens (B, photo)."""
-        with visiting(self.vit, photo.device) as vit:
-            return encode_face(vit, photo).float().mean(1)
+        return encode_face(loaded(self.vit, photo.device), photo).float().mean(1)
 
 
 def features(config):
@@ -229,13 +228,12 @@ def load_domain(path, model):
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
     warn_of_other_weights(path, note, model)
     own = source == NANO_LOOKER
-    domain.vit = load_looker(source, model) if own else vit_of(path, source, looked, "cpu")
+    domain.vit = load_looker(source, model) if own else vit_of(path, source, looked)
     return domain
 
 
 def load_looker(source, model):
-    """The ViT that looks at photos: nano's, in its hypernetwork's file, or an official one, without weights;
-    training/photos.py reads those while it needs them."""
+    """What looks at photos: nano's, in its hypernetwork's file, or an official one, without numbers."""
     if source == NANO_LOOKER:
         vit = load_hypernet(HERE / source, model).vit
         vit.source = source

@@ -1,5 +1,6 @@
 """The method by numbers, on a tiny model: each step against the same written out with changed weights."""
 import copy
+import weakref
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import hdb
 import lidb
 from diffusion import denoising_loss, noised
 from adapters import Change, LowRank, adapted, fresh_lora, join, merge
+from files import encoders
 from training.fit import fastest, fit
 from vit import encode_face
 
@@ -499,11 +501,17 @@ def test_a_photo_of_another_shape_is_looked_at_whole(method):
     assert encode_face(vit, torch.zeros(1, 3, 64, 128)).shape == encode_face(vit, photo()).shape
 
 
-def test_the_encoder_visits_the_device_while_it_looks(method, monkeypatch):
-    """On another device than the model's it costs no memory there: personalize, evaluate, E4T."""
-    places, vit, look = [], method.hypernet.vit, hdb.encode_face
-    monkeypatch.setattr(vit, "to", lambda place: places.append(place) or vit)
-    monkeypatch.setattr(hdb, "encode_face", lambda *given: places.append("looks") or look(*given))
-    monkeypatch.setattr(type(method.model), "device", "the model's")
-    method.predict(photo())
-    assert places == ["the model's", "looks", torch.device("cpu")]
+def test_an_official_encoder_has_its_numbers_while_it_looks(method, monkeypatch):
+    """So it costs no memory afterwards."""
+    vit, theta, read = method.hypernet.vit, method.predict(photo()), []
+
+    def load_vit(source, device):
+        again = copy.deepcopy(vit)
+        read.append((source, device, weakref.ref(again)))
+        return again
+    monkeypatch.setattr(encoders, "load_vit", load_vit)
+    monkeypatch.setattr(method.hypernet, "vit", copy.deepcopy(vit).to("meta"))
+    method.hypernet.vit.source = "some/vit"
+    assert torch.equal(method.predict(photo()), theta)
+    ((source, device, copied),) = read
+    assert (source, device) == ("some/vit", method.model.device) and copied() is None

@@ -18,13 +18,12 @@ from tiny import shared_model
 import hdb
 import train
 from diffusion import denoising_loss, noised
-from files import images
+from files import encoders, images
 from program import console
 from program.options import usual_steps
 from program.console import UserError
 from files.checkpoints import checksum, write
 from files.disk import LoadError
-from training import photos
 from training.photos import Photos
 from methods import train_e4t
 from nano import seeds
@@ -163,8 +162,8 @@ def test_training_on_photos_names_its_encoder(tmp_path, monkeypatch):
     common = ["--model", tmp_path / "model", "--faces", tmp_path / "faces", "--out", tmp_path / "runs"]
     common += ["--batch", 2, "--steps", 1]
     encoder, read = ("--encoder", os.path.relpath(tmp_path / "vit", ROOT)), []
-    load_vit = photos.load_vit
-    monkeypatch.setattr(photos, "load_vit", lambda *where: read.append(where) or load_vit(*where))
+    load_vit = encoders.load_vit
+    monkeypatch.setattr(encoders, "load_vit", lambda *where: read.append(where) or load_vit(*where))
     done = run(*common, *encoder, script="train.py")
     assert done.returncode == 0, done.stderr
     first, memory, *_ = done.stdout.splitlines()
@@ -180,6 +179,7 @@ def test_training_on_photos_names_its_encoder(tmp_path, monkeypatch):
     assert on.returncode == 0, on.stderr
     after = hdb.load_hypernet(tmp_path / "runs/on/hypernet.safetensors", model)
     assert after.config.encoder == str(tmp_path / "vit") and after.config.iterations == 2
+    after.vit = encoders.loaded(after.vit, "cpu")
     assert after(torch.zeros(1, 3, 128, 128)).isfinite().all()
     (tmp_path / "vit/config.json").write_text(json.dumps(asdict(vit.config) | {"num_attention_heads": 2}))
     with pytest.raises(LoadError, match="trained with another encoder"):

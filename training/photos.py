@@ -12,7 +12,7 @@ from tqdm import tqdm
 from files import images
 from files.checkpoints import Tensors, check_numbers, checksum
 from files.disk import regular
-from files.encoders import load_vit
+from files.encoders import loaded
 from training.parts import cached, split
 from training.watched import WatchedPhotos
 from vit import encode_face
@@ -113,10 +113,7 @@ class Photos:
         side = 8 * small
         self.content = content(files)
 
-        @lru_cache(1)
-        def encoder():
-            """The ViT, read where its numbers are needed."""
-            return load_vit(vit.source, model.device) if vit.layernorm.weight.is_meta else vit
+        encoder = lru_cache(1)(lambda: loaded(vit, model.device))
 
         @torch.no_grad()
         def encoded(some):
