@@ -31,7 +31,7 @@ from files.layouts import HERE, model_name
 from program.options import (Option, early, folder_of_faces, model_rows, new_folder, number, old_file,
                              parser_of, same)
 from training.parts import differences
-from training.photos import photo_files, read_photos
+from training.photos import content, photo_files, read_photos
 
 
 def main(args):
@@ -40,8 +40,8 @@ def main(args):
     nano = args.model == "nano"
     file = args.hypernet or (HERE / "nano/hypernet.safetensors" if nano else None)
     method = hdb.HyperDreamBooth(model, file and hdb.load_hypernet(file, model))
-    check_run(args, method)
     scores = Judged(args.people, model.device) if nano else paper(args, model)
+    check_run(args, method, {} if nano else measured_by(args, scores))
     jobs = able(chosen(args), nano, method)
 
     # Every system fits every person, and draws them under every prompt
@@ -87,16 +87,23 @@ def all_of(work, *rest):
     return failed
 
 
-def check_run(args, method):
-    """Write what the numbers depend on to run.json, or compare. UserError if a setting differs."""
+def measured_by(args, scores):
+    """name -> what else the numbers for photos depend on, wherever it lies."""
+    return {"faces": content(photo_files(args.faces)), "quick": args.quick, "clip": checksum(scores.clip),
+            "dino": checksum(scores.dino)}
+
+
+def check_run(args, method, more):
+    """Write what the numbers depend on, `more` included, to run.json, or compare. UserError if a setting
+    differs."""
     settings = {"model": args.model, "hypernet": checksum(method.hypernet) if method.hypernet else "none",
-                "sampling steps": args.sample_steps, "guidance": args.guidance, "faces": args.faces}
+                "sampling steps": args.sample_steps, "guidance": args.guidance, "faces": None} | more
     ours = {name: str(value) for name, value in (method.model.checksums | settings).items()}
     file = args.out / "run.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         write_text(json.dumps(ours, indent=2) + "\n", file)
-    elif differ := differences(read_json(file), ours):
+    elif differ := differences(read_json(file) | {"model": args.model}, ours):  # by whatever name
         raise console.UserError(f"{args.out}: other settings there ({'; '.join(differ)}); give another --out")
 
 
@@ -162,7 +169,7 @@ def check_before_loading(parser, args):
         photo_files(args.faces)
     if (args.out / "run.json").exists():
         there = read_json(args.out / "run.json").get("model", "nano")
-        if there != args.model:
+        if there != args.model and "nano" in (there, args.model):
             parser.error(f"--out {args.out} has results of {there}; give another folder")
 
 

@@ -2,6 +2,7 @@
 import csv
 import inspect
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -194,13 +195,30 @@ def test_a_table_that_makes_no_sense(tmp_path, line):
 
 
 def test_numbers_of_other_weights_are_not_mixed(tmp_path):
-    args = SimpleNamespace(model="nano", out=tmp_path / "run", sample_steps=15, guidance=3., faces=None)
+    args = SimpleNamespace(model="nano", out=tmp_path / "run", sample_steps=15, guidance=3.)
     method = hdb.HyperDreamBooth(shared_model())
-    evaluate.check_run(args, method)
-    evaluate.check_run(args, method)
+    evaluate.check_run(args, method, {})
+    evaluate.check_run(args, method, {})
     args.guidance = 2.
     with pytest.raises(UserError, match="guidance 3.0 there, 2.0 here"):
-        evaluate.check_run(args, method)
+        evaluate.check_run(args, method, {})
+
+
+def test_numbers_of_other_photos_or_towers_are_not_mixed(tmp_path):
+    """Wherever the model and the photos lie now."""
+    images.save(images.to_pil(photo()[0]), tmp_path / "photos/1.png")
+    towers = SimpleNamespace(clip=ViT(VIT), dino=ViT(VIT))
+    args = SimpleNamespace(model="a/model", out=tmp_path / "run", sample_steps=15, guidance=3., quick=True,
+                           faces=tmp_path / "photos")
+    method = hdb.HyperDreamBooth(shared_model())
+    evaluate.check_run(args, method, evaluate.measured_by(args, towers))
+    args.model, args.faces = "b/model", (tmp_path / "photos").rename(tmp_path / "moved")
+    evaluate.check_run(args, method, evaluate.measured_by(args, towers))
+    images.save(images.to_pil(photo(seed=2)[0]), args.faces / "2.png")
+    args.quick, towers.clip, towers.dino = False, ViT(VIT), ViT(VIT)
+    with pytest.raises(UserError) as info:
+        evaluate.check_run(args, method, evaluate.measured_by(args, towers))
+    assert re.findall(r"(\w+) [\w-]+ there, ", str(info.value)) == ["faces", "quick", "clip", "dino"]
 
 
 def line(person, prompt, another=None, style=None, system="A", **more):
