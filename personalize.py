@@ -132,7 +132,7 @@ def make_people(sittings, args, engine, stage):
             written += save(person, engine, out)
             people.append(person)
         if stage.stopped and len(people) < len(sittings):
-            print(f"         of {len(sittings)} people {len(people)} are made, and drawn")
+            print(f"         only {len(people)} of {len(sittings)} people are done; drawing them")
             break
     return people, written
 

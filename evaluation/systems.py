@@ -12,7 +12,7 @@ from files.layouts import HERE
 from files.person import Person
 from program.console import advance
 
-PEOPLE = 8  # side by side on nano, where a method takes several
+PEOPLE = 8  # side by side on nano, if the method can
 
 
 class Job(NamedTuple):

@@ -40,7 +40,7 @@ class Page:
     def say(self, text, numbers=None):
         """Print a line, which the page shows too; numbers: name -> number, added to it."""
         if numbers:
-            text += ": " + ", ".join(f"{name} {number:.2f}" for name, number in numbers.items())
+            text += " – " + ", ".join(f"{name}: {number:.2f}" for name, number in numbers.items())
         if not self.said:
             print(self.steps[len(self.parts) - 1][0])
         print(f"  {text}")

@@ -268,7 +268,7 @@ def test_ctrl_c_ends_with_those_who_are_made(tmp_path, monkeypatch):
                "--batch", 1, "--sample-steps", 1, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert moved == ["fine-tuning", "fine-tuning", "sampling"]
-    assert "stopped after 2 of 9 steps" in done.stdout and "of 3 people 1 are made, and drawn" in done.stdout
+    assert "stopped after 2 of 9 steps" in done.stdout and "only 1 of 3 people are done" in done.stdout
     assert [path.parent.name for path in tmp_path.rglob("person_tuned.safetensors")] == ["a"]
     assert Image.open(tmp_path / "out/sheet.png").size == (128, 2 * 128 + HEADS)
 
