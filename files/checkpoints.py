@@ -1,5 +1,7 @@
-"""From files to modules, strictly, and back: what is missing, surplus or misshapen is named in one line.
-The weights are in memory once: a module is built without numbers and takes tensors one by one from files."""
+"""Read safetensors files, build modules from them, and write them.
+
+A missing, surplus or misshapen tensor is a LoadError of one line. Weights are in memory only once: build()
+makes a module on the meta device and gives it tensors from the file one by one."""
 import json
 import re
 import zlib
@@ -14,20 +16,20 @@ from torch.overrides import TorchFunctionMode
 from files.disk import LARGEST_TEXT, LoadError, refusing, regular, whole_files
 from program.console import UserError, printable
 
-# of settings that say how often something is built, and how large a picture is
+# Limits of settings that count layers or passes, and of the size of pictures
 LIMITS = {"layers_per_block": 64, "num_hidden_layers": 64, "depth": 64, "iterations": 64, "sample_size": 1000}
-MOST = 20_000  # tensors of a file
+MOST = 20_000  # tensors in a file
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # safetensors' names
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # header names
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 CHECKSUM = re.compile("([0-9a-f]{8})(?:-([0-9a-f]{8}))?")
-# these are 1×1 convolutions (c, c, 1, 1) in single files
+# In single files these weights are 1×1 convolutions (c, c, 1, 1)
 VAE_ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_.*weight")
 
 
 def configure(config, found, file):
-    """The config dataclass with its fields that are in the dict `found` taken from there, lists as tuples.
-    LoadError, naming the file, for another type than in `config` or a number no size or scale can be."""
+    """A copy of the dataclass `config` with values from the dict `found`. Unknown keys are ignored; lists
+    become tuples. LoadError, naming `file`, for a value of another type or out of range."""
     taken = {}
     for name in vars(config).keys() & found.keys():
         value, usual = found[name], getattr(config, name)
@@ -39,10 +41,11 @@ def configure(config, found, file):
 
 
 def fits(value, usual, limit):
-    """Whether a setting is of the usual one's type, a number positive (in a list, not negative) and below the
-    limit, which no model comes near: to build what a hostile file asks for could take hours."""
+    """Whether a setting has the type of the `usual` one and, if a number, is positive (in a list, zero too)
+    and below `limit`. No real model comes near a limit; what a hostile file asks for could take hours to
+    build."""
     if isinstance(usual, tuple):
-        short = isinstance(value, tuple) and len(value) < 9  # levels
+        short = isinstance(value, tuple) and len(value) < 9  # no model has more levels
         return short and all(fits(v, usual[0], limit) or v == 0. for v in value)
     if isinstance(usual, (int, float)):
         return isinstance(value, (int, type(usual))) and not isinstance(value, bool) and 0 < value < limit
@@ -50,21 +53,21 @@ def fits(value, usual, limit):
 
 
 def require_settings(found, implemented, file):
-    """LoadError for a setting in the dict `found` that is not the one value for it in `implemented`."""
+    """LoadError if a setting in the dict `found` differs from the only value that is `implemented`."""
     for key, value in implemented.items():
         if found.get(key, value) != value:
             raise LoadError(f"{file}: {key} is {found[key]!r}; only {value!r} is implemented")
 
 
 class Tensors:
-    """A safetensors file, opened once and read as it is asked for: `note`, its metadata, `shapes`,
-    name -> tuple, and its tensors by name, on the CPU. Another file in its place changes nothing here.
-    LoadError for what is none, which says what it is, and for a damaged one, now or when it is read."""
+    """A safetensors file, opened once and read on demand: `note` is its metadata, `shapes` maps name ->
+    tuple, and self[name] is a tensor on the CPU. Replacing the file later has no effect. LoadError, now or
+    when a tensor is read, for a damaged file or one of another format, which the message names."""
 
     def __init__(self, path):
         self.path = path
         with refusing(f"{path}: cannot be read"), regular(path) as file:
-            # the header's length in 8 bytes, then the header, a JSON dictionary
+            # the length of the header in 8 bytes, then the header, a JSON dictionary
             head = file.read(9)
             length = int.from_bytes(head[:8], "little")
             if head[8:] != b"{":
@@ -73,14 +76,14 @@ class Tensors:
                 what = "a pickle, which could run any code" if pickled else what
                 raise LoadError(f"{path}: {what}; download or convert it as .safetensors")
             if length > LARGEST_TEXT * 10 ** 6:
-                raise LoadError(f"{path}: a header of more than {LARGEST_TEXT} MB, which no such file has")
+                raise LoadError(f"{path}: its header has more than {LARGEST_TEXT} MB; download it again")
             with refusing(f"{path}: damaged or truncated, download or make it again"):
-                # pread copies each tensor out: a memory map's pages would count as memory beside the copy in
-                # another dtype, and the weights would change, or the program crash, when the file does
+                # pread copies every tensor. Pages of a memory map would use memory beside the converted copy,
+                # and if the file changed, the weights would change too, or the program would crash.
                 self.file = safe_open(f"/dev/fd/{file.fileno()}", "pt", backend="pread")
                 self.note = self.file.metadata() or {}
                 if len(self.file.keys()) > MOST:
-                    raise LoadError(f"{path}: {len(self.file.keys())} tensors, more than any such file has")
+                    raise LoadError(f"{path}: {len(self.file.keys())} tensors; at most {MOST} are read")
                 self.shapes = {key: tuple(self.file.get_slice(key).get_shape()) for key in self.file.keys()}
 
     def __getitem__(self, key):
@@ -88,12 +91,12 @@ class Tensors:
             return self.file.get_tensor(key)
 
     def row(self, key, i):
-        """Row i of a tensor, as a batch of one."""
+        """Row i of a tensor (n, …) as (1, …)."""
         with refusing(f"{self.path}: damaged"):
             return self.file.get_slice(key)[i:i + 1]
 
     def outlines(self):
-        """name -> tensor without its numbers: enough to refuse what would take long."""
+        """name -> tensor on the meta device: enough to check a file before its numbers are read."""
         return {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
 
     def all(self):
@@ -102,7 +105,7 @@ class Tensors:
 
 
 class NoInit(TorchFunctionMode):
-    """Skips initialisers, which do nothing on the meta device; but normal_ imports a compiler, 70 MB."""
+    """Skip initialisers. On the meta device they have no effect, but normal_ imports a compiler of 70 MB."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) != "torch.nn.init":
@@ -110,9 +113,10 @@ class NoInit(TorchFunctionMode):
 
 
 def build(kind, config, files, rename, device, dtype, *more):
-    """kind(config, *more) with the tensors of `files`, frozen and in eval mode. rename(key): our name for a
-    key, None if not needed, KeyError if unknown. LoadError for impossible settings or other tensors."""
-    what = f"{Path(files[0]).parent}: no {kind.__name__} with these settings can be built"
+    """The module kind(config, *more) with the tensors of `files`, frozen and in eval mode. rename(key) gives
+    our name for a key, None if it is not needed, and KeyError if it is unknown. LoadError for settings that
+    cannot be built and for tensors that do not match."""
+    what = f"{Path(files[0]).parent}: cannot build a {kind.__name__} with these settings"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
@@ -121,14 +125,14 @@ def build(kind, config, files, rename, device, dtype, *more):
         tensor = tensors[key]
         if not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise LoadError(f"{files[0]}: tensor {key} is {kind}, quantised; give a file of floats")
+            raise LoadError(f"{files[0]}: tensor {key} is quantised ({kind}); give a file of floats")
         stored[name] = some_of(tensor)
         tensor = tensor.view(shapes[name]).to(device, dtype)
-        # asked before the layout changes, which would make it three times as slow
+        # checked before the layout changes: afterwards it would take three times as long
         if not tensor.is_meta and not finite(tensor):
             raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
-        # kernels with their channels side by side, and so feature maps, as transformers over pixels want
-        # them: fewer copies, a tenth less time
+        # With channels-last kernels, feature maps have the layout that attention over pixels needs: fewer
+        # copies, a tenth less time
         layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
         weights[name] = tensor.to(memory_format=layout)
     module.load_state_dict(weights, assign=True)
@@ -138,7 +142,7 @@ def build(kind, config, files, rename, device, dtype, *more):
 
 
 def places_of(shapes, files, rename):
-    """Where build() finds all names of `shapes`, before gigabytes are read: name -> (Tensors, key)."""
+    """name -> (Tensors, key) of every tensor that build() needs, checked before gigabytes are read."""
     missing, places = dict(shapes), {}
     for file in files:
         tensors = Tensors(file)
@@ -163,37 +167,36 @@ def places_of(shapes, files, rename):
 
 
 def finite(tensor):
-    """Whether all numbers of a tensor are numbers, in one pass and no memory."""
+    """Whether a tensor holds no NaN or infinity; one pass, without a copy."""
     return tensor.numel() == 0 or all(bound.isfinite() for bound in tensor.aminmax())
 
 
 def checksum(module):
-    """Digits that tell a module's weights from others, of names, shapes and up to 4096 numbers a tensor,
-    eight in bfloat16 and eight in float16, as in the file that build() has read, if they are still those or
-    were left there (on the meta device)."""
+    """A checksum of a module's weights: a CRC of names, shapes and up to 4096 numbers of each tensor, rounded
+    to bfloat16, then one of the same in float16. It is that of the file which build() read, if the weights
+    have not changed since or are on the meta device."""
     state, read = module.state_dict(), getattr(module, "checksum_of_file", "")
-    there = {name: t for name, t in state.items() if not t.is_meta}
-    if not there:
+    loaded = {name: t for name, t in state.items() if not t.is_meta}
+    if not loaded:
         return read
-    shapes, numbers = {name: tuple(t.shape) for name, t in there.items()}, map(some_of, there.values())
-    ours = digits(shapes, [*numbers])
-    return read if read[:8] == ours[:8] else ours
+    now = digits({name: tuple(t.shape) for name, t in loaded.items()}, [*map(some_of, loaded.values())])
+    return read if read[:8] == now[:8] else now
 
 
 def alike(one, other):
-    """Whether two values of checksum() are of the same weights: a file has the same digits in float32 and
-    bfloat16, and in float32 and float16; files were once written with the first eight alone."""
+    """Whether two values of checksum() belong to the same weights, perhaps in another dtype: rounding float32
+    weights keeps one of the two CRCs. Old files have the first CRC only."""
     found = [CHECKSUM.fullmatch(str(text)) for text in (one, other)]
     return one == other or all(found) and any(a in found[1].groups() for a in found[0].groups() if a)
 
 
 def some_of(tensor):
-    """Up to 4096 of a tensor's numbers, copied, so that they don't hold the rest."""
+    """A copy of up to 4096 of a tensor's numbers; a view would keep the whole tensor in memory."""
     return tensor.flatten()[::tensor.numel() // 4096 + 1].clone()
 
 
 def digits(shapes, loaded, stored=None):
-    """The digits of checksum() for `shapes` and some numbers of each tensor, as loaded and in the file."""
+    """checksum() from names, shapes and some_of() each tensor, as loaded and, if they differ, as stored."""
     start = zlib.crc32(repr([(name, *shape) for name, shape in shapes.items()]).encode())
 
     def sum_of(numbers, dtype):
@@ -203,18 +206,18 @@ def digits(shapes, loaded, stored=None):
 
 
 def check_numbers(tensors, path, empty=None):
-    """UserError unless all tensors hold finite fractions; `empty`, if given, is said if there are none."""
+    """UserError unless all tensors are finite floats. If `empty` is given, it is the error for no tensors."""
     if empty and not tensors:
         raise UserError(f"{path}: {empty}")
     for key, t in tensors.items():
         if not t.is_floating_point() or not finite(t.float()):
-            raise UserError(f"{path}: {key} ({t.dtype}) has numbers that are infinite, NaN or no fractions")
+            raise UserError(f"{path}: {key} ({t.dtype}) holds numbers that are infinite, NaN or integer")
 
 
 def write(tensors, path, metadata=None):
-    """Save tensors as a safetensors file at `path`, as whole_files does. The same tensors and metadata give
-    the same bytes, which safetensors itself, whose metadata comes in any order, doesn't promise."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # so that all are aligned
+    """Write a safetensors file by whole_files. Equal tensors and metadata give equal bytes; the safetensors
+    library writes metadata in any order."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # which aligns them all
     note = {key: printable(value) for key, value in sorted((metadata or {}).items())}
     header, end = {"__metadata__": note} if note else {}, 0
     for key in order:

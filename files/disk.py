@@ -1,4 +1,4 @@
-"""Files as such: read if they are some, written whole or not at all."""
+"""Read regular files only, and write files whole or not at all."""
 import errno
 import json
 import os
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from program.console import UserError
 
-LARGEST_TEXT = 10  # megabytes, of headers too; CLIP's tokenizer.json has two
+LARGEST_TEXT = 10  # megabytes of a text or a safetensors header; CLIP's tokenizer.json has two
 
 
 class LoadError(UserError):
@@ -19,19 +19,20 @@ class LoadError(UserError):
 
 @contextmanager
 def refusing(what, kind=LoadError):
-    """Where a file is made sense of: whatever goes wrong inside is an error of this `kind` that says `what`
-    is wrong. A UserError, which says more, passes, and a full memory, which is no fault of the file."""
+    """Turn exceptions inside into an error of this `kind` that says `what` and the reason. A UserError
+    passes, because it says more, and so does a MemoryError, which is not the file's fault."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # nobody can list what odd contents lead to
+    except Exception as error:  # malformed contents can raise anything
         reason = getattr(error, "strerror", None) or repr(error)
         raise kind(f"{what} ({reason})") from None
 
 
 def regular(path, most=None):
-    """The file at `path`, open to read bytes. OSError for none, what may never end, or over `most` MB."""
+    """Open a regular file to read bytes. OSError for a missing file, for a pipe or device, and for a file of
+    more than `most` MB."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     status, wrong = os.fstat(file.fileno()), None
     if not stat.S_ISREG(status.st_mode):
@@ -45,27 +46,28 @@ def regular(path, most=None):
 
 
 def read_text(path):
-    """The text in a file. OSError for one that is larger than any that belongs to a model."""
+    """The text in a file. OSError for one that is larger than LARGEST_TEXT."""
     with regular(path, LARGEST_TEXT) as file:
         return file.read().decode("utf-8")
 
 
 def read_json(path):
-    """The dictionary in a JSON file. LoadError if there is none."""
+    """The dictionary in a JSON file. LoadError if it holds none."""
     with refusing(f"{path}: not readable as a JSON dictionary"):
         return dict(json.loads(read_text(path)))
 
 
 @contextmanager
 def whole_files(*paths):
-    """Temporary paths for `paths`, all of one folder, which is made, that take their places when the block
-    ends, each a file or a folder: whole, all or none, and on the disk before their names are. Nobody sees
-    half of one, or new ones beside old ones, where a disk is full, a program killed or power cut: at the
-    worst the old ones are gone and the first new one is there."""
+    """Give temporary paths for `paths`, files or folders in one folder, which is created. After the block
+    they are flushed to the disk and take their final names. If the block fails, nothing changes.
+
+    After a crash or a full disk no file is half written, and new files never stand beside old ones: at worst,
+    the old files are gone and only the first new one exists."""
     paths = [Path(path) for path in paths]
     folder = paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(".hdb-*-*.tmp"):  # what a run that was killed has left
+    for old in folder.glob(".hdb-*-*.tmp"):  # left by a run that was killed
         pid = old.name.split("-")[1]
         if pid.isdecimal() and not alive(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
@@ -82,23 +84,23 @@ def whole_files(*paths):
 
 
 def alive(pid):
-    """Whether a process of this number runs."""
+    """Whether a process with this id is running."""
     try:
         os.kill(pid, 0)
     except (OSError, OverflowError) as error:
-        return isinstance(error, PermissionError)  # another user's
+        return isinstance(error, PermissionError)  # another user's process
     return True
 
 
 def sync(path):
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
-    with suppress(OSError):  # some file systems cannot, of folders
+    with suppress(OSError):  # some file systems cannot flush a folder
         os.fsync(handle)
     os.close(handle)
 
 
 def write_text(text, path):
-    """Write a text file, as whole_files does."""
+    """Write a text file by whole_files."""
     with whole_files(path) as (temporary,):
         temporary.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
-"""Encoders of pictures, from the hub or a folder: the ViT that sees faces, and CLIP, which measures likeness.
-They come in float32, frozen and in eval mode. What cannot be loaded raises LoadError, as in sd.load()."""
+"""Load encoders of pictures from the hub or a folder: the ViT that sees faces, and CLIP, which measures
+likeness. They are in float32, frozen and in eval mode. LoadError, as in sd.load(), if one cannot be
+loaded."""
 import os
 from pathlib import Path
 
@@ -19,9 +20,9 @@ VIT_SETTINGS = {"config.json": {"hidden_act": "gelu"},
 
 
 def load_vit(source, device=None):
-    """The ViT at `source`, a hub id (FACE_ENCODER, facebook/dino-vits16) or a folder of config.json,
-    model.safetensors and, if its pictures are normalised otherwise, preprocessor_config.json. device "meta":
-    its configuration and checksum alone; `source` tells where the rest is."""
+    """The ViT at `source`: a hub id (FACE_ENCODER, facebook/dino-vits16) or a folder with config.json,
+    model.safetensors and, if pictures are normalised in another way, preprocessor_config.json. device "meta":
+    only its configuration and checksum; its attribute `source` says where to load the weights from."""
     folder = download(source, "model.safetensors", *VIT_SETTINGS)
     config = ViTConfig()
     for name, implemented in VIT_SETTINGS.items():
@@ -31,7 +32,7 @@ def load_vit(source, device=None):
             require_settings(found, implemented, file)
             config = configure(config, found, file)
 
-    # classifiers keep the ViT under a prefix; their head and the pooler look at one token and aren't needed
+    # Classifiers have the ViT under a prefix. Their head and the pooler are not needed
     def rename(key):
         key = key.removeprefix("vit.")
         return None if key.startswith(("pooler.", "classifier.")) else key
@@ -41,32 +42,31 @@ def load_vit(source, device=None):
 
 
 def loaded(vit, device):
-    """The ViT, or of one that has left its numbers in its file (on the meta device) a copy with them, on this
-    device. So an official one takes memory, 2.5 GB for a ViT-H, only while somebody holds the copy."""
+    """The ViT with its weights: `vit` itself or, if that is on the meta device, a copy read from its source
+    to `device`. So an official ViT takes memory, 2.5 GB for ViT-H, only while the copy is used."""
     return load_vit(vit.source, device) if vit.layernorm.weight.is_meta else vit
 
 
 def vit_of(path, source, noted, instead=None):
-    """The ViT, without numbers, that the file at `path` was trained with, of this checksum or None (in old
-    files): `instead`, a folder of its name beside the file, or what it was then, `source`. LoadError for none
-    or another."""
+    """The ViT, on the meta device, that the file at `path` was trained with: `instead`, a folder of its name
+    beside the file, or `source`. LoadError if it is missing or its checksum is not `noted` (None in old
+    files). """
     beside, hint = Path(path).parent / Path(source).name, f"put its folder, {Path(source).name}, beside it"
     source = instead or (str(beside) if beside.is_dir() else source)
     if os.path.isabs(source) and not os.path.isdir(source):
-        raise LoadError(f"{path}: trained with the encoder of photos {source}, which is not there; {hint}")
+        raise LoadError(f"{path}: trained with the encoder of photos {source}, which is missing; {hint}")
     vit = load_vit(source, "meta")
     if noted is not None and not alike(checksum(vit), noted):
-        raise LoadError(f"{path}: trained with another encoder of photos than the one that is now {source}; "
-                        f"{hint}")
+        raise LoadError(f"{path}: trained with another encoder of photos than {source} is now; {hint}")
     return vit
 
 
 def load_clip(source="openai/clip-vit-large-patch14", device=None):
-    """(clip.CLIP, its Tokenizer), which CLIP-I and CLIP-T are measured with, from a hub id or its folder."""
+    """(clip.CLIP, its Tokenizer) from a hub id or a folder, to measure CLIP-I and CLIP-T."""
     words = ("vocab.json", "merges.txt", "tokenizer.json")
     folder = download(source, "model.safetensors", "config.json", *words)
     found = read_json(folder / "config.json")
-    # files leave out what is as in ViT-B/32; the width of the space that both towers share stands outside
+    # Files leave out values of ViT-B/32. The width of the space that both towers share is at the top
     shared = {"projection_dim": found.get("projection_dim", 512)}
     text = configure(clip.VIT_B32_TEXT, found.get("text_config") or {}, folder)
     vision = configure(clip.VIT_B32, (found.get("vision_config") or {}) | shared, folder)
@@ -77,9 +77,9 @@ def load_clip(source="openai/clip-vit-large-patch14", device=None):
 
 
 def build_encoder(kind, config, folder, rename, device, *more):
-    file, where = folder / "model.safetensors", (torch.device("meta"), torch.float32)
-    if device != "meta":
-        where = device_and_dtype(device, torch.float32)
+    """build() from model.safetensors in `folder`, on `device`, in float32."""
+    file, meta = folder / "model.safetensors", torch.device("meta")
     if not file.is_file():
         raise LoadError(f"{folder}: has no model.safetensors; pickles (.bin) are not read")
-    return build(kind, config, [file], rename, *where, *more)
+    device = meta if device == "meta" else device_and_dtype(device, torch.float32)[0]
+    return build(kind, config, [file], rename, device, torch.float32, *more)

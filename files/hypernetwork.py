@@ -1,4 +1,4 @@
-"""A hypernetwork in a file: weights in fp16, configuration, and the LiDB basis that its θ belong to."""
+"""Save and load a hypernetwork: its weights in fp16, its configuration, and the LiDB basis of its θ."""
 import json
 import warnings
 from dataclasses import asdict, replace
@@ -14,7 +14,8 @@ from vit import ViTConfig
 
 
 def save_hypernet(hypernet, model, path):
-    """Write the hypernetwork, trained for `model`. An official encoder (config.encoder) is named only."""
+    """Write a hypernetwork that was trained for `model`. Of an official encoder (config.encoder) only the
+    name and checksum are written."""
     config = asdict(hypernet.config)
     seed, encoder = config.pop("basis_seed"), config.pop("encoder")
     basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum
@@ -27,34 +28,35 @@ def save_hypernet(hypernet, model, path):
 
 
 def load_hypernet(path, model, encoder=None):
-    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device; encoder: where the
-    official encoder that it names is, if neither beside the file nor where it was; its numbers stay there
-    while it does not look. LoadError if it is none, was made for other layers than this model's or with
-    another encoder, or holds NaN or infinity; a warning where only the model's weights are others."""
+    """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. An official encoder's
+    weights stay in its file while it is not used. encoder: its source, if neither beside `path` nor where it
+    was. LoadError for another kind of file, another basis, layers that the model lacks, another encoder, NaN
+    or infinity; a warning if only the model's weights differ."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = Tensors(path).note
         found = json.loads(note["config"])
         seed, basis = int(note["basis_seed"]), int(note["basis_checksum"])
-        HyperConfig(**found)  # a field that isn't known here would mean something else
+        HyperConfig(**found)  # TypeError for an unknown field
         vit = configure(ViTConfig(), found.pop("vit"), path)
         config = configure(HyperConfig(1, 1, vit=vit), found, path)
         config = replace(config, basis_seed=seed, encoder=note.get("encoder", ""))
         lidb = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device)
         if (config.layers, config.size) != lidb.shape or basis != lidb.checksum:
-            raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s")
+            raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s; give "
+                            "the model that it was trained for with --model")
     warn_of_other_weights(path, note, model)
     vit = torch.nn.Identity() if config.encoder else None
     built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:
         built.vit = vit_of(path, config.encoder, note.get("encoder_checksum"), encoder)
         if built.vit.config != config.vit:
-            raise LoadError(f"{path}: trained with another encoder than the one that is now {config.encoder}")
+            raise LoadError(f"{path}: trained with another encoder than {config.encoder} is now")
     return built
 
 
 def warn_of_other_weights(path, note, model):
-    """A warning where the file with this metadata was trained for a model of the same layers, not weights."""
+    """Warn if the file with the metadata `note` was trained for other weights than those of `model`."""
     ours = model.checksums
     if differ := [part for part in ("unet", "text") if not alike(note.get(part, ours[part]), ours[part])]:
-        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights are "
-                      f"other than {model.name}'s here; the likeness may be lost", stacklevel=3)
+        warnings.warn(f"{path}: trained for {note.get('model')}, whose {' and '.join(differ)} weights differ "
+                      f"from {model.name}'s; the likeness may be lost", stacklevel=3)

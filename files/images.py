@@ -1,4 +1,4 @@
-"""Pictures: photos to square tensors, tensors to PNG files that carry their settings, and contact sheets."""
+"""Read photos as square tensors; write PNG files with their settings, and contact sheets."""
 import io
 import os
 import warnings
@@ -14,25 +14,25 @@ from files import colours
 from files.disk import refusing, regular, whole_files
 from program.console import UserError, printable
 
-with suppress(ImportError):  # optional: what iPhones write
+with suppress(ImportError):  # optional, for the photos of iPhones
     from pillow_heif import register_heif_opener
     register_heif_opener()
 
-# What cameras, phones and browsers write; of some others the decoder is Python, or a program
+# What cameras, phones and browsers write. Other formats may have slow decoders or run a program
 FORMATS = "JPEG", "MPO", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000"
 HEIC = b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"
 RAW = ".dng", ".nef", ".nrw", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"
-SMALLEST = 64          # pixels a side of a face
-ENOUGH = 2048          # pixels of a picture's shorter side that are decoded, if it has them
-MEANS = "L", "LA", "RGB", "RGBA", "CMYK", "I", "F"  # modes whose pixels have a mean
-# Megapixels that take at most 5 s and 500 MB, measured: any; JPEGs, which can be decoded to a fraction; more
-# than a byte for each of three colours; formats that are decoded in several copies
+SMALLEST = 64          # pixels on a side of the square
+ENOUGH = 2048          # pixels on the shorter side; larger pictures are reduced to this or a little more
+MEANS = "L", "LA", "RGB", "RGBA", "CMYK", "I", "F"  # modes that can be averaged
+# Megapixels that take at most 5 s and 500 MB, measured: any picture; a JPEG decoded at a lower resolution;
+# more than one byte for each of three colours; formats whose decoders make several copies
 LARGEST, LARGEST_JPEG, LARGEST_RICH, LARGEST_HEAVY = 50, 120, 35, 24
 LARGEST_FILE = 6 * LARGEST  # megabytes: two bytes for each of three colours
-SCANS = 40             # of a progressive JPEG, each of which goes through all of it
-ROOM = 1.8  # a detected face goes from brow to chin, a portrait from above the hair to the shoulders
+SCANS = 40             # of a progressive JPEG; each goes through the whole picture
+ROOM = 1.8  # width of a portrait, head and shoulders, in widths of the detected face, brow to chin
 
-# XMP that says to machines what the EU's AI Act (article 50) wants said, in IPTC's words: not a photograph
+# XMP in IPTC's vocabulary that marks a picture as generated, as article 50 of the EU's AI Act requires
 GENERATED = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
@@ -46,10 +46,10 @@ class ImageError(UserError):
 
 
 def read(path, side, crop="center"):
-    """The photo at `path` as (1, 3, side, side) in [-1, 1]: turned as its EXIF says, in sRGB, transparency
-    over white, and cut to a square, which is resized: its "center", one about its largest "face", or
-    (x, y, size) in pixels. Of a JPEG that was cut off what is there is used, with a warning. ImageError for
-    what is no picture, too small, too large, a crop outside, or a square that isn't whole."""
+    """The photo at `path` as (1, 3, side, side) in [-1, 1]: upright by its EXIF, in sRGB, transparency over
+    white. crop: the square to take, which is the "center", one around the largest "face", or (x, y, size) in
+    pixels. Of a truncated JPEG the rest is used, with a warning. ImageError if the file is no picture, too
+    small or too large, or if the square is not inside the picture or not complete."""
     with refusing(f"{path}: cannot be read as a picture", ImageError):
         image, whole = opened(path, reduced=not isinstance(crop, tuple))
         width, height = image.size
@@ -60,28 +60,27 @@ def read(path, side, crop="center"):
             crop = (width - size) // 2, (height - size) // 2, size
         x, y, size = crop
         if x < 0 or y < 0 or size <= 0 or x + size > width or y + size > height:
-            raise ImageError(f"{path}: the crop {x},{y},{size} does not lie inside its {width}×{height} "
-                             "pixels")
+            raise ImageError(f"{path}: the crop {x},{y},{size} is not inside its {width}×{height} pixels")
         if size < SMALLEST:
             raise ImageError(f"{path}: {size} pixels a side is too small for a face; at least {SMALLEST}")
         image = in_srgb(smaller(image.crop((x, y, x + size, y + size))), path)
         if not whole and ends_grey(image):
-            raise ImageError(f"{path}: the file was cut off, and the face with it; copy or download it again")
+            raise ImageError(f"{path}: truncated, and part of the face is missing; copy or download it again")
         image = image.resize((side, side), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def opened(path, reduced):
-    """The picture at `path`, upright, and whether all of it is there: a JPEG may end early. `reduced`: where
-    it is large, decoded to a fraction of its pixels. Raises what PIL raises."""
-    # the limits are these here, and damage either raises or does no harm
+    """(the picture at `path` as an upright PIL image, whether it is complete); only a JPEG may be truncated.
+    `reduced`: decode a large picture at a lower resolution. Raises what PIL raises, and ImageError."""
+    # PIL's warnings are ignored: check() has the limits, and harmful damage raises
     with regular(path, LARGEST_FILE) as data, warnings.catch_warnings(action="ignore"):
-        head, chunks = data.read(2 ** 16), {}
+        head, cicp = data.read(2 ** 16), b""
         data.seek(0)
         if head[4:12] in HEIC and "HEIF" not in formats():
-            raise ImageError(f"{path}: an HEIC photo; pip install pillow-heif to have those read")
+            raise ImageError(f"{path}: an HEIC photo; pip install pillow-heif to read it")
         if head.startswith(b"\x89PNG"):
-            data, chunks = colours.bare_png(data)
+            data, cicp = colours.bare_png(data)
         file = Image.open(data, formats=formats())
         check(file, path, data, reduced)
         if reduced:
@@ -93,34 +92,34 @@ def opened(path, reduced):
             if file.format not in ("JPEG", "MPO") or ImageFile.LOAD_TRUNCATED_IMAGES:
                 raise
         else:
-            icc = colours.profile(file, chunks)
-            file.info |= {"icc_profile": icc, "colours": None if icc else colours.said(file, chunks, head)}
+            icc = None if cicp else file.info.get("icc_profile")
+            file.info |= {"icc_profile": icc, "colours": None if icc else colours.said(file, cicp, head)}
             image = file.convert("I") if file.mode.startswith("I;") else file
             image = smaller(image) if reduced else image
-            with suppress(Exception):  # Pillow's parsers raise many kinds where EXIF is damaged elsewhere
+            with suppress(Exception):  # Pillow raises many kinds of errors for damaged EXIF
                 ImageOps.exif_transpose(image, in_place=True)
             return image, True
 
-    # cut off: once more, for as far as it goes
+    # Truncated: read it again, as far as it goes
     ImageFile.LOAD_TRUNCATED_IMAGES = True
     try:
         image, _ = opened(path, reduced)
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-    warnings.warn(f"{path}: the file was cut off; what there is of it is used", stacklevel=4)
+    warnings.warn(f"{path}: truncated; the part that is there is used", stacklevel=4)
     return image, False
 
 
 @cache
 def formats():
-    """Those of FORMATS that Pillow can read here. All its plugins are imported when a photo is looked at."""
+    """The FORMATS that Pillow can read here. It imports its plugins at the first call."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 @contextmanager
 def muted():
-    """Inside, what libraries in C say of damage goes nowhere: libtiff says it in a thousand lines."""
+    """Inside, what C libraries write to stderr is discarded: libtiff reports damage in a thousand lines."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -132,19 +131,19 @@ def muted():
 
 
 def check(file, path, data, reduced):
-    """ImageError for a file, opened from `data`, whose first picture is a smaller one than what it is a file
-    of, or that would take too long or too much memory to read."""
+    """ImageError for the PIL file `file`, opened from `data`, if its first picture is a thumbnail, or if it
+    would take too much time or memory to decode."""
     tags, progressive = getattr(file, "tag_v2", {}), "progressive" in file.info
     thumbnail = 50706 in tags or tags.get(254, 0) & 1 or tags.get(255) == 2
     if thumbnail or str(path).lower().endswith(RAW):
-        raise ImageError(f"{path}: a camera's RAW, or a picture after its thumbnail; export it as a JPEG")
+        raise ImageError(f"{path}: a camera's RAW, or it begins with a thumbnail; export it as a JPEG")
     most = LARGEST if file.mode in ("1", "L", "RGB") else LARGEST_RICH
     if file.format in ("JPEG", "MPO") and reduced and not progressive:
         most = LARGEST_JPEG
     if file.format in ("WEBP", "JPEG2000"):
         most = LARGEST_HEAVY
-    tile = tags.get(322, 0) * tags.get(323, 0)  # of a TIFF, decoded whole
-    slow = any(decoder in Image.DECODERS for decoder, *_ in file.tile)  # written in Python
+    tile = tags.get(322, 0) * tags.get(323, 0)  # a TIFF's tile is decoded as a whole
+    slow = any(decoder in Image.DECODERS for decoder, *_ in file.tile)  # decoders written in Python
     if progressive:
         data.seek(0)
         slow = sum(part.count(b"\xff\xda") for part in iter(lambda: data.read(2 ** 20), b"")) > SCANS
@@ -154,20 +153,20 @@ def check(file, path, data, reduced):
 
 
 def smaller(image):
-    """A PIL image with no more pixels than are needed, where they have a mean."""
+    """A PIL image reduced to about ENOUGH pixels, if its mode can be averaged."""
     times = min(image.size) // ENOUGH
     return image.reduce(times) if times > 1 and image.mode in MEANS else image
 
 
 def ends_grey(image):
-    """Whether rows, or columns, at a border of an RGB image are the grey that stands for missing data."""
+    """Whether an RGB image has a border of the grey that stands for missing data of a JPEG."""
     grey = np.all(np.asarray(image) == 128, axis=2)
     return bool(grey[:2].all() or grey[-2:].all() or grey[:, :2].all() or grey[:, -2:].all())
 
 
 @cache
 def detector():
-    """OpenCV's finder of faces, or None where OpenCV is not installed. Loaded when one is looked for."""
+    """OpenCV's face detector, loaded at the first call, or None if OpenCV is not installed."""
     with suppress(ImportError):
         from cv2 import CascadeClassifier, data
         return CascadeClassifier(data.haarcascades + "haarcascade_frontalface_alt.xml")
@@ -175,8 +174,8 @@ def detector():
 
 
 def about_face(image, path):
-    """The square (x, y, size) of a portrait, head and shoulders, about the largest face in a PIL image. None,
-    and a warning, where there is none or OpenCV isn't installed."""
+    """The square (x, y, size) of a portrait, head and shoulders, around the largest face in a PIL image.
+    None, with a warning, if there is no face or no OpenCV."""
     finder = detector()
     if finder is None:
         warnings.warn(f'{path}: the central square is used; pip install "opencv-python-headless<5" to have '
@@ -188,12 +187,12 @@ def about_face(image, path):
     least = max(24, min(grey.shape) // 10)
     found = sorted(finder.detectMultiScale(grey, 1.1, 4, minSize=(least, least)), key=lambda box: box[2])
     if not len(found):
-        warnings.warn(f"{path}: no face is found; the central square is used, or give --crop", stacklevel=3)
+        warnings.warn(f"{path}: no face found; the central square is used, or give --crop", stacklevel=3)
         return None
     if len(found) > 1:
         warnings.warn(f"{path}: {len(found)} faces; the largest is used, or give --crop", stacklevel=3)
 
-    # a portrait is ROOM faces wide, the face a little below its middle; inside the picture, where it can be
+    # The portrait is ROOM faces wide, with the face a little below its middle, and inside the picture
     scale = image.width / small.width
     x, y, face, _ = (int(n) * scale for n in found[-1])
     size = min(ROOM * face, *image.size)
@@ -203,8 +202,8 @@ def about_face(image, path):
 
 
 def in_srgb(image, path):
-    """8-bit RGB of the PIL image in the file at `path`, whose numbers mean the colours that its ICC profile
-    says, or what colours.said() found. A damaged profile, or one of another kind of picture, is as none."""
+    """A PIL image in 8-bit sRGB, converted from its ICC profile or from what colours.said() found. A damaged
+    profile, or one for another kind of picture, is ignored."""
     info = image.info
     image = image if image.mode in ("L", "CMYK") else to_rgb(image, path)
     with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -215,9 +214,9 @@ def in_srgb(image, path):
 
 
 def to_rgb(image, path):
-    """8-bit RGB from a PIL image of any mode, transparency laid over white. Where all is transparent, as some
-    programs write that don't mean it, the colours are shown, with a warning."""
-    # 16 and 32 bit grey, which PIL would clip instead of scaling
+    """A PIL image of any mode in 8-bit RGB, transparency over white. If every pixel is transparent, which
+    some programs write by mistake, the colours are shown, with a warning."""
+    # 16- and 32-bit grey is scaled; PIL would clip it
     if image.mode.startswith("I") or image.mode == "F":
         values, transparent = np.asarray(image, dtype=np.float32), image.info.get("transparency")
         greatest = values.max(initial=0, where=np.isfinite(values))
@@ -241,7 +240,7 @@ def to_pil(picture):
 
 
 def save(image, path, generated=True, **settings):
-    """Write a PIL image as PNG with its settings as text and, unless it is a photo, the mark GENERATED."""
+    """Write a PIL image as PNG with its settings as text and, if it was generated, the mark GENERATED."""
     info = PngImagePlugin.PngInfo()
     if generated:
         info.add_itxt("XML:com.adobe.xmp", GENERATED)
@@ -252,15 +251,15 @@ def save(image, path, generated=True, **settings):
 
 
 def settings(path):
-    """The settings that save() wrote into a picture; none where they cannot be read."""
-    with suppress(Exception), regular(path, LARGEST_FILE) as data:  # PIL's have no base in common
+    """The settings that save() wrote into a picture, or {} if they cannot be read."""
+    with suppress(Exception), regular(path, LARGEST_FILE) as data:  # PIL's errors have no common base
         return dict(Image.open(data, formats=["PNG"]).text)
     return {}
 
 
 def sheet(pictures, columns, heads=()):
-    """Pictures (B, 3, H, W) in [-1, 1] as one PIL image, row by row, the rest of the last row white; over the
-    columns stand their `heads`, if there are any, in two lines at most."""
+    """Pictures (B, 3, H, W) in [-1, 1] as one PIL image, row by row; the rest of the last row is white.
+    `heads` stand above the columns, in two lines at most."""
     missing = -len(pictures) % columns
     full = torch.cat([pictures.cpu(), torch.ones(missing, *pictures.shape[1:])])
     rows = [torch.cat(list(row), dim=2) for row in full.split(columns)]

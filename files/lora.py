@@ -1,5 +1,5 @@
-"""LoRA files: a person for other programs, and other people's LoRAs for ours. Both are low-rank adapters, so
-every conversion is a renaming and a transposition: nothing is approximated."""
+"""Export a person as a LoRA for other programs, and load LoRAs of others. Both sides are low-rank adapters,
+so a conversion renames and transposes tensors and approximates nothing."""
 import json
 import re
 from collections import defaultdict
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
 from torch import nn
 
 from adapters import LowRank, require_low_rank
@@ -16,23 +15,23 @@ from files.compvis import unet_to_compvis
 from files.disk import read_text, refusing
 from program.console import UserError
 
-# how names of convolutions end, by their kernel's side
+# side of a convolution's kernel -> how its name ends
 KERNELS = {1: (".proj_in", ".proj_out", ".conv_shortcut"),
            3: (".conv", ".conv1", ".conv2", ".conv_in", ".conv_out")}
-PREFIXES = {"unet": "unet", "text": "text_encoder"}         # diffusers' names of the two parts
+PREFIXES = {"unet": "unet", "text": "text_encoder"}         # our and diffusers' names of the two parts
 
-# From a key as kohya's scripts, diffusers (its layers were once X.processor.to_q and self_attn.to_q) or PEFT
-# write it, or our name, to layer:role, by these in order. transformers 5 has no text_model.
+# In this order, these turn a key of kohya's scripts, diffusers (whose layers were once X.processor.to_q and
+# self_attn.to_q) or PEFT, or our name, into layer:role. transformers 5 has no text_model.
 RENAMES = {
     r"\.alpha$": ":alpha", r"[._]lora(_linear_layer)?[._](down|up)\.weight$": r":\2",
     r"\.lora_A(\.[^.]+)?\.weight$": ":down", r"\.lora_B(\.[^.]+)?\.weight$": ":up", r"\.processor\.": ".",
-    r"_orig_mod[._]": "",  # of a compiled module
+    r"_orig_mod[._]": "",  # from torch.compile
     r"\.to_out:": ".to_out.0:", r"self_attn\.to_(q|k|v|out)(\.0)?:": r"self_attn.\1_proj:",
     # any number of wrappers around the two parts
     r"^((unet|text|text_encoders?|base_model|model|diffusion_model|clip_l|transformer)\.|"
     r"(lora_unet|lora_te1?|lycoris|unet|wrapped|0|transformer|text_encoder)_)*(text_model[._])?": "",
     r"\.": "_"}
-FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layers, by a pattern in its keys
+FOREIGN = {  # pattern in a key -> what the file is, if not a plain LoRA of SD 1.x's layers
     r"^lora_te2_|^text_encoder_2\.|label_emb|add_embedding|(1|s[._]\d)[._]transformer_blocks[._][1-9]":
         "a LoRA for SDXL",
     r"motion_modules|temporal_transformer": "an AnimateDiff motion LoRA, for videos",
@@ -41,9 +40,9 @@ FOREIGN = {  # what is not the sum of a model and a plain LoRA of SD 1.x's layer
     r"dora_scale|lora_magnitude_vector": "DoRA, not LoRA",
     r"\.lora_mid\.|\.diff$|\.diff_b$|\.[bw]_norm$": "LyCORIS with more than plain LoRA",
     r"^bundle_emb\.": "a LoRA with an embedding bundled in, which is not implemented",
-    r"^string_to_param|^[^.]*$": "an embedding, which is given as the person, not a LoRA",
+    r"^string_to_param|^[^.]*$": "an embedding, not a LoRA; give it as the person",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.(?!.*lora)": "a whole model, not a LoRA"}
-# PEFT's settings of what is a plain LoRA on weights that are as they were: others change the base as well
+# PEFT's settings of a plain LoRA -> the values that leave the base weights as they were
 PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
     "bias": ("none",), **dict.fromkeys(("use_dora", "lora_bias", "use_qalora"), (False,)),
@@ -51,11 +50,12 @@ PLAIN: dict[str, tuple] = {
                      "trainable_token_indices", "alora_invocation_tokens"), (None, [], {}))}
 
 
-def export_lora(adapters, path, metadata=None, dtype=torch.float32):
-    """Write one person's adapters as a plain LoRA, with kohya's names, that diffusers, ComfyUI and A1111
-    read. Nothing is lost: one fine-tuned at rank r becomes a LoRA of rank 1 + r. (float16 would change the
-    UNet's output by a few 10⁻⁴.) Where layers differ in rank, zeros fill up: diffusers 0.35 to 0.42 takes one
-    alpha for all. ValueError for several people's or other adapters, UserError for what dtype can't hold."""
+def export_lora(adapters, path, metadata=None):
+    """Write one person's low-rank adapters as a plain LoRA in float32, with kohya's names, for diffusers,
+    ComfyUI and A1111. Nothing is lost: a prediction and a LoRA of rank r become a LoRA of rank 1 + r. Layers
+    of lower rank are padded with zeros, because diffusers 0.35 to 0.42 takes one alpha for all layers.
+    ValueError for adapters of several people or another kind, UserError for no adapters and for NaN or
+    infinity."""
     tensors, rank = {}, max((a.shape[2] for a, _ in require_low_rank(adapters, people=1).values()), default=0)
     for name, (a, b) in adapters.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
@@ -63,8 +63,8 @@ def export_lora(adapters, path, metadata=None, dtype=torch.float32):
         kernel, one = ((side, side), (1, 1)) if side else ((), ())
         down = F.pad(a[0].T, (0, 0, 0, rank - a.shape[2]))    # (r, in), of convolutions (r, in, k, k)
         up = F.pad(b[0].T, (0, rank - b.shape[1]))            # (out, r), of convolutions (out, r, 1, 1)
-        tensors[f"{key}.lora_down.weight"] = down.to(dtype).unflatten(1, (-1, *kernel))
-        tensors[f"{key}.lora_up.weight"] = up.to(dtype).unflatten(1, (-1, *one))
+        tensors[f"{key}.lora_down.weight"] = down.float().unflatten(1, (-1, *kernel))
+        tensors[f"{key}.lora_up.weight"] = up.float().unflatten(1, (-1, *one))
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))   # readers multiply by alpha / r
     check_numbers(tensors, path, "nothing to write, the person has no personal weights")
     note = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
@@ -73,12 +73,12 @@ def export_lora(adapters, path, metadata=None, dtype=torch.float32):
 
 
 def load_lora(path, model, strength=1.0):
-    """Somebody's LoRA for SD 1.x, by kohya's scripts, diffusers or PEFT -> layer -> LowRank, float32, on the
-    device of `model`: strength · alpha / r · up · down, alpha = r where none is given. UserError for keys
-    that aren't understood or don't fit: they would otherwise be dropped without a word."""
+    """A LoRA for SD 1.x by kohya's scripts, diffusers or PEFT, as layer -> LowRank, in float32 on the device
+    of `model`: ΔW = strength · alpha / r · up · down, with alpha = r if none is given. UserError for keys
+    that are unknown or do not fit; none is dropped silently."""
     file = Tensors(path)
     found = keys_of_layers(path, file.outlines(), model)
-    tensors, adapters = file.all(), {}  # only now is read what may be large
+    tensors, adapters = file.all(), {}  # large tensors are read only now, after the checks
     ranks = {name: len(tensors[keys["down"]]) for name, keys in found.items()}
     scales = peft_scales(path, file.note, tensors, ranks)
     for name, keys in found.items():
@@ -92,21 +92,21 @@ def load_lora(path, model, strength=1.0):
 
 
 def keys_of_layers(path, tensors, model):
-    """Layer -> role -> key of each of these tensors, without numbers: a layer's matrices "down" and "up", and
-    its "alpha". UserError where they are something else, or don't fit the layers."""
+    """Layer -> role -> key, for the matrices "down" and "up" and the "alpha" of a LoRA whose `tensors` may be
+    on the meta device. UserError for keys of something else and for shapes that do not fit the layers."""
     for pattern, what in FOREIGN.items():
         report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
     layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
     known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
     places = {normalised(f"{called}:{role}"): (name, role) for name in known for role in roles
-              for called in (name, unet_to_compvis(name.removeprefix("unet.")))}  # or as in single files
-    problems, found = defaultdict(list), defaultdict(dict)  # what -> keys, layer -> role -> key
+              for called in (name, unet_to_compvis(name.removeprefix("unet.")))}  # in both layouts
+    problems, found = defaultdict(list), defaultdict(dict)  # problem -> keys, layer -> role -> key
     for key, t in tensors.items():
         name, role = places.get(normalised(key), (None, None))
         if name is None:
-            problems["layers that this model doesn't have, or no LoRA"].append(key)
+            problems["not LoRA weights of a layer that this model has"].append(key)
         elif name not in layers:
-            problems["neither linear nor convolutions"].append(key)
+            problems["neither linear layers nor convolutions"].append(key)
         elif role in found[name]:
             problems["the same layer twice"].append(key)
         elif role == "alpha" and t.numel() != 1:
@@ -114,7 +114,7 @@ def keys_of_layers(path, tensors, model):
         else:
             found[name][role] = key
 
-    # the matrices fit one another and the layer
+    # Do the two matrices fit each other and the layer?
     for name, keys in found.items():
         if not {"down", "up"} <= keys.keys():
             problems["one matrix without the other"] += keys.values()
@@ -130,7 +130,7 @@ def keys_of_layers(path, tensors, model):
 
 
 def matrix(shape):
-    """The shape without the sides of a 1×1 kernel, which some write of linear layers and some leave out."""
+    """The shape without a 1×1 kernel, which some programs write for linear layers and others leave out."""
     return tuple(shape[:2] if set(shape[2:]) == {1} else shape)
 
 
@@ -141,7 +141,7 @@ def adaptable_layers(unet, text):
 
 
 def report_problems(path, problems):
-    """UserError that lists `problems`, a dict of what -> keys, if there are any."""
+    """UserError that lists `problems`, a dict problem -> keys, if there are any."""
     listed = [f"{what}: {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if keys[5:] else "")
               for what, keys in problems.items() if keys]
     if listed:
@@ -149,19 +149,19 @@ def report_problems(path, problems):
 
 
 def normalised(key):
-    """A key of any program's as layer:role; if it is none of a LoRA, as something that no layer is called."""
+    """A key of any program as layer:role; if it belongs to no LoRA, as a name that no layer has."""
     for pattern, ours in RENAMES.items():
         key = re.sub(pattern, ours, key)
     return key
 
 
 def peft_scales(path, note, tensors, ranks):
-    """Layer -> its residual's scale by PEFT's LoraConfig, alpha / r or, rank-stabilised, alpha / √r; else 1.
-    diffusers has it in the metadata, its keys after "unet." or "text_encoder." if a pipeline wrote it,
-    PEFT in adapter_config.json, without which its files can't be read: alpha is in no tensor."""
+    """Layer -> scale of its ΔW by PEFT's LoraConfig: alpha / r or, rank-stabilised, alpha / √r; without a
+    config 1. diffusers keeps the config in the metadata; if a pipeline wrote it, its keys begin with "unet."
+    or "text_encoder.". PEFT keeps it in adapter_config.json, which its files need, because no tensor has
+    alpha."""
     file, kept, scales = Path(path).with_name("adapter_config.json"), note.get("lora_adapter_metadata"), {}
-    with refusing(f"{path}: PEFT's settings make no sense or are not readable, in its metadata or in "
-                  f"{file.name} beside it"):
+    with refusing(f"{path}: PEFT's settings, in its metadata or in {file.name} beside it, cannot be used"):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):
             kept = read_text(file)
         config = {} if kept is None else dict(json.loads(kept))
@@ -172,26 +172,26 @@ def peft_scales(path, note, tensors, ranks):
             special = compiled(patterns or {})
             for name, rank in ((name, rank) for name, rank in ranks.items() if name.startswith(part)):
                 layer = name.removeprefix(f"{part}.")
-                names = layer, layer.removeprefix("text_model.")  # which transformers 5 leaves out
+                names = layer, layer.removeprefix("text_model.")  # transformers 5 leaves it out
                 alpha = next((v for pattern, v in special if any(map(pattern.fullmatch, names))), usual)
                 scales[name] = 1. if alpha is None else float(alpha / (rank ** .5 if stabilised else rank))
     return scales
 
 
 def check_plain(config, prefix):
-    """ValueError for a setting in PEFT's `config`, where it may have a prefix, of what is not in PLAIN."""
+    """ValueError for a setting in PEFT's `config`, with or without the prefix, that is not in PLAIN."""
     for key, plain_ones in PLAIN.items():
         value = config.get(f"{prefix}.{key}", config.get(key, plain_ones[0]))
         if not any(value == one and type(value) is type(one) for one in plain_ones):
-            raise ValueError(f"{key} is {value!r}, so it is more than a plain LoRA, or its base was changed")
+            raise ValueError(f"{key} is {value!r}: more than a plain LoRA, or its base model was changed")
 
 
 def compiled(patterns):
-    """PEFT's patterns, a dict of regular expressions -> value, that mean all of a layer's name or its end
-    after a dot: pairs of the same, compiled. ValueError for what is more than a name with numbers left open:
-    only what has no choice to take back is matched in no time."""
+    """[(compiled pattern, value)] from PEFT's dict of regular expressions, which match a layer's whole name
+    or its end after a dot. ValueError unless a pattern is a name in which digits may be left open: such a
+    pattern needs no backtracking, so it cannot run for ever."""
     if len(patterns) > 1000:
-        raise ValueError(f"{len(patterns)} patterns are too many")
+        raise ValueError(f"{len(patterns)} patterns are too many; at most 1000")
     for pattern in patterns:
         if not re.fullmatch(r"\^?([\w.-]|\\[.d-]|\\d\+(?!\\d)|\[0-9\])*\$?", pattern) or len(pattern) > 200:
             raise ValueError(f"the pattern {pattern[:50]!r} is too involved")

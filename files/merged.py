@@ -1,4 +1,4 @@
-"""A model folder with a person merged into its weights, which other programs load as any model."""
+"""Write a whole model with a person merged into its weights, for other programs."""
 import copy
 import json
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
-from clip import END, START
 from adapters import merge
+from clip import END, START
 from files.checkpoints import LoadError, alike, check_numbers, checksum, write
 from files.disk import read_json, whole_files, write_text
-from program.console import UserError
 from files.layouts import IMPLEMENTED, PARTS, SCHEDULE, load_parts
 from files.tokenizers import write_tokenizer
+from program.console import UserError
 
 
 def free_folder(out):
-    """The Path of a folder to write that doesn't exist yet or is empty; UserError if it is taken."""
+    """The Path of a new or empty folder to write; UserError if it has contents."""
     out = Path(os.path.realpath(out))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; give a new or an empty folder")
@@ -27,11 +27,10 @@ def free_folder(out):
 
 
 def merge_to_folder(model, adapters, source, out):
-    """Write a model folder in the hub's layout with one person's adapters merged into its weights; the
-    model stays as it is. source: the folder that it was loaded from, for its settings, or None: written from
-    our own. out: doesn't exist yet or is empty. Of a model in bfloat16, float16 is written, from its files
-    once more: a person, and what is as it was, would hardly survive 8 bits. UserError if out is taken,
-    ValueError if the adapters are not one person's."""
+    """Write a model folder in the hub's layout with one person's adapters merged into the weights of `model`,
+    which stays as it is. source: the folder that it was loaded from, for its settings, or None: ours. out:
+    new or empty. A model in bfloat16 is read from its files again and written in float16, because 8 bits
+    would lose the person. UserError if `out` has contents, ValueError for adapters of several people."""
     out, parts = free_folder(out), exact_parts(model)
     layers = {f"{part}.{name}": layer for part, network in parts.items()
               for name, layer in network.named_modules()}
@@ -53,7 +52,7 @@ def merge_to_folder(model, adapters, source, out):
 
 
 def exact_parts(model):
-    """Part -> module: the model's own or, of one in bfloat16, float16 from its files, if they are there."""
+    """Part -> module of the model; of one in bfloat16 read again in float16, with a warning if that fails."""
     parts = {"unet": model.unet, "text": model.text, "vae": model.vae}
     if model.dtype != torch.bfloat16:
         return parts
@@ -62,13 +61,13 @@ def exact_parts(model):
         exact = {"unet": network, "text": text, "vae": autoencoder}
         if all(alike(checksum(exact[part]), checksum(parts[part])) for part in parts):
             return exact
-    warnings.warn(f"{model.name}: cannot be read again, so all of it is rounded to bfloat16; --dtype float32 "
-                  "would not", stacklevel=3)
+    warnings.warn(f"{model.name}: cannot be read again, so its weights are rounded to bfloat16; give "
+                  "--dtype float32 to avoid that", stacklevel=3)
     return parts
 
 
 def config_files(model, source=None):
-    """Path -> dict of every settings file that others want: `source`'s or else, but for sizes, SD 1.5's."""
+    """Path -> dict of every settings file for other programs: of `source` or, but for sizes, of SD 1.5."""
     unet, vae, text = (asdict(part.config) for part in (model.unet, model.vae, model.text))
     unet |= {key: value for key, value in IMPLEMENTED["unet/config.json"].items() if value is not None}
     unet["up_block_types"] = [kind.replace("Down", "Up") for kind in reversed(unet["down_block_types"])]

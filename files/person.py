@@ -1,4 +1,4 @@
-"""One person in a file: the tensors that a method has made of a photo, and whose model they belong to."""
+"""Save and load a person: the tensors that a method made from a photo, and the model that they belong to."""
 import re
 import warnings
 import zlib
@@ -22,18 +22,18 @@ LONGEST_WORD = 500
 
 @dataclass
 class Person:
-    """One person, or P of them side by side, as `method`, a methods.protocol.Method, has made them."""
+    """One person, or P people side by side, made by `method`, a methods.protocol.Method."""
     method: Any
     tensors: dict = field(default_factory=dict)  # name -> (P, …), float32
-    base: str = ""                               # the model, as it was called when the person was made
-    identifier: str = IDENTIFIER                 # what [V] stood for
+    base: str = ""                               # name of the model that the person was made for
+    identifier: str = IDENTIFIER                 # the word that [V] stands for
     scale: float = 1.0                           # default strength
     date: str = field(default_factory=lambda: date.today().isoformat())
-    basis_seed: int | None = None                # of the LiDB basis that its θ belongs to, if it has one
-    photos: str = ""                             # digits of each photo's file, by which a person is known
+    basis_seed: int | None = None                # seed of the LiDB basis of its θ, if it has θ
+    photos: str = ""                             # checksums of the photos, which identify the person
 
     def adapters(self, engine):
-        """What makes the model of `engine`, an hdb.HyperDreamBooth, draw this person."""
+        """The adapters that make the model of `engine`, an hdb.HyperDreamBooth, draw this person."""
         made = self.method.adapters(self.tensors, engine)
         return made if self.scale == 1 else scale(made, self.scale)
 
@@ -44,7 +44,7 @@ class Person:
 
 def save_person(person, engine, path, dtype=torch.float16):
     """Write one `person`, made for the model of `engine`, an hdb.HyperDreamBooth, to a safetensors file in
-    `dtype`. UserError for a person without tensors, another basis, and numbers that dtype can't hold."""
+    `dtype`. UserError for a person without tensors, another basis, and numbers that `dtype` cannot hold."""
     tensors = {key: t.detach().to(dtype) for key, t in person.tensors.items()}
     if person.basis_seed not in (None, engine.basis_seed):
         raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's "
@@ -52,22 +52,21 @@ def save_person(person, engine, path, dtype=torch.float16):
     check_person(tensors, engine, path, person.method, "nothing to write, the person has no such weights")
     check_numbers(tensors, path)
     check_about(path, person.method, person.identifier, person.scale)
-    about = {"base": person.base, "identifier": person.identifier, "date": person.date}
-    about["photos"] = person.photos
-    about["scale"] = repr(float(person.scale))
+    about = {"base": person.base, "identifier": person.identifier, "date": person.date,
+             "photos": person.photos, "scale": repr(float(person.scale))}
     write(tensors, path, about | belongs_to(engine, person.method, tensors))
 
 
 def load_person(path, engine, methods):
-    """The Person in a file of save_person, float32, on the engine's device. methods: those known, by name.
+    """The Person in a file of save_person, in float32, on the engine's device. methods: name -> Method.
 
-    UserError if it is none, is damaged, or belongs to other layers or another basis than the engine's; a
-    warning if only the weights, or in a file without their checksums the model's name, are others."""
+    UserError for another or a damaged file, and for a person of other layers or another basis than the
+    engine's. A warning if only the weights differ, or, in an old file without checksums, the model's name."""
     file = Tensors(path)
     outlined, note = file.outlines(), file.note
     if note.get("format") != FORMAT:
-        raise UserError(f"{path}: not a personal file; a LoRA or a model is given in another place")
-    note = {"made_by": OURS} | note  # which older files do not say
+        raise UserError(f"{path}: not a personal file; give a LoRA with --lora and a model with --model")
+    note = {"made_by": OURS} | note  # older files do not say it
     if (made_by := note["made_by"]) not in methods:
         raise UserError(f"{path}: made by {made_by}, which is not {' or '.join(methods)}")
     method, model = methods[made_by], engine.model
@@ -75,16 +74,10 @@ def load_person(path, engine, methods):
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours
               if not alike(note.get(key), ours[key])}
     weights = [differ.pop(part) for part in ("unet", "text") if part in differ]
-    made, other = f"made for {note.get('base') or 'a model without name'}, ", ", ".join(differ.values())
-    for wrong, what in (
-            ("version" in differ, f"of version {note.get('version')}, this program reads version {VERSION}"),
-            ("layers" in differ, f"{made}whose personal layers are other than {model.name}'s (there "
-             f"{note.get('layer_set')}; here {ours['layer_set']}); give the model with --model"),
-            (differ.keys() == {"basis_checksum"}, f"{made}and seed {note.get('basis_seed')} made another "
-             f"basis there than here ({other}): the file was altered, or torch draws other random numbers"),
-            (differ, f"{made}with another basis: {other}")):
-        if wrong:
-            raise UserError(f"{path}: {what}")
+    made = f"made for {note.get('base') or 'a model without a name'}"
+    if differ:
+        raise UserError(f"{path}: {made}, and does not fit {model.name} here: {'; '.join(differ.values())}; "
+                        "give the --model and --hypernet that it was made with")
     check_person(outlined, engine, path, method, "empty")
     with refusing(f"{path}: damaged metadata"):
         about = {key: note[key] for key in ("base", "identifier", "date")} | {"scale": float(note["scale"])}
@@ -92,24 +85,26 @@ def load_person(path, engine, methods):
     tensors = file.all()
     check_numbers(tensors, path)
 
-    # a model with the same layers can still be another one; files were once written without checksums
+    # Another model can have the same layers. Old files have no checksums, only its name
     if not note.keys() & {"unet", "text"}:
         weights = ["by its name"] if note["base"] not in ("", model.name) else []
     if weights:
-        warnings.warn(f"{path}: {made}used with {model.name}, which is another model ({'; '.join(weights)}): "
-                      "the likeness may be lost", stacklevel=2)
+        warnings.warn(f"{path}: {made}, used with {model.name}, which is another model "
+                      f"({'; '.join(weights)}); the likeness may be lost", stacklevel=2)
     return Person(method, {key: t.float().to(model.device) for key, t in tensors.items()}, **about)
 
 
 def is_person(path):
-    """Whether `path` is a file of save_person, by its header alone. False, and no error, for all else."""
+    """Whether `path` is a file of save_person, by its header alone. False, never an error, for anything
+    else."""
     with suppress(OSError, ValueError):
         return Tensors(path).note.get("format") == FORMAT
     return False
 
 
 def belongs_to(engine, method, tensors):
-    """Metadata that says what the numbers mean: layers, the method's own (a basis), checksums of weights."""
+    """Metadata that says what the numbers mean: the layers, the method's note (a basis), and checksums of the
+    model's weights."""
     widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in engine.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in engine.layers)
     found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
@@ -121,7 +116,8 @@ def belongs_to(engine, method, tensors):
 
 
 def lora_shapes(layers, tensors):
-    """name -> shape of one person's A and B of all `layers` that `tensors` have either of, at A's rank."""
+    """name -> shape of one person's A and B, for all `layers` of which `tensors` have A or B, at the rank of
+    A."""
     expected = {}
     for name, m in layers.items():
         if {f"{name}.A", f"{name}.B"} & tensors.keys():
@@ -131,21 +127,22 @@ def lora_shapes(layers, tensors):
 
 
 def check_person(tensors, engine, path, method, empty):
-    """UserError unless these have one person's shapes for the engine's model; `empty`: said of none."""
+    """UserError unless `tensors` have the shapes of one person for the engine's model; `empty` is the error
+    for no tensors."""
     if not tensors:
         raise UserError(f"{path}: {empty}")
-    with refusing(f"{path}: shapes that no person of {method.name} has"):
+    with refusing(f"{path}: no person of {method.name} has such shapes"):
         expected = method.shapes(tensors, engine)
     if absent := expected.keys() - tensors.keys():
         raise UserError(f"{path}: {min(absent)} is missing")
     for key, t in tensors.items():
-        there, needed = tuple(t.shape), expected.get(key, "no such tensor")
-        if there != needed:
-            raise UserError(f"{path}: {key} has shape {there}, expected {needed}")
+        found, needed = tuple(t.shape), expected.get(key, "no such tensor")
+        if found != needed:
+            raise UserError(f"{path}: {key} has shape {found}, expected {needed}")
 
 
 def check_about(path, method, identifier, strength):
-    """UserError for an identifier that no prompt can say, or a default strength that is none."""
+    """UserError for an identifier that cannot stand in a prompt, or an impossible default strength."""
     if not identifier.strip() or not identifier.isprintable() or len(identifier) > LONGEST_WORD:
         raise UserError(f"{path}: {identifier[:50]!r} cannot be what [V] stands for")
     if not -10 <= strength <= 10 or not method.scalable and strength != 1:

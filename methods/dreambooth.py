@@ -18,7 +18,6 @@ from diffusion import denoising_loss
 from adapters import Change, LowRank, fresh_lora
 from files.person import Person, lora_shapes
 from methods.protocol import Method
-from program.console import advance
 from program.options import Option, number
 from hdb import PROMPT, seeded
 from lidb import personal_layers
@@ -35,7 +34,7 @@ def class_pictures(model, count, seed):
     with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
         for few in seeds:
             pictures = model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.,
-                                    callback=lambda *step: advance(bar))
+                                    callback=lambda *step: bar.update())
             latents.append(model.encode(pictures))
     return torch.cat(latents).float()
 

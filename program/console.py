@@ -1,4 +1,4 @@
-"""What the command lines here have in common: what they print, signals, and errors that a user can read."""
+"""What all command lines share: progress, signals, and errors of one line."""
 import argparse
 import inspect
 import math
@@ -19,11 +19,8 @@ from tqdm import tqdm
 from program import distributed
 
 
-MEASURED, LONG = 3, 600  # steps, and seconds of a wait that is said beforehand
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the description's lines and adds every option's default, where there is one to tell."""
+    """Keeps the lines of the description, and adds defaults that say something to the help of options."""
 
     def _get_help_string(self, action):
         told = action.default not in (None, "", [], math.inf) and not isinstance(action.default, bool)
@@ -31,10 +28,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line that isn't too long."""
+    """An ArgumentParser with HelpFormatter and errors of one line."""
 
     def __init__(self, description, **more):
-        description = inspect.cleandoc(description or "")  # python -OO leaves none
+        description = inspect.cleandoc(description or "")  # None under python -OO
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
     def error(self, message):
@@ -46,7 +43,7 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A signal, or a deadline (0), ended what is saved now; the message says how to go on."""
+    """A signal, or a deadline (signum 0), ended the work, which is saved; the message says how to go on."""
 
     def __init__(self, signum, message):
         super().__init__(message)
@@ -55,14 +52,14 @@ class Stopped(Exception):
 
 @contextmanager
 def deferred_stop():
-    """Gives a list, and inside, Ctrl-C and SIGTERM put their number there and do nothing else: what works in
-    steps can end one, save, and raise Stopped. A second signal ends the program at once."""
+    """Give a list to which Ctrl-C and SIGTERM append their number, and otherwise do nothing. So work in steps
+    can finish a step, save, and raise Stopped. A second signal ends the program at once."""
     received, before = [], {}
 
     def note(signum, frame):
         received.append(signum)
         signal.signal(signum, before[signum])
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
         before.update({signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)})
     try:
         yield received
@@ -72,7 +69,7 @@ def deferred_stop():
 
 
 class Stages:
-    """Prints what was done and how long it took since the last time, at first since `start` (time.time())."""
+    """Each call prints what was done and the seconds since the last call, or since `start` (time.time())."""
 
     def __init__(self, start):
         self.last, self.stopped = start, False
@@ -84,14 +81,14 @@ class Stages:
 
     @contextmanager
     def progress(self, steps):
-        """Gives a callback(step, loss) that moves a bar, and ends a fit (training/fit.py) after the step in
-        which Ctrl-C or SIGTERM came: what has been learnt until then is used, and that is said."""
+        """Give a callback(step, loss) that moves a bar. After Ctrl-C or SIGTERM it ends the fit
+        (training/fit.py) with the current step; the result so far is used, and a message says so."""
         done = 0
         with tqdm(total=steps, desc="fine-tuning", leave=False) as bar, deferred_stop() as stop:
             def show(step, loss):
                 nonlocal done
                 bar.set_postfix(loss=f"{loss:.4f}")
-                advance(bar)
+                bar.update()
                 done = step + 1
                 return bool(stop)
             yield show
@@ -100,27 +97,18 @@ class Stages:
             print(f"         stopped after {done} of {steps} steps; what was learnt until then is used")
 
 
-def advance(bar):
-    """Move a tqdm bar by a step, and say once, when a few are measured, how long a long wait will be."""
-    bar.update()
-    done = 0 if bar.disable else bar.n - bar.initial
-    left = bar.format_dict["elapsed"] / max(1, done) * (bar.total - bar.n)
-    if done == MEASURED and left > LONG:
-        bar.write(f"         about {left / 3600:.1f} hours for the {bar.total - bar.n:,} steps that are left")
-
-
 def peak_memory(device):
-    """In words, what was held at most: on a GPU, or else in the machine's memory."""
+    """The peak memory, in words: of a GPU, else of this process."""
     if device.type == "cuda":
         return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS, in bytes
-    with suppress(OSError):  # on Linux it would count the program that has started this one
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    with suppress(OSError):  # on Linux, ru_maxrss would include the parent process
         most = status("VmHWM")
     return f", {most / 1e9:.1f} GB of memory at most"
 
 
 def status(name):
-    """A number of bytes that Linux knows of this program. OSError elsewhere."""
+    """Bytes that Linux reports for this process under `name`. OSError elsewhere."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return 1024 * int(line.split()[1])
@@ -128,25 +116,25 @@ def status(name):
 
 
 def printable(text):
-    """`text`, from a command line, which may pass any bytes, with ? for what no Unicode text can hold."""
+    """`text` from a command line, which may hold any bytes, with ? for what is not valid Unicode."""
     return text.encode(errors="replace").decode()
 
 
 def one_line(text, longest=500):
-    """`text`, which may quote a hostile file, with ? for what moves a terminal's cursor or worse, and cut."""
+    """`text`, which may quote a hostile file, truncated, with ? for control characters."""
     shown = text if len(text) <= longest else text[:longest - 1] + "…"
     return "".join(c if c.isprintable() else "?" for c in shown)
 
 
 def run(main, arguments):
-    """main(arguments()). What a user, or the disk, did wrong is one line and exit code 2, Ctrl-C code 130."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # program/__init__.py
+    """main(arguments()). An error of the user or the disk is one line and exit code 2; Ctrl-C is code 130."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see program/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_: one_line(f"warning: {message}") + "\n"
     for name in "stdout", "stderr":
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))
-        # a terminal without the prompt's letters is no reason to stop
+        # a terminal that lacks a prompt's characters must not end the program
         getattr(sys, name).reconfigure(errors="replace")
     try:
         main(arguments())
@@ -157,11 +145,11 @@ def run(main, arguments):
         sys.exit(128 + stop.signum if stop.signum else 0)
     except (UserError, OSError, SafetensorError, MemoryError, RuntimeError) as error:
         reason = str(error)
-        # of all RuntimeErrors only a full memory, a GPU's or the machine's, is the user's to mend
+        # Among RuntimeErrors, the user can mend only a lost process and a full memory
         if distributed.lost(error):
             reason = "another process of this training has ended; the same command goes on"
         elif isinstance(error, MemoryError):
-            reason = f"memory is full ({reason or 'of the machine'})"
+            reason = f"memory is full ({reason or 'RAM'})"
         elif isinstance(error, RuntimeError):
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in reason:
                 raise

@@ -1,4 +1,4 @@
-"""Several processes that train as one, started by torchrun; in a process alone nothing here does anything."""
+"""Training in several processes, started by torchrun. In a single process these functions do nothing."""
 import os
 from datetime import timedelta
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def join(device=None):
-    """Join the processes that torchrun has started, if it has; this one's device, on GPUs one of its own."""
+    """Join the processes of torchrun, if it started this one. Returns the device, on GPUs one each."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
     if device in (None, "cuda") and torch.cuda.is_available():
@@ -15,23 +15,23 @@ def join(device=None):
     cuda = str(device).startswith("cuda")
     if cuda:
         torch.cuda.set_device(device)
-    # one may wait long for another's part; torchrun ends all where one is lost
+    # A process may wait long for another's part. If one is lost, torchrun ends all
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return device
 
 
 def rank_and_size():
-    """(this process's number, how many there are)."""
+    """(number of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def is_main():
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the process that writes files and prints."""
     return rank_and_size()[0] == 0
 
 
 def average(tensors):
-    """Put the mean over all processes in the place of each of these tensors (float32)."""
+    """Replace each of these float32 tensors by its mean over all processes."""
     if dist.is_initialized():
         together = torch.cat([t.flatten() for t in tensors])
         dist.all_reduce(together)
@@ -40,7 +40,7 @@ def average(tensors):
 
 
 def greatest(number):
-    """The greatest of the numbers that the processes give here, once all are here."""
+    """The greatest `number` of all processes; waits until all have called it."""
     if not dist.is_initialized():
         return number
     found = torch.tensor(float(number), device="cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -49,6 +49,6 @@ def greatest(number):
 
 
 def lost(error):
-    """Whether an error says that another process is gone."""
+    """Whether an error means that another process has ended."""
     return dist.is_initialized() and isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or "closed by peer" in str(error) or "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""One run in a folder at a time: two would write over one another's state, scores or person."""
+"""Allow one run at a time in a folder: two would overwrite each other's state, scores or person."""
 import fcntl
 import os
 from contextlib import contextmanager, suppress
@@ -12,7 +12,7 @@ HELD: set[Path] = set()  # folders that this process has locked
 
 
 def alone(main, folder):
-    """main(args) as a function that has folder(args) locked meanwhile."""
+    """main(args) as a function that locks folder(args) while it runs."""
     def run(args):
         with locked(folder(args)):
             main(args)
@@ -21,8 +21,8 @@ def alone(main, folder):
 
 @contextmanager
 def locked(folder):
-    """Inside, no other process works in `folder`, which is made and, if it stays empty, removed; UserError
-    where one does. Of torchrun's, the first locks it for all. A lock ends with its process."""
+    """Lock `folder`, which is created and, if it stays empty, removed; UserError if another run locked it. A
+    lock ends with its process. Of torchrun's processes, the first locks for all."""
     folder, followers = Path(folder), dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
     key = os.path.realpath(folder)
     if followers or key in HELD:
@@ -35,7 +35,7 @@ def locked(folder):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is at work there; wait for its end, or give another "
+            raise UserError(f"{folder}: another run is at work there; wait until it ends, or give another "
                             "folder") from None
         except OSError:  # a file system without locks
             pass

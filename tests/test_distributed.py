@@ -105,7 +105,7 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize("tensors, why", [
     ({"x": torch.zeros(2, 3)}, "damaged, has tensors"), ({"y": torch.zeros(2)}, "damaged, has tensors"),
     ({"x": torch.zeros(2), "y": torch.zeros(1)}, "damaged"), ({"x": torch.tensor([1., torch.nan])}, "NaN"),
-    ({"x": torch.zeros(2, dtype=torch.int64)}, "no fractions")])
+    ({"x": torch.zeros(2, dtype=torch.int64)}, "NaN or integer")])
 def test_a_part_that_is_damaged_is_not_taken(tmp_path, tensors, why):
     """With the right note."""
     shapes = {"x": (), "y": ()} if len(tensors) > 1 else {"x": ()}

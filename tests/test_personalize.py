@@ -153,7 +153,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--model", "nowhere", "--look", "grey hair"], "--look is for photos"),
     (["nano/example.png", "[V] face", "--crop", "0,0,20"], "too small"),
     (["nano/example.png", "[V] face", "--model", "nowhere"], "no such file or folder"),
-    (["nano/example.png", "[V] face", "--model", "nano/judge.safetensors"], "no model known here"),
+    (["nano/example.png", "[V] face", "--model", "nano/judge.safetensors"], "not a known model here"),
     (["nano/example.png", "[V] face", "--hypernet", "nano/judge.safetensors"], "not a hypernetwork"),
     (["nano/example.png", "[V] face", "--lora", "none.safetensors"],
      "none.safetensors: cannot be read (No such file"),

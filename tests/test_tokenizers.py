@@ -40,7 +40,7 @@ def test_written_and_read_again(folder):
 def test_merges_that_are_not_the_vocabularys(folder, content):
     """Every word would be spelt in letters, without a sign."""
     (folder / "merges.txt").write_text(content)
-    with pytest.raises(LoadError, match="merges.txt: not the merges of its vocabulary, .* download it again"):
+    with pytest.raises(LoadError, match="merges.txt: these merges make none of .* download it again"):
         read(folder)
 
 
@@ -85,7 +85,7 @@ def test_what_is_no_tokenizer(folder, content):
 
 def test_more_tokens_than_the_encoder_knows(folder):
     (folder / "vocab.json").write_text(json.dumps(VOCAB | {"surplus": len(VOCAB)}))
-    with pytest.raises(LoadError, match=f"{len(VOCAB) + 1} tokens, small's text encoder has {len(VOCAB)}$"):
+    with pytest.raises(LoadError, match=f"{len(VOCAB) + 1} tokens, but small's text encoder has"):
         read(folder)
 
 

@@ -362,7 +362,7 @@ def test_a_folder_of_photos(runs, tmp_path):
     for name, tensor in ("latents", whole["latents"] * torch.nan), ("features", whole["features"].int()):
         write(whole | {name: tensor}, file, note)
         data = Photos(folder, model, vit, hdb.PROMPT, cache)
-        with pytest.raises(UserError, match=f"{name} .* infinite, NaN or no fractions"):
+        with pytest.raises(UserError, match=f"{name} .* infinite, NaN or integer"):
             data.samples(torch.tensor([0]), torch.Generator())
     write({"latents": whole["latents"], "features": whole["features"][:, 1:]}, file, note)
     with pytest.raises(LoadError, match="damaged, has tensors"):
