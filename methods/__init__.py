@@ -1,1 +1,1 @@
-"""HyperDreamBooth and its peers, each in a file of its own, as values of one protocol (protocol.py)."""
+"""HyperDreamBooth and its peers, one file each, as values of one protocol (protocol.py)."""

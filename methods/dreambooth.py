@@ -1,27 +1,27 @@
-"""DreamBooth (Ruiz et al., arXiv 2208.12242): all weights of UNet and text encoder are trained on one photo.
-Pictures of the class, drawn by the model itself beforehand, keep it from forgetting what a face is.
+"""DreamBooth (Ruiz et al., arXiv 2208.12242): train all weights of UNet and text encoder on one photo.
+Pictures of the class, which the model draws beforehand, keep it from forgetting what a face is.
 
     python personalize.py face.png "a [V] face as a king" --method dreambooth
     python personalize.py … --method dreambooth --steps 400 --lr 2e-5               # Agg-1
     python personalize.py … --method dreambooth --steps 400 --lr 5e-4 --rank 4      # a LoRA
 
-Against hdb.py: nothing is predicted; what is trained is every weight or, with --rank, a LoRA on
-HyperDreamBooth's layers; and half of every batch is prior preservation. A person is as large as the model."""
+Unlike hdb.py, it predicts nothing. It trains every weight or, with --rank, a LoRA on HyperDreamBooth's
+layers, and half of every batch is prior preservation. Without --rank, a person is as large as the model."""
 import copy
 from functools import lru_cache
 
 import torch
 from tqdm import tqdm
 
-from training.fit import fit_or_take_back
-from diffusion import denoising_loss
 from adapters import Change, LowRank, fresh_lora
+from diffusion import denoising_loss
 from files.person import Person, lora_shapes
-from methods.protocol import Method
-from program.options import Option, number
 from hdb import PROMPT, seeded
 from lidb import personal_layers
+from methods.protocol import Method
+from program.options import Option, number
 from sd import StableDiffusion
+from training.fit import fit_or_take_back
 
 CLASS_PROMPT = "a face"
 
@@ -29,19 +29,19 @@ CLASS_PROMPT = "a face"
 @lru_cache(1)
 @torch.no_grad()
 def class_pictures(model, count, seed):
-    """Latents (count, 4, h, w) of pictures that the model draws of the class, once for all people."""
+    """Latents (count, 4, h, w) of pictures of the class that the model draws, once for all people."""
     seeds, latents = torch.randint(2 ** 31, (count,), generator=seeded(seed)).split(8), []
     with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
-        for few in seeds:
-            pictures = model.sample([CLASS_PROMPT] * len(few), few.tolist(), steps=25, guidance=3.,
+        for batch in seeds:
+            pictures = model.sample([CLASS_PROMPT] * len(batch), batch.tolist(), steps=25, guidance=3.,
                                     callback=lambda *step: bar.update())
             latents.append(model.encode(pictures))
     return torch.cat(latents).float()
 
 
 def prior_preserving_loss(model, latent, prior, weight, generator):
-    """Eq. 2: the denoising loss on the person's latents (n, 4, h, w) under "a [V] face" + weight · the same
-    on as many of `prior` (N, 4, h, w) under "a face". generator: as in diffusion.noised."""
+    """Eq. 2: the denoising loss of the person's latents (n, 4, h, w) under "a [V] face", plus `weight` times
+    that of n random latents of `prior` (N, 4, h, w) under "a face". generator: as in diffusion.noised."""
     own = len(latent)
     prompts = [PROMPT] * own
     if weight:
@@ -56,11 +56,11 @@ def prior_preserving_loss(model, latent, prior, weight, generator):
 
 def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_weight=1., generator=None,
         callback=None):
-    """A photo (P, 3, H, W) in [-1, 1] -> tensors for adapters().
+    """A photo (P, 3, H, W) in [-1, 1] -> tensors (P, …) for adapters().
 
-    rank 0: the differences of all weights, of one person (ValueError for more: each has a model of their
-    own); otherwise a LoRA of that rank, P people side by side. prior: class_pictures(), if prior_weight > 0.
-    batch: noises of the photo a step, with as many class pictures beside them."""
+    rank 0: train all weights, and return their differences; ValueError for several people, since each needs a
+    model of its own. Otherwise: train a LoRA of this rank, P people side by side. prior: class_pictures(), if
+    prior_weight > 0. batch: noises of the photo in each step, and as many class pictures."""
     generator = generator or seeded(0)
     latent = model.encode(photo).detach().float().repeat(batch, 1, 1, 1)
 
@@ -77,12 +77,12 @@ def learn(model, photo, steps=1200, lr=1e-5, batch=1, rank=0, prior=None, prior_
         raise ValueError("DreamBooth of all weights takes one person at a time; a LoRA takes several")
     trained = trainable_copy(model)
     fit_or_take_back(lambda: loss(trained), [*parameters(trained).values()], steps, lr, callback=callback,
-                     replay=generator, states=0)  # each would be as large as the model
+                     replay=generator, states=0)  # a state would be as large as the model
     return differences(model, trained)
 
 
 def trainable_copy(model):
-    """The same model with a UNet and a text encoder of its own, in float32, that require gradients."""
+    """The same model with copies of UNet and text encoder, in float32, that require gradients."""
     unet, text = (copy.deepcopy(part).float() for part in (model.unet, model.text))
     trained = StableDiffusion(model.name, unet, text, model.tokenizer, model.vae)
     for p in parameters(trained).values():
@@ -91,20 +91,20 @@ def trainable_copy(model):
 
 
 def parameters(model):
-    """"unet.…" and "text.…" -> every parameter."""
+    """"unet.…" or "text.…" -> parameter."""
     parts = ("unet", model.unet), ("text", model.text)
     return {f"{part}.{name}": p for part, network in parts for name, p in network.named_parameters()}
 
 
 @torch.no_grad()
 def differences(model, trained):
-    """What training changed: name -> (1, …), float32, of all parameters."""
+    """What training changed: parameter name -> difference (1, …), float32."""
     before = parameters(model)
     return {name: (p - before[name].float())[None] for name, p in parameters(trained).items()}
 
 
 def adapters(tensors, engine=None):
-    """The tensors of learn() as adapters: a Change of every layer, or LowRank ones."""
+    """The tensors of learn() as adapters: for each layer a Change, or LowRank."""
     found = {}
     for name, t in tensors.items():
         layer, kind = name.rsplit(".", 1)
@@ -115,14 +115,14 @@ def adapters(tensors, engine=None):
 
 
 def shapes(tensors, engine):
-    """name -> shape of one person's tensors; of a LoRA if the first name is one's."""
+    """name -> shape of one person's tensors: of a LoRA, if the first is a factor, or of all weights."""
     if next(iter(tensors), "").endswith((".A", ".B")):
         return lora_shapes(engine.layers, tensors)
     return {name: (1, *p.shape) for name, p in parameters(engine.model).items()}
 
 
 def make(engine, photos, generators, args, stage):
-    """Photo to Person: the class's pictures, then the training."""
+    """Photos (1, 1, 3, H, W) to the Person: draw the class pictures, then train."""
     model, prior = engine.model, None
     if args.prior_weight:
         prior = class_pictures(model, args.prior_pictures, args.seed)
@@ -135,12 +135,12 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    return [Option("steps", number(int, 1, 100_000), 1200, 1200, "of training"),
+    return [Option("steps", number(int, 1, 100_000), 1200, 1200, "training steps"),
             Option("lr", number(float, 0, 1), 1e-5, 1e-6, "learning rate"),
             Option("batch", number(int, 1, 1024), 1, 1, "noises of the photo in each step"),
             Option("rank", number(int, 0, 320), 0, 0, "train a LoRA of this rank; 0: all weights"),
-            Option("prior_weight", number(float, 0, 1000), 1., 1., "of the prior preservation; 0: none"),
-            Option("prior_pictures", number(int, 1, 10_000), 64, 200, "of the class, drawn first")]
+            Option("prior_weight", number(float, 0, 1000), 1., 1., "weight of prior preservation; 0: none"),
+            Option("prior_pictures", number(int, 1, 10_000), 64, 200, "pictures of the class, drawn first")]
 
 
 METHOD = Method("dreambooth", "all weights, or a LoRA (--rank), with prior preservation", options, make,

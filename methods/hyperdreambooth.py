@@ -1,4 +1,4 @@
-"""HyperDreamBooth as one of the methods: hdb.py on the command line and in a person's file."""
+"""HyperDreamBooth (hdb.py) as one of the methods, for the command line and a person's file."""
 import warnings
 from dataclasses import replace
 
@@ -9,35 +9,33 @@ from program.console import UserError
 from program.options import number, old_file, same
 from training.views import crops, face_weights
 
-# Steps, rank and learning rate. nano's were the best of several on validation people. On other models a
+# Steps, rank and learning rate. For nano, the best of several on validation people. On other models a
 # prediction is fine-tuned at the usual rate of LoRAs on one image. Without a hypernetwork the LoRA has to
-# learn everything, and takes the settings published for such LoRAs.
-STEPS = "of fine-tuning; 0: the prediction alone"
+# learn everything; these are the settings published for such LoRAs.
 USUAL = {"nano": (40, 4, 3e-3), "predicted": (40, 4, 5e-4), "alone": (200, 16, 2e-4)}
-LARGE = 5e-4  # a rate above this suits nano alone
-# How much of what fine-tuning learns is added to nano's predictions. All of it lowered the likeness in styles
-# from .872 to .854 on 12 validation people; .6 and .8 raised it a little (docs/choices.md)
+LARGE = 5e-4  # higher rates suit only nano
+# The share of the fine-tuned LoRA that is added to nano's predictions. All of it lowered the likeness in
+# styles from .872 to .854 on 12 validation people; .6 and .8 raised it a little (docs/choices.md)
 KEPT = .7
 
 
 def options(model, hypernet):
-    """The rows of this method, whose usual values depend on whether there is a hypernetwork."""
+    """The rows of this method. Defaults depend on whether there is a hypernetwork."""
     steps, rank, lr = USUAL["nano" if model == "nano" else "predicted" if hypernet else "alone"]
-    return [same("steps", number(int, 0, 100_000), steps, STEPS),
-            same("rank", number(int, 1, 320), rank, "of the LoRA that is fine-tuned"),
+    return [same("steps", number(int, 0, 100_000), steps, "fine-tuning steps; 0: the prediction alone"),
+            same("rank", number(int, 1, 320), rank, "rank of the LoRA that is fine-tuned"),
             same("lr", number(float, 0, 1), lr, "learning rate of fine-tuning"),
             same("batch", number(int, 1, 1024), 4, "noises of the photo in each step of fine-tuning"),
-            same("views", number(int, 1, 64), 8 if model == "nano" else 1, "crops of the one photo to train "
+            same("views", number(int, 1, 64), 8 if model == "nano" else 1, "crops of a single photo to train "
                  "on, with less weight around the face, so that less is copied; 1: the photo as it is"),
-            same("hypernet", old_file, None, "file of train.py, to predict with; if not given, nano's own, "
-                 "and on other models fine-tuning alone"),
-            same("encoder", str, None, "the ViT that --hypernet was trained with; if not given, where it was "
-                 "then",
+            same("hypernet", old_file, None, "file of train.py, to predict with; default: nano's own; on "
+                 "other models fine-tuning alone"),
+            same("encoder", str, None, "the ViT that --hypernet was trained with; default: where it was then",
                  dest="face_encoder")]
 
 
 def make(engine, photos, generators, args, stage):
-    """Photos (P, N, 3, H, W) to the Person of P people: predict, then fine-tune. UserError without either."""
+    """Photos (P, N, 3, H, W) to the Person of P people: predict, then fine-tune; UserError for neither."""
     theta, lora = None, {}
     if engine.hypernet:
         theta = engine.predict(photos)
@@ -46,8 +44,8 @@ def make(engine, photos, generators, args, stage):
         raise UserError("neither a hypernetwork nor fine-tuning steps: nothing would be personal; give "
                         "--hypernet or --steps")
     else:
-        print(f"         no hypernetwork for {args.model}, so fine-tuning alone, for which 40 steps are few: "
-              f"{args.steps} steps at rank {args.rank}")
+        print(f"         no hypernetwork for {args.model}: fine-tuning alone, {args.steps} steps at rank "
+              f"{args.rank}; 40 steps would be few")
     if args.model != "nano" and args.lr > LARGE:
         warnings.warn(f"--lr {args.lr:g} is large for this model; 2e-4 to 5e-4 are usual", stacklevel=1)
     if args.steps:
@@ -59,8 +57,8 @@ def make(engine, photos, generators, args, stage):
 
 
 def tune(engine, photos, theta, generators, views, *settings, callback=None):
-    """engine.fine_tune with these settings: on `views` crops of the photo, if there is one of each person
-    (training/views.py), else on the photos (P, N, 3, H, W) as they are."""
+    """The LoRA's adapters by engine.fine_tune with these settings, on photos (P, N, 3, H, W). A single photo
+    is replaced by `views` crops of it (training/views.py)."""
     places = 1.
     if views > 1 and photos.shape[1] == 1:
         places = face_weights(*(length // 8 for length in photos.shape[-2:]), photos.device)
@@ -72,7 +70,7 @@ def tune(engine, photos, theta, generators, views, *settings, callback=None):
 
 
 def person(theta=None, lora=None, basis_seed=0, **about):
-    """The Person of θ (P, layers, size) and a LoRA's adapters, or of one of them."""
+    """The Person with θ (P, layers, size), a LoRA's adapters, or both."""
     tensors = {} if theta is None else {"theta": theta}
     for name, pair in (lora or {}).items():
         tensors |= {f"{name}.A": pair.a, f"{name}.B": pair.b}
@@ -80,12 +78,12 @@ def person(theta=None, lora=None, basis_seed=0, **about):
 
 
 def prediction(person):
-    """The same person without the LoRA: what the hypernetwork said."""
+    """The same person without the LoRA: the hypernetwork's prediction."""
     return replace(person, tensors={key: t for key, t in person.tensors.items() if key == "theta"})
 
 
 def parts(person):
-    """The files of a person: the prediction, a few KB, and all of it. Either may be missing."""
+    """The files of a person: the prediction, a few KB, and that with the LoRA. Either may be missing."""
     alone = prediction(person)
     tuned = {"person_tuned": person} if len(person.tensors) > len(alone.tensors) else {}
     return ({"person": alone} if alone.tensors else {}) | tuned
@@ -99,13 +97,13 @@ def adapters(tensors, engine):
 
 
 def shapes(tensors, engine):
-    """name -> shape of one person's tensors; the LoRA's layers and rank are free."""
+    """name -> shape of one person's tensors. A LoRA may have any layers and ranks."""
     expected = {"theta": (1, *engine.lidb.shape)} if "theta" in tensors else {}
     return expected | lora_shapes(engine.layers, tensors)
 
 
 def note(tensors, engine):
-    """The basis that θ belongs to, which takes a second to make on SD 1.5."""
+    """The basis that θ belongs to. On SD 1.5, making it takes a second."""
     if "theta" not in tensors:
         return {}
     lidb = engine.lidb

@@ -1,4 +1,4 @@
-"""The photos that a person is made from: what the user shows, what a method sees, and what nano says."""
+"""Prepare the photos that a person is made from. nano first turns photographs into drawings."""
 import itertools
 import os
 from pathlib import Path
@@ -15,17 +15,16 @@ from training.photos import known_by, photos_of, read_photos
 
 
 class Sitting(NamedTuple):
-    """One person's photos: `shown` (N, 3, H, W) to the user alone, or None; what the method sees (N, 3, H,
-    W); what nano says it saw, or None; the crop that was used; and where they come from."""
-    shown: torch.Tensor | None
-    seen: torch.Tensor
-    saw: str | None
-    crop: str
-    paths: list
+    """The photos of one person."""
+    shown: torch.Tensor | None  # (N, 3, H, W), for the sheet; None: the same as `seen`
+    seen: torch.Tensor          # (N, 3, H, W), the method's input
+    saw: str | None             # what nano read in a photograph, in words
+    crop: str                   # the --crop that was used
+    paths: list                 # the files and folders
 
 
 def sit(args, model):
-    """The Sitting of one person or, with --each, of every photo that can be used. UserError if none can."""
+    """The Sittings: of one person or, with --each, of every usable photo. UserError if there is none."""
     side, sittings = 8 * model.unet.config.sample_size, []
     if not args.each:
         return [look_at(args.photos, args, side)]
@@ -35,12 +34,12 @@ def sit(args, model):
         except images.ImageError as error:
             print(console.one_line(f"  not used: {error}"))
     if not sittings:
-        raise UserError(f"{', '.join(args.photos)[:200]}: no photo that can be used")
+        raise UserError(f"{', '.join(args.photos)[:200]}: no usable photo; see the reasons above")
     return sittings
 
 
 def look_at(paths, args, side):
-    """The Sitting of one person's photos. nano knows drawings alone: of a photograph it draws what it saw."""
+    """The Sitting of one person. nano knows only drawings, so it draws what it sees in a photograph."""
     if args.model != "nano":
         return Sitting(None, read(paths, side, args.crop), None, args.crop, paths)
     center = args.crop if isinstance(args.crop, tuple) else "center"
@@ -54,14 +53,15 @@ def look_at(paths, args, side):
 
 
 def read(paths, side, crop):
-    """All photos (N, 3, side, side) in these files and folders, cut as images.read does."""
+    """All photos in these files and folders, by images.read: (N, 3, side, side)."""
     every = (read_photos(path, side, crop) if os.path.isdir(path) else [images.read(path, side, crop)]
              for path in paths)
     return torch.cat([photo for some in every for photo in some])
 
 
 def folders_of(sittings, args):
-    """A folder in --out for each person, named after their photo, where there is no other file or person."""
+    """A folder in --out for each person, named after the photo, with a number if another file or person has
+    that name."""
     pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
     taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
     held = {path.parent.name: {*photos_of(path)} for path in args.out.glob("*/person*.safetensors")}
@@ -73,6 +73,6 @@ def folders_of(sittings, args):
 
 
 def free_name(stem, taken):
-    """The first of stem, stem_2, stem_3, … that is not among the names `taken`, whatever their case."""
+    """The first of stem, stem_2, stem_3, … that is not in `taken`, ignoring case."""
     names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
     return next(name for name in names if name.casefold() not in map(str.casefold, taken))

@@ -1,4 +1,4 @@
-"""All methods, by the name that --method and a person's file give them."""
+"""All methods: name, as in --method and in a person's file -> Method."""
 from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversion
 
 METHODS = {module.METHOD.name: module.METHOD

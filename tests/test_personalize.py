@@ -158,7 +158,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--lora", "none.safetensors"],
      "none.safetensors: cannot be read (No such file"),
     (["nano/example.png", "[V] face", "--out", "README.md"], "is a file, not a folder"),
-    (["nano/example.png", "[V] face", "--lora", "nano/judge.safetensors:nan"], "is no strength"),
+    (["nano/example.png", "[V] face", "--lora", "nano/judge.safetensors:nan"], "is not a strength"),
     (["nano/example.png", "[V] face", "--guidance", "nan"], "--guidance: must be"),
     (["nano/example.png", "[V] face", "--seed", 10 ** 30], "--seed: must be"),
     (["nano/example.png", "[V] face", "--device", "meta"], "device meta: not available"),
@@ -166,7 +166,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--merge", "never/there"], "two folders"),
     (["nano/example.png", "[V] face", "--merge", "never"], "--out not in the other"),
     (["/dev/null", "[V] face"], "not a file"),
-    (["nano/example.png", "[V] face", "nano/example.png"], "stands where a prompt is expected"),
+    (["nano/example.png", "[V] face", "nano/example.png"], "is a file; only prompts may follow"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
     (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
@@ -182,7 +182,7 @@ def test_a_model_without_a_hypernetwork_says_so(tmp_path):
     common = ["nano/example.png", "[V] face", "--model", tmp_path / "model", "--out", tmp_path / "out"]
     done = run(*common, "--steps", 1, "--sample-steps", 1)
     assert done.returncode == 0
-    assert "so fine-tuning alone, for which 40 steps are few" in done.stdout
+    assert "40 steps would be few" in done.stdout
     assert "predicted" not in done.stdout
     assert not (tmp_path / "out/person.safetensors").exists()
     assert (tmp_path / "out/person_tuned.safetensors").exists()
@@ -345,7 +345,7 @@ def test_every_file_that_would_be_replaced_is_this_persons(tmp_path, refusal, mo
 def test_no_photo_that_can_be_used(tmp_path, refusal):
     (tmp_path / "notes.txt").write_text("not a photo")
     common = "[V] face", "--each", "--out", tmp_path / "out"
-    assert "no photo that can be used" in refusal(personalize, tmp_path, *common)
+    assert "no usable photo" in refusal(personalize, tmp_path, *common)
     person = ROOT / "tests/reference/person.safetensors"
     assert "--each is for photos" in refusal(personalize, person, *common)
 
@@ -376,7 +376,7 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
     assert (tmp_path / "both/1.png").exists()
     for mistaken in (a, b), ("nano/example.png", a):
         failed = run(*mistaken)
-        assert failed.returncode == 2 and "stands where a prompt is expected" in failed.stderr
+        assert failed.returncode == 2 and "is a file; only prompts may follow" in failed.stderr
     mine = load_file(a)
     with safe_open(a, "pt") as f:
         save_file(mine | {"theta": mine["theta"].float() * 1e30}, tmp_path / "huge.safetensors", f.metadata())
