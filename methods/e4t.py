@@ -1,14 +1,14 @@
-"""E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228): an encoder E, trained on a domain, here
-faces, says at every step of sampling which word [V] is; then 15 steps of fine-tuning, of all of it.
+"""E4T, encoder-based domain tuning (Gal et al., arXiv 2302.12228). An encoder E, trained on a domain, here
+faces, predicts the word [V] at every step of sampling. Then 15 steps fine-tune encoder and UNet.
 
     python personalize.py face.png "a [V] face as a rock star" --method e4t
 
-The word embedding is e = e_face + s·E(photo, z_t, t). It changes with z_t, so the text encoder has to run
-within each call of the UNet. So the prompt's word embeddings take the place of the model's text features,
-with a hole where [V] stands (Hole); Word fills the hole when the UNet is called, and runs the text encoder.
+The word embedding is e = e_face + s·E(photo, z_t, t). It changes with z_t, so the text encoder has to run in
+each call of the UNet. One adapter therefore makes the text encoder return word embeddings with a hole at [V]
+(Hole); another fills the hole when the UNet is called, and runs the text encoder (Word).
 
-Pre-training (train_e4t.py) also learns offsets W' = W ⊙ (1 + Δ) of the UNet's attention. A person's UNet,
-fine-tuned whole, goes on from W', so that its differences from the model's say both."""
+Pre-training (train_e4t.py) also learns offsets W' = W ⊙ (1 + Δ) of the UNet's attention. The UNet of a person
+is fine-tuned from W', so its difference from the model's UNet includes both."""
 import copy
 import json
 from dataclasses import asdict, dataclass
@@ -17,43 +17,42 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip import IDENTIFIER
-from methods import dreambooth
-from methods.textual_inversion import CLASS, only_token
-from training.fit import fit_or_take_back
-from diffusion import denoising_loss
 from adapters import Change, merge, shared
+from clip import IDENTIFIER
+from diffusion import denoising_loss
 from files.checkpoints import Tensors, build, checksum, configure, write
 from files.disk import refusing
-from program.console import UserError
 from files.encoders import load_vit, loaded, vit_of
 from files.hypernetwork import load_hypernet, warn_of_other_weights
 from files.layouts import HERE
 from files.person import Person
-from methods.protocol import Method
-from program.options import Option, number, old_file, same
 from hdb import PROMPT, seeded
+from methods import dreambooth
+from methods.protocol import Method
+from methods.textual_inversion import CLASS, only_token
+from program.console import UserError
+from program.options import Option, number, old_file, same
+from training.fit import fit_or_take_back
 from vit import encode_face
 
-# s, and λ of ‖E‖² in the loss, are .1 and .01 in the paper. nano's word embeddings have a norm of .2, as have
-# Stable Diffusion's, but one that shows a person is longer: Textual Inversion's has a likeness of .6 at .9,
-# and of .8 at 2.6.
+# s, and λ of ‖E‖² in the loss; the paper has .1 and .01. Word embeddings have a norm of about .2; those of
+# people are longer: Textual Inversion's on nano has a likeness of .6 at .9, of .8 at 2.6.
 STRENGTH, LAMBDA = 1., 1e-4
-NANO_LOOKER = "nano/hypernet.safetensors"  # has nano's encoder of photos
+NANO_LOOKER = "nano/hypernet.safetensors"  # contains nano's encoder of photos
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     photo: int = 128   # width of the photo's tokens
-    width: int = 384
+    width: int = 384   # width of the hidden layers
 
 
 class Encoder(nn.Module):
-    """E: from the mean of a photo's tokens (B, photo), and u (B, features), what the UNet sees in z_t, to the
-    word's difference from the class's (B, d), in units of s.
+    """E maps the mean of a photo's tokens (B, photo) and u (B, features), the UNet's features of z_t, to the
+    difference (B, d) of the word from the class word, in units of s.
 
-    Each token h_i is mapped linearly, as [h_i; u], and then the mean is taken; the mean of a linear map's
-    values is the map of the mean, so no more is needed of a photo."""
+    The paper maps every token, [h_i; u], linearly and takes the mean. That equals the map of the mean, so the
+    mean of a photo's tokens is enough."""
 
     def __init__(self, config, model):
         super().__init__()
@@ -70,8 +69,8 @@ class Encoder(nn.Module):
 
 
 class Domain(nn.Module):
-    """What pre-training makes of a model for all people: `encoder`, and of every attention layer the factors
-    of Δ, rows (out, 3) and columns (in, 3). `vit` encodes photos and is not saved with it."""
+    """The result of pre-training, for all people: `encoder`, and the factors of Δ for each attention layer,
+    rows (out, 3) and columns (in, 3). `vit` encodes photos and is not saved with it."""
 
     def __init__(self, config, model, vit=None):
         super().__init__()
@@ -81,18 +80,18 @@ class Domain(nn.Module):
         self.columns = nn.ParameterList(torch.zeros(layer.in_features, 3) for layer in layers)
 
     def look(self, photo):
-        """Photos (B, 3, H, W) in [-1, 1] to the mean of their tokens (B, photo)."""
+        """Photos (B, 3, H, W) in [-1, 1] -> the mean of their tokens (B, photo)."""
         return encode_face(loaded(self.vit, photo.device), photo).float().mean(1)
 
 
 def features(config):
-    """The width of u: one number for each channel of all that the UNet keeps on its way down."""
+    """The width of u: the channels of all skip connections of the UNet."""
     widths, each = config.block_out_channels, config.layers_per_block
     return widths[0] + sum(width * (each + 1) for width in widths) - widths[-1]
 
 
 def attention(model):
-    """The layers that have offsets: name -> nn.Linear."""
+    """The layers with offsets: name -> nn.Linear."""
     return {name: layer for name, layer in model.layers.items()
             if name.startswith("unet.") and name.endswith((".to_q", ".to_k", ".to_v"))}
 
@@ -101,18 +100,18 @@ def attention(model):
 # As adapters
 
 def offsets(model, rows, columns):
-    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as adapters of the attention layers, a pair of factors each."""
+    """W' = W ⊙ (1 + Δ), Δ = rows·columnsᵀ, as an adapter of each attention layer."""
     return {name: Change({"weight": layer.weight * (row @ column.T).to(layer.weight)})
             for (name, layer), row, column in zip(attention(model).items(), rows, columns)}
 
 
 def words(model, photo, encoder):
-    """The adapters that put E's word in the place of [V], of P people in turn, by photos (P, photo)."""
+    """The adapters that replace [V] by E's word, of P people, by means of tokens `photo` (P, photo)."""
     return {"text.": Hole(only_token(model, IDENTIFIER)), "unet.": Word(model, photo, encoder)}
 
 
 class Hole:
-    """Of the text encoder: the prompts' words instead of their features, NaN where [V] stands."""
+    """Adapter of the text encoder: word embeddings in place of its features, NaN at [V]."""
 
     def __init__(self, token):
         self.token = token
@@ -123,7 +122,7 @@ class Hole:
 
 
 class Word:
-    """Of the UNet: fills the holes and reads the words. `predicted` is what E said last (B, d)."""
+    """Adapter of the UNet: fills holes, runs the text encoder. `predicted` is E's last output (B, d)."""
 
     def __init__(self, model, photo, encoder):
         self.text, self.photo, self.encoder = model.text, photo, encoder
@@ -141,9 +140,9 @@ class Word:
         return y
 
     def encode(self, unet, x, t):
-        """E of each sample. ValueError for a batch that cannot be shared among the people."""
+        """E of each sample (B, d). ValueError for a batch that cannot be shared among the people."""
         photo = shared(self.photo, len(x)).expand(len(x), -1)
-        # u is looked at as the photo is: no gradient goes through it
+        # like the photo, u is an input: no gradient goes through it
         with torch.no_grad():
             skips, _ = unet.down(x, t, self.empty.expand(len(x), -1, -1))
             u = torch.cat([skip.mean((2, 3)) for skip in skips], 1).float()
@@ -151,7 +150,7 @@ class Word:
 
 
 def total(denoising, word):
-    """The loss, the mean of denoising (B,), computed while `word` was applied, + λ‖E‖²; and ‖E‖² alone."""
+    """(loss, ‖E‖²): the loss is the mean of denoising (B,), computed while `word` was applied, plus λ‖E‖²."""
     size = word.predicted.pow(2).sum(1).mean()
     return denoising.mean() + LAMBDA * size, size
 
@@ -160,9 +159,9 @@ def total(denoising, word):
 # One person
 
 def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, callback=None):
-    """A photo (1, 3, H, W) in [-1, 1] -> tensors for adapters(): all of the UNet, from W' on, and the encoder
-    after `steps` on `batch` noises of the photo. domain: of load_domain. callback(step, loss) after each.
-    ValueError for several people: each has a UNet of their own, and side by side they would be no faster."""
+    """A photo (1, 3, H, W) in [-1, 1] -> tensors for adapters(): the UNet and the encoder of `domain`,
+    fine-tuned by `steps` on `batch` noises of the photo. callback(step, loss) after every step. ValueError
+    for several people: each has a UNet of its own, so training them side by side would be no faster."""
     if len(photo) > 1:
         raise ValueError("E4T takes one person at a time")
     generator = generator or seeded(0)
@@ -177,14 +176,14 @@ def learn(model, photo, domain, steps=15, lr=2e-4, batch=4, generator=None, call
         return total(denoising, inside["unet."])[0]
     fit_or_take_back(loss, [*tuned.unet.parameters(), *encoder.parameters()], steps, lr,
                      lambda: tuned.adapted(inside), callback, replay=generator,
-                     states=0)  # each would be as large as the UNet
+                     states=0)  # a state would be as large as the UNet
     changed = {k: t for k, t in dreambooth.differences(model, tuned).items() if k.startswith("unet.")}
     learnt = {f"encoder.{name}": p.detach()[None] for name, p in encoder.named_parameters()}
     return {"photo": seen} | learnt | changed
 
 
 def adapters(tensors, engine):
-    """The tensors of learn() as adapters: every layer's Change, the holes, and the words that fill them."""
+    """The tensors of learn() as adapters: a Change of every UNet layer, Hole and Word."""
     model = engine.model
     changes = {name: t for name, t in tensors.items() if name.startswith("unet.")}
     encoder = empty_encoder(model, tensors)
@@ -194,14 +193,14 @@ def adapters(tensors, engine):
 
 
 def empty_encoder(model, tensors):
-    """An Encoder without numbers, as wide as a person's."""
+    """An Encoder on the meta device, with the widths of a person's."""
     photo, second = (tensors.get(name, torch.empty(1, 1)) for name in ("photo", "encoder.second.bias"))
     with torch.device("meta"):
         return Encoder(EncoderConfig(photo.shape[-1], second.shape[-1]), model)
 
 
 def shapes(tensors, engine):
-    """name -> shape of one person's tensors; the widths of a photo's tokens and of the encoder are free."""
+    """name -> shape of one person's tensors. The widths of a photo's tokens and of the encoder are free."""
     encoder, unet = empty_encoder(engine.model, tensors), engine.model.unet
     expected = {"photo": (1, encoder.both.in_features - encoder.second.out_features)}
     expected |= {f"encoder.{name}": (1, *p.shape) for name, p in encoder.named_parameters()}
@@ -212,28 +211,28 @@ def shapes(tensors, engine):
 # What pre-training made, in a file
 
 def save_domain(domain, model, source, path):
-    """Write what was pre-trained for `model` with the encoder of photos at `source`, in fp16."""
+    """Write a Domain in fp16 that was pre-trained for `model` with the encoder of photos at `source`."""
     note = {"config": json.dumps(asdict(domain.config)), "vit": source, "model": model.name} | model.checksums
     kept = {key: t.half() for key, t in domain.state_dict().items() if not key.startswith("vit.")}
     write(kept, path, note | {"vit_checksum": checksum(domain.vit)})
 
 
 def load_domain(path, model):
-    """The Domain in a file of save_domain, in float32 on the model's device. LoadError if it is none, is
-    damaged or for other layers than this model's; a warning where those fit and the weights are others."""
+    """The Domain in a file of save_domain, in float32 on the model's device. LoadError for another or a
+    damaged file and for layers that the model lacks; a warning if only the model's weights differ."""
     note = Tensors(path).note
     with refusing(f"{path}: not a file of methods/train_e4t.py"):
         config = configure(EncoderConfig(), json.loads(note["config"]), path)
-        source, looked = note["vit"], note["vit_checksum"]
+        source, vit_checksum = note["vit"], note["vit_checksum"]
     domain = build(Domain, config, [path], str, model.device, torch.float32, model)  # str: keys are our names
     warn_of_other_weights(path, note, model)
     own = source == NANO_LOOKER
-    domain.vit = load_looker(source, model) if own else vit_of(path, source, looked)
+    domain.vit = load_looker(source, model) if own else vit_of(path, source, vit_checksum)
     return domain
 
 
 def load_looker(source, model):
-    """What looks at photos: nano's, in its hypernetwork's file, or an official one, without numbers."""
+    """The encoder of photos: nano's, from the file of its hypernetwork, or an official one without weights."""
     if source == NANO_LOOKER:
         vit = load_hypernet(HERE / source, model).vit
         vit.source = source
@@ -245,7 +244,7 @@ def load_looker(source, model):
 # As a method
 
 def make(engine, photos, generators, args, stage):
-    """Photo to Person: the encoder's word and offsets, then the fine-tuning. UserError without encoder."""
+    """Photos (1, 1, 3, H, W) to the Person. UserError if there is no pre-trained encoder."""
     file = args.encoder or (HERE / "nano/e4t.safetensors" if args.model == "nano" else None)
     if file is None:
         raise UserError(f"no encoder for {args.model}: give --encoder a file of train_e4t.py")
@@ -258,11 +257,11 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    return [Option("steps", number(int, 0, 100_000), 15, 15, "of fine-tuning; 0: the encoder alone"),
+    return [Option("steps", number(int, 0, 100_000), 15, 15, "fine-tuning steps; 0: the encoder alone"),
             Option("lr", number(float, 0, 1), 2e-4, 1.6e-5, "learning rate"),
             Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo in each step"),
-            same("encoder", old_file, None, "file of train_e4t.py; nano brings its own", metavar="FILE")]
+            same("encoder", old_file, None, "file of train_e4t.py; default: nano's own", metavar="FILE")]
 
 
-METHOD = Method("e4t", "an encoder says which word [V] is at every step, then 15 steps of all",
-                options, make, adapters, shapes, lambda args: [Change, Hole, Word])
+METHOD = Method("e4t", "an encoder predicts the word [V] at every step, then 15 steps of all", options,
+                make, adapters, shapes, lambda args: [Change, Hole, Word])

@@ -5,48 +5,47 @@
     python personalize.py you.png "a [V] face" --method perfusion --identifier zwx --out you  # another
     python personalize.py out/person.safetensors "a [V] face" --method perfusion --with you/person.safetensors
 
-A layer W of keys or values gets encodings e of the prompt's tokens. Where e lies along i*, the encoding of
-the person's word, W·i* is replaced by o*, as far as a gate opens:
+A layer W of keys or values gets encodings e of the prompt's tokens. The part of e along i*, the encoding of
+the person's word, would become W·i*. It is replaced by o*, as far as a gate opens:
 
     h = W·e⊥ + o*·σ((s − β)/τ),      s = sim/‖i*‖²,   sim = eᵀC⁻¹i*,   ‖i*‖² = i*ᵀC⁻¹i*,   e⊥ = e − i*·s
 
-with C the uncentred covariance of encodings, so that s is 1 at i* and about 0 at all other words. Keys are
-locked: o* is W times the encoding of "face", so that the person gets the attention that any face gets. Of the
-values o* is trained, and so is the embedding of the person's word. β and τ can be changed after training.
+C is the uncentred covariance of encodings, so s is 1 at i* and about 0 at all other words. Keys are locked:
+o* is W times the encoding of "face", so the person gets the attention of any face. Training changes o* of the
+values and the embedding of the person's word. β and τ can be changed afterwards.
 
-Where s = 0, h is W·e plus the gate's tail σ(−β/τ)·o*. At β → ∞ the gate is 0 and h is W·e⊥, which is W·e only
-where s = 0. What lies along i* is still taken away then: W·i* becomes 0, so the person's own word says
-nothing, while other words, and prompts without the person, are as if untouched.
+Where s = 0, h is W·e plus the gate's tail σ(−β/τ)·o*. At β → ∞ the gate is 0, and h = W·e⊥ still lacks the
+part along i*: the person's own word says nothing, while words with s = 0 give W·e, as in the model itself.
 
-A person's numbers are o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding, and the token's id: on
-SD 1.5 12,480 + 3·768 + 2, in float16 30 KB, in float32 59 (the paper's 100 KB have the keys as well); on nano
-544 + 3·128 + 2, 1.9 or 3.7 KB. The names in the file add 1 to 2 KB."""
+A person is o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding, and the token's id: on SD 1.5 12,480 +
+3·768 + 2 numbers, 30 KB in float16 (the paper's 100 KB include keys); on nano 544 + 3·128 + 2, 1.9 KB. The
+names in the file add 1 to 2 KB."""
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import clip
-from clip import IDENTIFIER, with_identifier
-from methods.textual_inversion import CLASS, LAYER, Rows, only_token
-from training.fit import fit_or_take_back
-from diffusion import denoising_loss
 from adapters import shared
-from program.console import UserError
+from clip import IDENTIFIER, with_identifier
+from diffusion import denoising_loss
 from files.person import Person, load_person
-from methods.protocol import Method
-from program.options import Option, number, old_file, same
 from hdb import PROMPT, seeded
+from methods.protocol import Method
+from methods.textual_inversion import CLASS, LAYER, Rows, only_token
 from nano import faces, seeds, wording
+from program.console import UserError
+from program.options import Option, number, old_file, same
+from training.fit import fit_or_take_back
 
 TRAINING, SAMPLING = (.75, .1), (.7, .15)  # β and τ
-KEPT = .99    # of the average i*, a step
-RIDGE = 1e-4  # of C's mean eigenvalue, added to all: C may be singular
-# Prompts to meet "face", or the person, at several places: an encoding depends on its place, and with one
-# prompt's alone as i* nano's gate stays shut wherever the word stands elsewhere
+KEPT = .99    # decay of the moving average i*
+RIDGE = 1e-4  # share of C's mean eigenvalue that is added to all, since C may be singular
+# i* is a mean over these prompts. An encoding depends on its position: with the i* of one prompt, nano's gate
+# stays shut where the word has another position
 TEMPLATES = ("a {}", "a photo of a {}", "an instagram selfie of a {}", "a pixar character of a {}",
              "a professional photo of a {}")
-# For C of other models than nano, in place of the paper's 100,000 captions: every form of every thing
+# C of models other than nano: every form of every thing, in place of the paper's 100,000 captions
 FORMS = ("{}", "a photo of a {}", "the {} at the beach", "a painting of a {} in the style of Van Gogh",
          "two happy people with a {}", "a close-up photograph of an old {}", "a {} in winter, snow, trees",
          "portrait of a man with a red {}", "a woman next to a {} in New York", "my new {} is on sale",
@@ -57,7 +56,7 @@ THINGS = ("face person man woman child king astronaut dog cat horse bird bear ho
 
 
 class Gated(NamedTuple):
-    """The formula above, of J concepts at once, of one person each or of P people side by side.
+    """The formula above, for J concepts at once, of one person or of P people side by side.
 
     inputs (P, J, d): i*; duals (P, J, d): C⁻¹i*/‖i*‖²; outputs (P, J, n): o*."""
     inputs: torch.Tensor
@@ -67,7 +66,7 @@ class Gated(NamedTuple):
     tau: float
 
     def __call__(self, layer, x, y):
-        """x: encodings e (B, m, d), y: W·e (B, m, n), B = k·P samples in k groups; ValueError for others."""
+        """x: encodings e (B, m, d); y: W·e (B, m, n); B = k·P samples, by shared(), else ValueError."""
         replaced = F.linear(self.inputs.to(layer.weight.dtype), layer.weight).float()
         duals, outputs, replaced = (shared(t, len(x)) for t in (self.duals, self.outputs, replaced))
         similarity = x.float() @ duals.mT  # s of every token and concept
@@ -76,7 +75,7 @@ class Gated(NamedTuple):
 
 
 class Both(NamedTuple):
-    """One adapter of a layer after the other."""
+    """Two adapters of one layer, one after the other."""
     first: Rows
     second: Rows
 
@@ -85,7 +84,7 @@ class Both(NamedTuple):
 
 
 def projections(model, kind):
-    """name -> layer, of all in the UNet that make keys ("k") or values ("v") of the prompt."""
+    """name -> layer, for all layers of the UNet that make keys ("k") or values ("v") of the prompt."""
     return {name: layer for name, layer in model.layers.items() if name.endswith(f"attn2.to_{kind}")}
 
 
@@ -93,7 +92,7 @@ def projections(model, kind):
 # Encodings
 
 def captions(model):
-    """What is said to this model: nano's own captions, or else everyday things in everyday prompts."""
+    """Prompts to measure C: nano's own captions, or else everyday things in everyday prompts."""
     if model.text.config != clip.NANO:
         return [form.format(thing) for form in FORMS for thing in THINGS]
     generator = seeded(seeds.PRETRAINING)
@@ -106,8 +105,9 @@ def captions(model):
 def covariance(model, captions):
     """C (d, d), in float64 on the CPU: the mean of e·eᵀ over all tokens of the captions.
 
-    All tokens: the layers get padding too. For nano's "a sks face", s of padding is then at most .20
-    (deviation .04); where C leaves padding out .36 (.07), start and end as well 1.3 (.22): the gate opens."""
+    Padding is included, because the layers get it too: for nano's "a sks face", s of padding is then at most
+    .20 (standard deviation .04). Without padding in C it is .36 (.07), and without start and end tokens as
+    well 1.3 (.22), so the gate opens."""
     total, count = 0., 0
     for ids in model.tokenizer(captions).split(64):
         e = model.text(ids.to(model.device)).flatten(0, 1).cpu().double()
@@ -116,20 +116,20 @@ def covariance(model, captions):
 
 
 def inverse(c):
-    """C⁻¹ (d, d), float32, with a ridge that makes it exist."""
+    """C⁻¹ (d, d), float32, after adding a ridge to C."""
     ridge = RIDGE * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype)
     return torch.linalg.inv(c + ridge).float()
 
 
 def dual(i, c_inverse):
-    """i* (P, d) -> C⁻¹i*/‖i*‖² (P, d), whose product with e is s. C's scale cancels."""
-    there = i @ c_inverse
-    return there / (there * i).sum(-1, keepdim=True)
+    """i* (P, d) -> C⁻¹i*/‖i*‖² (P, d), whose product with e is s. The scale of C cancels."""
+    product = i @ c_inverse
+    return product / (product * i).sum(-1, keepdim=True)
 
 
 @torch.no_grad()
 def encoding(model, phrase, token, people=1):
-    """Of `token` in the phrase, the mean over TEMPLATES, under the adapters of so many people: (P, d)."""
+    """The encoding of `token` in the phrase, the mean over TEMPLATES, under adapters of P people: (P, d)."""
     prompts = [template.format(phrase) for template in TEMPLATES for _ in range(people)]
     ids = model.tokenizer(prompts).to(model.device)
     place = (ids == token).int().argmax(1)
@@ -138,7 +138,7 @@ def encoding(model, phrase, token, people=1):
 
 
 def super_category(model):
-    """The encoding of "face" (1, d): where i* starts, and what W·… locks the keys to."""
+    """The encoding of "face" (1, d), the start of i* and the input that keys are locked to."""
     return encoding(model, CLASS, only_token(model, CLASS))
 
 
@@ -149,15 +149,15 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
         callback=None):
     """Photos (P, 3, H, W) in [-1, 1] of P people, side by side -> tensors (P, …) for adapters(), float32.
 
-    lr: of the values; embedding_lr: of the word's embedding; batch: noises of a photo a step. callback(step,
-    loss) after every step. UserError, a ValueError, where the identifier is not one token."""
+    lr: of the values; embedding_lr: of the word's embedding; batch: noises of each photo in a step.
+    callback(step, loss) after every step. UserError, a ValueError, if the identifier is not one token."""
     people, token, prompt = len(photo), only_token(model, identifier), with_identifier(PROMPT, identifier)
     generator = generator or seeded(0)
     latent = model.encode(photo).detach().repeat(batch, 1, 1, 1)
     face = super_category(model)
     c_inverse = inverse(covariance(model, captions(model))).to(model.device)
 
-    # everybody starts as a face
+    # Everybody starts as "face"
     i = face.repeat(people, 1)
     word = model.layers[LAYER].weight[only_token(model, CLASS)].float()
     embedding = word.repeat(people, 1).requires_grad_()
@@ -165,12 +165,12 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
               for name, layer in projections(model, "v").items()}
 
     def tensors():
-        # a token's number in two digits, which float16 holds exactly
+        # the token's id in two digits, which float16 holds exactly
         digits = embedding.new_tensor([divmod(token, 256)]).repeat(people, 1)
         return {"token": digits, "embedding": embedding, "input": i, "dual": dual(i, c_inverse)} | values
 
     def context():
-        # in every step i* follows its word, no gradient goes back through it
+        # In every step i* follows its word; no gradient goes through it
         if torch.is_grad_enabled():
             with model.adapted({LAYER: Rows(embedding[:, None], token)}):
                 i.lerp_(encoding(model, with_identifier("[V] face", identifier), token, people), 1 - KEPT)
@@ -183,7 +183,7 @@ def learn(model, photo, steps=400, lr=.1, embedding_lr=.02, batch=4, identifier=
 
 
 def gated(tensors, model, face, beta, tau):
-    """The adapters of all that is a person's; face (1, d): super_category(model)."""
+    """The adapters of P people's tensors; face (1, d): super_category(model)."""
     (token,) = {int(high * 256 + low) for high, low in tensors["token"].tolist()}
     found = {LAYER: Rows(tensors["embedding"][:, None], token)}
     i, duals = (tensors[name][:, None] for name in ("input", "dual"))
@@ -196,7 +196,7 @@ def gated(tensors, model, face, beta, tau):
 
 
 def adapters(tensors, engine):
-    """What model.adapted applies, at the β and τ of sampling."""
+    """The adapters of P people's tensors, at the default β and τ of sampling."""
     return gated(tensors, engine.model, super_category(engine.model), *SAMPLING)
 
 
@@ -212,11 +212,11 @@ def shapes(tensors, engine):
 # After training: two people in one picture, β and τ
 
 def together(first, second):
-    """The adapters of two people, of each their own word, as one. h = W·e⊥ + Σ o*_j·σ((s_j − β)/τ), where e⊥
-    is what Gram-Schmidt over U·i*_j, C⁻¹ = UᵀU, leaves of U·e: nothing in the span of all i*.
+    """The adapters of two people, each with a word of its own, as one: h = W·e⊥ + Σ o*_j·σ((s_j − β)/τ). The
+    paper makes e⊥ by Gram-Schmidt over U·i*_j, where C⁻¹ = UᵀU: it has no part in the span of all i*.
 
-    No U is needed: with vectors i'_k of the same span for which s_j is 1 if j = k and 0 otherwise, e⊥ is
-    e − Σ i'_j·s_j. β and τ are the first's."""
+    U is not needed: e⊥ = e − Σ i'_j·s_j, with the vectors i'_k of that span for which s_j is 1 if j = k, else
+    0. β and τ are those of the first."""
     joined = {}
     for name, one in first.items():
         if isinstance(one, Gated):
@@ -237,7 +237,8 @@ def at(adapters, beta, tau=SAMPLING[1]):
 
 
 def at_sampling(adapters, args, engine):
-    """The same adapters, beside the file `beside` of args, at its β and τ. UserError for no other person."""
+    """The adapters at --beta and --tau, together with those of the person --with (args.beside), if given.
+    UserError if the two cannot be told apart."""
     if args.beside:
         person = load_person(args.beside, engine, {METHOD.name: METHOD})
         other = person.adapters(engine)
@@ -246,13 +247,13 @@ def at_sampling(adapters, args, engine):
                             "with another --identifier")
         try:
             adapters = together(adapters, other)
-        except torch.linalg.LinAlgError:  # i* of one is 0 or the other's
+        except torch.linalg.LinAlgError:  # an i* is 0, or they are parallel
             raise UserError(f"{args.beside}: its word cannot be told from {args.identifier}") from None
     return at(adapters, args.beta, args.tau)
 
 
 def make(engine, photos, generators, args, stage):
-    """Photo to Person."""
+    """Photos (1, 1, 3, H, W) to the Person."""
     with stage.progress(args.steps) as show:
         tensors = learn(engine.model, photos[:, 0], args.steps, args.lr, args.embedding_lr, args.batch,
                         args.identifier, generators[0], show)
@@ -261,17 +262,16 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    """Training's, then sampling's."""
-    return [Option("steps", number(int, 1, 100_000), 400, 400, "of training"),
+    return [Option("steps", number(int, 1, 100_000), 400, 400, "training steps"),
             Option("lr", number(float, 0, 1), .1, .03, "learning rate of the values"),
             Option("embedding_lr", number(float, 0, 1), .02, .006, "learning rate of the word's embedding"),
             Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo in each step"),
-            Option("beta", number(float, -100, 100), .7, .7, "bias of the gate in sampling; higher for less "
-                   "of the person"),
-            Option("tau", number(float, .001, 100), .15, .15, "temperature of the gate in sampling"),
-            same("identifier", str, IDENTIFIER, "a rare token that the person is called by", metavar="WORD"),
-            same("with", old_file, None, "a second person, in the prompt by the --identifier that they were "
-                 "made with", metavar="FILE", dest="beside")]
+            same("beta", number(float, -100, 100), SAMPLING[0], "bias of the gate in sampling; a higher one "
+                 "shows less of the person"),
+            same("tau", number(float, .001, 100), SAMPLING[1], "temperature of the gate in sampling"),
+            same("identifier", str, IDENTIFIER, "a rare token as the person's name", metavar="WORD"),
+            same("with", old_file, None, "a second person, whom the prompt calls by the --identifier that "
+                 "they were trained with", metavar="FILE", dest="beside")]
 
 
 METHOD = Method("perfusion", "one gated rank-one change of every cross-attention", options, make, adapters,

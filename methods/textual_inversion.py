@@ -1,41 +1,41 @@
-"""Textual Inversion (Gal et al., arXiv 2208.01618): a person is a new word, and nothing else is trained.
+"""Textual Inversion (Gal et al., arXiv 2208.01618): a person is the embedding of a new word.
 
     python personalize.py nano/example.png "a [V] face as a rock star" --method textual_inversion
 
-The paper's Eq. 2 is v* = argmin over v of the denoising loss, where v is the row of the token embedding that
-the identifier looks up: a vector of d numbers, 768 in SD 1.5, or N of them where the prompt says the
-identifier N times. Published for Stable Diffusion: 5,000 steps of rate 5e-3, batch 2."""
+The paper's Eq. 2 is v* = argmin over v of the denoising loss, where v is the row of the token embedding for
+the identifier: a vector of d numbers, 768 on SD 1.5, or N vectors if the prompt repeats the identifier N
+times. Settings published for Stable Diffusion: 5,000 steps, learning rate 5e-3, batch 2."""
 import math
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
-from clip import IDENTIFIER, with_identifier
-from training.fit import fit_or_take_back
-from diffusion import denoising_loss
 from adapters import shared
+from clip import IDENTIFIER, with_identifier
+from diffusion import denoising_loss
 from files.checkpoints import Tensors, check_numbers, write
-from program.console import UserError
 from files.person import Person
-from methods.protocol import Method
-from program.options import Option, number
 from hdb import PROMPT, seeded
+from methods.protocol import Method
+from program.console import UserError
+from program.options import Option, number
+from training.fit import fit_or_take_back
 
 LAYER = "text.text_model.embeddings.token_embedding"
-CLASS = "face"   # the word of PROMPT that the person is one of
-SPREAD = .1      # of the other vectors around the first, in standard deviations of its numbers
-TOKEN = "<sks>"  # the identifier in other programs, which know "sks" already
+CLASS = "face"   # the class word in PROMPT
+SPREAD = .1      # of the other initial vectors around the first, in standard deviations of its numbers
+TOKEN = "<sks>"  # the identifier in exports; other programs have a token "sks"
 
 
 class Rows(NamedTuple):
-    """Each person's N vectors (P, N, d) in place of the embedding of `token`: the first time a prompt says it
-    the first vector, and so on, after N times the first one again."""
+    """Each person's N vectors (P, N, d) in place of the embedding of `token`. The k-th occurrence of the
+    token in a prompt gets vector k, modulo N."""
     vectors: torch.Tensor
     token: int
 
     def __call__(self, layer, x, y):
-        """x: ids of tokens (B, n), y: their embeddings (B, n, d), B = k·P samples; see shared()."""
+        """x: token ids (B, n); y: their embeddings (B, n, d); B = k·P samples, see shared()."""
         vectors = shared(self.vectors, len(x)).to(y.dtype).expand(len(x), -1, -1)
         here = x == self.token
         which = (here.cumsum(1) - 1) % vectors.shape[1]
@@ -44,31 +44,32 @@ class Rows(NamedTuple):
 
 
 def identifier(tokens):
-    """What [V] stands for where a person has so many vectors."""
+    """The words that [V] stands for, if a person has this many vectors."""
     return " ".join([IDENTIFIER] * tokens)
 
 
 def only_token(model, word):
-    """The id of the one token that a word is. UserError, which is a ValueError, if it is not one."""
+    """The id of a word's only token. UserError, which is a ValueError, if it has none or several."""
     tokens = model.tokenizer.tokens(word)
     if len(tokens) != 1:
-        raise UserError(f'"{word}" is not one token of {model.name}')
+        raise UserError(f'"{word}" is not one token of {model.name}; give a word that is')
     return model.tokenizer.vocab[tokens[0]]
 
 
 def room(model, prompt=""):
-    """How many vectors fit into a prompt beside its own words."""
-    rest = len(model.tokenizer.tokens(with_identifier(prompt, "")))
-    return model.tokenizer.max_length - 2 - rest  # start and end
+    """How many vectors fit into a prompt beside its other words."""
+    others = len(model.tokenizer.tokens(with_identifier(prompt, "")))
+    return model.tokenizer.max_length - 2 - others  # 2: start and end
 
 
 def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
-    """The vectors that draw the person of a photo: {"vectors": (P, tokens, d)}, float32.
+    """A photo (P, 3, H, W) in [-1, 1] of each of P people, side by side -> {"vectors": (P, tokens, d)},
+    float32.
 
-    photo (P, 3, H, W) in [-1, 1], P people side by side, `batch` noises of each a step. All start at the
-    embedding of the class word, vectors after the first with a little noise. generator: one, or one for each
-    of the people, whose vectors then don't depend on who is beside them. callback(step, loss) after every
-    step. UserError, a ValueError, for words that are not one token, or more vectors than there is room."""
+    batch: noises of each photo in a step. All vectors start at the embedding of the class word; noise is
+    added to those after the first. generator: one, or a list with one for each person, whose vectors then do
+    not depend on the others. callback(step, loss) after every step. UserError, a ValueError, if identifier or
+    class word are not one token, or the prompt has no room for the vectors."""
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
         raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")
@@ -81,7 +82,7 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
     vectors[:, 1:] += SPREAD * start[0].std() * torch.stack(noise).to(start)
     vectors = vectors.repeat(len(photo) // len(each), 1, 1).requires_grad_()
 
-    # [V] is spelt out here, as the model would make it one word
+    # [V] is written out here: the model would replace it by one word
     prompts = [with_identifier(PROMPT, identifier(tokens))] * len(photo)
     fit_or_take_back(lambda: denoising_loss(model, latent, prompts, generator).mean(), [vectors], steps, lr,
                      lambda: model.adapted({LAYER: Rows(vectors, token)}), callback, replay=generator)
@@ -89,12 +90,12 @@ def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, c
 
 
 def adapters(tensors, engine):
-    """What model.adapted applies of P people's {"vectors": (P, N, d)}; see only_token()."""
+    """The adapter of P people's {"vectors": (P, N, d)}. UserError as in only_token()."""
     return {LAYER: Rows(tensors["vectors"], only_token(engine.model, IDENTIFIER))}
 
 
 def shapes(tensors, engine):
-    """The shape of one person's tensors for this model, of any number of vectors that a prompt holds."""
+    """name -> shape of one person's tensors: as many vectors as there are, if a prompt has room for them."""
     found = tensors["vectors"].shape if "vectors" in tensors else ()
     count = found[1] if len(found) == 3 else 1
     width = engine.model.layers[LAYER].embedding_dim
@@ -102,12 +103,12 @@ def shapes(tensors, engine):
 
 
 def person(tensors, base):
-    """The Person with one person's {"vectors": (1, N, d)}, for the model called `base`."""
+    """The Person of {"vectors": (1, N, d)}, for the model with the name `base`."""
     return Person(METHOD, tensors, base, identifier(tensors["vectors"].shape[1]))
 
 
 def make(engine, photos, generators, args, stage):
-    """Photo to Person."""
+    """Photos (1, 1, 3, H, W) to the Person."""
     with stage.progress(args.steps) as show:
         tensors = learn(engine.model, photos[:, 0], args.steps, args.lr, args.batch, args.tokens,
                         generators[0], show)
@@ -116,12 +117,12 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    """nano's: the mean likeness of four people as rock stars and Pixar characters is .46, .56, .60 and .59
-    after 300 steps of 5e-3, 1e-2, 2e-2 and 5e-2; with 2e-2 it is .46 after 100 steps and .57 after 600."""
-    return [Option("steps", number(int, 1, 100_000), 300, 5000, "of training the vectors"),
+    """On nano, the mean likeness of four people as rock stars and Pixar characters is .46, .56, .60 and .59
+    after 300 steps at 5e-3, 1e-2, 2e-2 and 5e-2; at 2e-2 it is .46 after 100 steps and .57 after 600."""
+    return [Option("steps", number(int, 1, 100_000), 300, 5000, "training steps"),
             Option("lr", number(float, 0, 1), 2e-2, 5e-3, "learning rate"),
             Option("batch", number(int, 1, 1024), 2, 2, "noises of the photo in each step"),
-            Option("tokens", number(int, 1, 75), 1, 1, "how many vectors the person is")]
+            Option("tokens", number(int, 1, 75), 1, 1, "number of vectors")]
 
 
 METHOD = Method("textual_inversion", "the embedding of one new word, and nothing else", options, make,
@@ -129,22 +130,22 @@ METHOD = Method("textual_inversion", "the embedding of one new word, and nothing
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The learned embedding as a file for other programs: one tensor (N, d), its name the word in their prompts
+# The embedding in a file for other programs: one tensor (N, d), whose name is the word in prompts
 
-def save_embedding(tensors, path, token=TOKEN, photos=""):
-    """Write one person's vectors as diffusers' load_textual_inversion, ComfyUI and A1111 read them, in
-    float32. In diffusers' prompts the word is `token`, in the others' the file's name. photos: digits, as in
-    a personal file. ValueError for several people, UserError for NaN or infinity."""
+def save_embedding(tensors, path, photos=""):
+    """Write one person's vectors in float32 for diffusers' load_textual_inversion, ComfyUI and A1111. The
+    word in prompts is TOKEN for diffusers, the file's name for the others. photos: checksums, as in a
+    personal file. ValueError for several people, UserError for NaN or infinity."""
     if len(tensors["vectors"]) != 1:
         raise ValueError(f"one person's vectors are needed, not {len(tensors['vectors'])} people's")
     embedding = tensors["vectors"][0].float()
     check_numbers({"the embedding": embedding}, path)
-    write({token: embedding}, path, {"format": "pt", "photos": photos})
+    write({TOKEN: embedding}, path, {"format": "pt", "photos": photos})
 
 
 def load_embedding(path, model):
-    """The Person in a file with one tensor (d,) or (N, d), as diffusers writes it, or A1111, where its name
-    is emb_params; float32, on the device of `model`. UserError for all else."""
+    """The Person in a file of diffusers or A1111 with one tensor (d,) or (N, d), in float32 on the device of
+    `model`. UserError for any other file."""
     file, width = Tensors(path), model.layers[LAYER].embedding_dim
     if len(file.shapes) != 1:
         names, count = ", ".join(file.shapes)[:100], len(file.shapes)
@@ -154,7 +155,7 @@ def load_embedding(path, model):
     *several, theirs = shape or (0,)
     count = math.prod(several)
     for wrong, what in (
-            (len(shape) not in (1, 2), f"a tensor of shape {shape}, no word's vectors"),
+            (len(shape) not in (1, 2), f"a tensor of shape {shape}, not the vectors of a word"),
             (theirs != width, f"for a text encoder of width {theirs}, {model.name}'s has width {width}"),
             (not 1 <= count <= room(model), f"{count} vectors, {model.name}'s prompts have room for 1 to "
              f"{room(model)}")):
@@ -166,11 +167,10 @@ def load_embedding(path, model):
 
 
 def is_embedding(path):
-    """Whether `path` is a safetensors file of embeddings, of one word or several, which have no dots in their
-    names, by its header alone. False, and no error, for all else."""
+    """Whether `path` is a safetensors file with embeddings of one or more words, which have no dots in their
+    names, by its header alone. False, never an error, for anything else."""
     with suppress(OSError, ValueError):
         file = Tensors(path)
         words = len(file.shapes) == 1 or file.shapes and not any("." in name for name in file.shapes)
         return bool(words) and all(len(shape) in (1, 2) for shape in file.shapes.values())
     return False
-

@@ -1,37 +1,38 @@
 """Pre-train E4T's encoder and offsets (arXiv 2302.12228, section 4.1) on a domain: faces.
 
-    python -m methods.train_e4t                       # nano's, on people that its renderer draws
+    python -m methods.train_e4t                       # for nano, on people that its renderer draws
     python -m methods.train_e4t --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
-It trains on the same people and pictures as train.py, so that HyperDreamBooth and E4T get the same chance:
-the photo of a person, and another picture of them to denoise, under its prompt. The same command resumes it.
-The paper has a rate of 1e-6 and batch 16, but trains all of a Stable Diffusion as well. Here the model stays
-as it is, and encoder and offsets, which start from nothing, take a higher rate."""
+It trains on the same people and pictures as train.py, so HyperDreamBooth and E4T can be compared: the input
+is a photo of a person, and the picture to denoise is another one, with its prompt. The same command resumes a
+training. The paper uses a learning rate of 1e-6 and batch 16, and trains all of Stable Diffusion as well.
+Here the model stays frozen; encoder and offsets start from nothing and take a higher rate."""
 import time
 from pathlib import Path
+
+from program import console
 
 import torch
 from torch import nn
 
 import hdb
-from methods import e4t
 from diffusion import denoising_loss
-from program import console
-from program.lock import alone
 from files.checkpoints import checksum
 from files.encoders import FACE_ENCODER
 from files.layouts import model_name
+from methods import e4t
+from nano import people, seeds
+from program.lock import alone
 from program.options import (Option, early, folder_of_faces, model_rows, parser_of, refused, run_rows,
                              training_rows, usual_steps)
-from nano import people, seeds
 from training.trainer import Trainer, global_seed, say_start
 
-WATCHED = 8  # people whose pictures are measured while nano's is trained
+WATCHED = 8  # people of nano whose pictures are measured during training
 
 
 class Offset(nn.Module):
-    """One layer's Δ, from a learnt vector: two linear maps make the factors of a rank-one matrix, to which
-    two more are applied, one along each axis. The last alone starts at zero: Δ = 0, and no saddle."""
+    """Δ of one layer, from a learnt vector. Two linear maps make the factors of a rank-one matrix, and two
+    more act along its axes. Only the last starts at zero, so Δ = 0 at first, and its gradient is not."""
 
     def __init__(self, layer, width=4):
         super().__init__()
@@ -43,8 +44,8 @@ class Offset(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self):
-        """(rows (out, 3), columns (in, 3)), Δ = rows·columnsᵀ: with A, a and B, b of the two maps that is
-        (A·row·columnᵀ + a·1ᵀ)·Bᵀ + 1·bᵀ."""
+        """rows (out, 3) and columns (in, 3) with rows·columnsᵀ = Δ = (A·row·columnᵀ + a·1ᵀ)·Bᵀ + 1·bᵀ, where
+        A, a and B, b belong to the two maps along the axes."""
         row, column = self.row(self.vector), self.column(self.vector)
         first, second = self.along_rows, self.along_columns
         rows = first.weight @ row, first.bias, torch.ones_like(row)
@@ -71,7 +72,7 @@ def main(args):
                       deadline=deadline, muon=True, depends_on=of)
     say_start(trainer, model, data, args.batch)
     for step in trainer:
-        # train.py's people
+        # the same people as in train.py
         generator = hdb.seeded(seeds.seed(args.seed, step, seeds.HYPERNET))
         who = torch.randint(data.count, (args.batch,), generator=generator)
         features, latents, prompts = data.samples(who, generator)
@@ -94,7 +95,7 @@ def main(args):
 
 
 def in_training(domain, deltas, model, seen):
-    """The adapters of people whose photos (P, photo) the encoder has seen."""
+    """The adapters of people whose photos have the mean tokens `seen` (P, photo)."""
     factors = zip(*(delta() for delta in deltas))
     return e4t.offsets(model, *factors) | e4t.words(model, seen, domain.encoder)
 
@@ -106,8 +107,7 @@ def arguments():
     own = refused("--encoder cannot be chosen for nano, which brings its own")
     return parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),
-        Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that looks at photos; nano "
-               "brings its own"),
+        Option("encoder", own if nano else str, None, FACE_ENCODER, "ViT that encodes photos; nano has one"),
         *training_rows(*usual), *run_rows("e4t", 100)], model).parse_args()
 
 

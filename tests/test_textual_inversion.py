@@ -309,8 +309,8 @@ def test_an_embedding_comes_back_bit_for_bit(tmp_path, tokens):
     assert back.tensors.keys() == {"vectors"} and torch.equal(back.tensors["vectors"], tensors["vectors"])
     about = back.method.name, back.base, back.identifier
     assert about == ("textual_inversion", "tiny", " ".join(["sks"] * tokens))
-    save_embedding({"vectors": tensors["vectors"].double()}, str(path), "<me>")
-    assert load_file(path).keys() == {"<me>"} and load_file(path)["<me>"].dtype == torch.float32
+    save_embedding({"vectors": tensors["vectors"].double()}, str(path))
+    assert load_file(path)["<sks>"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("name, shape, dtype", [
