@@ -151,7 +151,7 @@ def fit_targets(method, data, args, folder, of, deadline):
             return data.pictures(who, generator)
         with tqdm(total=args.target_steps, desc="steps of a part", leave=False) as bar:
             theta = method.fit_theta(pictures, len(who), args.target_steps, args.target_lr, generator,
-                                     lambda *step: bar.update())
+                                     lambda *step: console.advance(bar))
         return {"theta": theta}
     groups = torch.arange(data.count).split(args.batch)
     settings = {name: getattr(args, name) for name in ("seed", "batch", "target_steps", "target_lr")}

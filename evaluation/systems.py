@@ -10,6 +10,7 @@ from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversi
 from adapters import scale
 from files.layouts import HERE
 from files.person import Person
+from program.console import advance
 
 PEOPLE = 8  # side by side on nano, if the method can
 
@@ -38,7 +39,7 @@ class Job(NamedTuple):
 def moving(steps):
     """Yields a callback that moves a bar of this many steps."""
     with tqdm(total=steps, desc="fine-tuning", leave=False, delay=2) as bar:
-        yield lambda *step: bar.update()
+        yield lambda *step: advance(bar)
 
 
 def ours(method, photo, generators, steps=40, predict=True, iterations=None, rank=4, lr=3e-3, views=8):

@@ -232,7 +232,7 @@ def load_domain(path, model):
 
 
 def load_looker(source, model):
-    """The encoder of photos: nano's, from the file of its hypernetwork, or an official one without weights."""
+    """The encoder of photos: nano's, from its hypernetwork's file, or an official one without weights."""
     if source == NANO_LOOKER:
         vit = load_hypernet(HERE / source, model).vit
         vit.source = source

@@ -97,6 +97,11 @@ class Stages:
             print(f"         stopped after {done} of {steps} steps; what was learnt until then is used")
 
 
+def advance(bar):
+    """Move a tqdm bar by a step. bar.update() may return True, which would end a fit as its callback."""
+    bar.update()
+
+
 def peak_memory(device):
     """The peak memory, in words: of a GPU, else of this process."""
     if device.type == "cuda":

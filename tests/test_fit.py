@@ -27,7 +27,7 @@ def test_a_loss_that_rises_for_good_is_taken_back():
 
     def loss(x):
         return (2 - x + 100 * (x.detach() > 1.05)).sum()
-    with pytest.warns(UserWarning, match="rose from 2 to 100, so the last steps are not kept: a rate of 0.1"):
+    with pytest.warns(UserWarning, match="rose from 2 to 100, so the last steps are undone: "):
         fit_or_take_back(lambda: loss(x), [x], 18, .1, replay=[generator(0)])
     assert x.item() == pytest.approx(.9, abs=1e-4)  # of 0, .3, .6, .9, 1.2 and 1.5
     fit(lambda: loss(y), [y], 16, .1)  # not asked to look

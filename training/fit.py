@@ -1,7 +1,7 @@
-"""A few steps of Adam on one loss, all in memory: what fine-tuning on one photo is, for every method.
+"""A few steps of Adam on one loss: the fine-tuning on a photo, for every method.
 
-`fit` is the plain loop. Beside it stand what makes a step safe in float16 (`backward`), what takes a training
-back that went wrong (`fit_or_take_back`), and what makes a GPU's steps fast (`recorded`)."""
+`fit` is the plain loop. `backward` makes a step safe in float16, `fit_or_take_back` undoes a fit that went
+wrong, and `recorded` makes steps on a GPU fast."""
 import warnings
 from contextlib import nullcontext
 
@@ -12,16 +12,16 @@ from adapters import Change, require_low_rank
 
 SCALE = 2 ** 10
 SMALL = 2 ** 18  # fastest() puts a LoRA into the weights of layers with at most this many
-RISEN = 1.5  # a loss that is this many times what it was at the start has risen
+RISEN = 1.5  # a loss has risen if it is this many times that of the start
 
 
 def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=tuple):
-    """Change `parameters`, a list of tensors that require gradients, or of groups of them, {"params":
-    [tensors], "lr": a rate of their own}, by `steps` of Adam down the scalar loss(*inputs()).
+    """Change `parameters` by `steps` of Adam down the scalar loss(*inputs()). They are a list of tensors that
+    require gradients, or of groups {"params": [tensors], "lr": their own rate}.
 
-    context() is a context for each loss and its backward: lambda: model.adapted(adapters of the parameters).
-    callback(step, loss) after every step; True ends it. inputs() -> all tensors that change between steps, in
-    shapes that don't: a GPU then gets a step in one piece. ValueError inside torch.inference_mode()."""
+    context(): the context of each loss and its backward, such as lambda: model.adapted(adapters).
+    callback(step, loss) after every step; True ends the fit. inputs() -> all tensors that change between
+    steps, in constant shapes: a GPU replays a recorded step. ValueError inside torch.inference_mode()."""
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be trained inside torch.inference_mode()")
     step = adam_step(loss, parameters, lr, context)
@@ -35,9 +35,9 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
 
 def fit_or_take_back(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=tuple,
                      replay=(), states=8):
-    """fit(), and a look back at its end: the first step's noise, which the generator `replay`, or each of a
-    list of them, gave, is tried again. Where its loss is well above what it was, a warning says so, and the
-    last of so many `states` kept on the way for which it is not is put back."""
+    """fit(), then a check: the generator `replay`, or each of a list of generators, repeats the noise of the
+    first step. If its loss has risen, a warning says so, and the parameters go back to the last of `states`
+    kept states for which it has not."""
     trained, every = tensors_of(parameters), steps // states + 1 if states else steps + 1
     replay = [replay] if isinstance(replay, torch.Generator) else replay
     beginning, losses, kept = [g.get_state() for g in replay], [], []
@@ -57,7 +57,7 @@ def fit_or_take_back(loss, parameters, steps, lr, context=nullcontext, callback=
         return
 
     def risen():
-        """What the first step's noise gives now, where that is well above what it gave then, or no number."""
+        """The loss for the first step's noise, if it is well above the first loss or NaN; else None."""
         now = [g.get_state() for g in replay]
         for generator, state in zip(replay, beginning):
             generator.set_state(state)
@@ -68,24 +68,27 @@ def fit_or_take_back(loss, parameters, steps, lr, context=nullcontext, callback=
         return None if value <= RISEN * losses[0] else value
 
     if (last := risen()) is not None:
-        so = ", so the last steps are not kept" if kept else ""
-        warnings.warn(f"the loss rose from {losses[0]:.3g} to {last:.3g}{so}: a rate of {lr:g} is too high; "
-                      "a tenth of it, or fewer steps, may do", stacklevel=3)
+        undone = ", so the last steps are undone" if kept else ""
+        warnings.warn(f"the loss rose from {losses[0]:.3g} to {last:.3g}{undone}: the rate {lr:g} is too "
+                      "high; try a tenth of it, or fewer steps", stacklevel=3)
         for state in reversed(kept):
             torch._foreach_copy_([p.detach() for p in trained], state)
             if risen() is None:
                 break
 
 
+def groups_of(parameters):
+    """A list of groups, from a list of tensors or groups."""
+    return parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+
+
 def tensors_of(parameters):
-    """The tensors of a list of tensors or groups."""
-    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
-    return [p for group in groups for p in group["params"]]
+    """All tensors of a list of tensors or groups."""
+    return [p for group in groups_of(parameters) for p in group["params"]]
 
 
 def adam_step(loss, parameters, lr, context):
-    """step(*inputs) -> the loss before it: one step of Adam, which keeps its moments from call to call."""
-    groups = parameters if isinstance(parameters[0], dict) else [{"params": parameters}]
+    """step(*inputs) -> the loss before the step: one step of Adam, which keeps its moments between calls."""
     trained, zeros = tensors_of(parameters), torch.zeros_like
     memory = {p: (zeros(p), zeros(p), torch.zeros((), device=p.device)) for p in trained}  # moments, steps
 
@@ -94,15 +97,15 @@ def adam_step(loss, parameters, lr, context):
             value = loss(*inputs)
             backward(value, trained)
         with torch.no_grad():
-            for group in groups:
+            for group in groups_of(parameters):
                 adam(group["params"], memory, group.get("lr", lr))
         return value.detach()
     return step
 
 
 def adam(parameters, memory, lr):
-    """A step of Adam down the parameters' gradients, which are gone afterwards. torch.optim's class does the
-    same, but imports a compiler first, a quarter of the time that a person on nano takes."""
+    """A step of Adam down the parameters' gradients, which it clears. torch.optim.Adam does the same, but
+    first imports a compiler, which would take a quarter of the time of a person on nano."""
     moved = [p for p in parameters if p.grad is not None]
     first, second, steps = map(list, zip(*(memory[p] for p in moved)))
     adamw(moved, [p.grad for p in moved], first, second, [], steps, fused=True, amsgrad=False, beta1=.9,
@@ -112,22 +115,22 @@ def adam(parameters, memory, lr):
 
 
 def backward(loss, parameters):
-    """The gradients of `loss` in `parameters`. In between they are SCALE times as large, a power of two, as
-    float16, which ends at 6e-8, would round most of a picture's mean error away."""
+    """Set the gradients of `parameters`. The backward pass computes them times SCALE, a power of two, because
+    float16 ends at 6e-8 and would round most of the gradient of a mean over a picture to 0."""
     (loss * SCALE).backward()
     torch._foreach_div_([p.grad for p in parameters if p.grad is not None], SCALE)
 
 
 def recorded(step, eager=3):
-    """step(*tensors) -> tensor, on a GPU, as a CUDA graph: run as it is a few times, then recorded, and from
-    then on replayed, which spares Python and thousands of launches, the most of a step's time. Whatever
-    else the step reads and writes stays where it is in memory."""
+    """step(*tensors) -> tensor on a GPU, as a CUDA graph: the first `eager` calls run the step, the next one
+    records it, and later ones replay it. That saves Python and thousands of launches, most of the time of a
+    step. All else that the step reads and writes must keep its place in memory."""
     graph, aside, calls, given, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, [], None
 
     def run(*tensors):
         nonlocal calls, given, result
         calls += 1
-        if calls <= eager:  # on a stream of its own, as when it is recorded
+        if calls <= eager:  # on another stream, as during recording
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
                 result = step(*tensors)

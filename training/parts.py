@@ -1,4 +1,4 @@
-"""Long work in parts, each a file, made once: stopped, killed, or of several processes, it goes on."""
+"""Long work in parts, each in a file that is made once: stopped work goes on, in any number of processes."""
 import time
 from pathlib import Path
 
@@ -12,22 +12,21 @@ from program.console import Stopped, deferred_stop
 
 
 def differences(there, here):
-    """In words, what of two dicts, name -> text, differs or stands in one alone."""
+    """In words, the differences of two dicts name -> text."""
     return [f"{name} {there.get(name, 'not known')} there, {here.get(name, 'none')} here"
             for name in here | there if not alike(there.get(name), here.get(name))]
 
 
 def split(things, size):
-    """A list in lists of this size, the last as long as it is."""
+    """A list as lists of this size; the last may be shorter."""
     return [things[i:i + size] for i in range(0, len(things), size)]
 
 
 def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf")):
-    """The files of all `parts` in this folder, made where they aren't there yet: make(part) -> tensors.
-    Each of several processes makes some of them.
-
-    depends_on: name -> what they depend on; shapes: name -> shape of a row of each tensor; LoadError where
-    files are of something else, or damaged. Stopped, after a part, by a signal or deadline (time.time())."""
+    """The files of all `parts` in this folder. make(part) -> tensors makes missing ones; of several
+    processes, each makes a share. depends_on: name -> what the parts depend on; shapes: name -> shape of a
+    row of each tensor. LoadError for files that depend on something else or are damaged. Stopped, after a
+    part, by a signal or the deadline (time.time())."""
     rank, size = distributed.rank_and_size()
     files = [Path(folder, f"{i:05d}.safetensors") for i in range(len(parts))]
     depends_on = {name: str(value) for name, value in depends_on.items()} | {"parts": str(len(parts))}
@@ -45,15 +44,15 @@ def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf"))
                 write(make(part), file, depends_on)
             if stop:
                 raise stopped(stop[0])
-    if distributed.greatest(late):  # known when all are here
+    if distributed.greatest(late):  # waits for all processes
         raise stopped(0)
-    check(files, depends_on, shapes)  # what the others have made meanwhile, of what they see
+    check(files, depends_on, shapes)  # the files of other processes too
     return files
 
 
 def check(files, depends_on, shapes):
-    """LoadError where one of those files that are there was made of something else, or has other tensors than
-    these, as many rows of each; without rows it may be without tensors."""
+    """LoadError if an existing file depends on something else, or if its tensors are not rows of these
+    shapes, equally many of each. A file may be without tensors."""
     for file in filter(Path.exists, files):
         part = Tensors(file)
         if differ := differences(part.note, depends_on):
@@ -61,11 +60,11 @@ def check(files, depends_on, shapes):
             raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as before")
         rows = next(iter(part.shapes.values()), ())[:1]
         if part.shapes and part.shapes != {name: rows + tuple(row) for name, row in shapes.items()}:
-            raise LoadError(f"{file}: damaged, has tensors {part.shapes}; remove it, and it is made again")
+            raise LoadError(f"{file}: damaged, has tensors {part.shapes}; remove it to have it made again")
 
 
 def load_all(files, name):
-    """The tensor of this name in all files, one after the other. UserError for NaN or infinity."""
+    """The tensors of this name in all files, concatenated. UserError for NaN or infinity."""
     parts = {file: Tensors(file)[name] for file in files}
     for file, tensor in parts.items():
         check_numbers({name: tensor}, file)

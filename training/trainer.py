@@ -1,4 +1,4 @@
-"""Training: the long loop, with its schedule, moving average, log and a checkpoint to resume from."""
+"""The long training loop: schedule, moving average, log, and a checkpoint to resume from."""
 import json
 import math
 import time
@@ -9,26 +9,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from program import distributed
-from training.fit import backward
 from files.checkpoints import Tensors, finite, write
 from files.disk import refusing
+from program import distributed
 from program.console import Stopped, UserError, deferred_stop
 from program.lock import locked
 from program.memory import plan_memory
+from training.fit import backward
 from training.parts import differences
 
 
 @contextmanager
 def global_seed(seed):
-    """Inside, the global CPU generator, which initialisers draw from, starts at this seed. It is put back."""
+    """Inside, the global CPU generator, which initialisers use, starts at this seed; then it is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def say_start(trainer, model, data, batch):
-    """Plan the memory of a training's steps, and print what it starts with."""
+    """Plan the memory of a training, and print model, data, steps and plan."""
     plan, dtype = plan_memory(model, batch), str(model.dtype).removeprefix("torch.")
     if distributed.is_main():
         print(f"{model.name} on {model.device}, {dtype}; {data.told}; {trainer.steps:,} steps of {batch}")
@@ -36,15 +36,16 @@ def say_start(trainer, model, data, batch):
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, a moving average, a log and a checkpoint that later calls resume.
+    """AdamW with warm-up and cosine decay, a moving average, a log, and a checkpoint that later runs resume.
+
+    Iterate over a Trainer for the numbers of the remaining steps, and call update(loss) once in each. In
+    several processes (program/distributed.py) the mean loss counts.
 
     modules: name -> nn.Module, whose parameters that require gradients are trained. out: folder of log.jsonl
-    and state.safetensors. deadline: when to stop, by time.time(). muon: matrices, and kernels as
-    matrices of a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon). depends_on: name
-    -> what the run depends on beside its modules' shapes. Iterate over it for the step numbers that remain;
-    call `update(loss)` once in each; of several processes (program/distributed.py) the mean loss counts.
-    UserError if the state is damaged or another run's, saying what differs, or the loss is no number any
-    more; Stopped, all saved, where a signal ended it."""
+    and state.safetensors. deadline: when to stop, as time.time(). muon: train matrices, and kernels as
+    matrices with a row per output, by Muon (Jordan et al., kellerjordan.github.io/posts/muon). depends_on:
+    name -> what the run depends on. UserError if the state is damaged or of another run, naming the
+    differences, and for a loss that is not finite. Stopped, with everything saved, after a signal."""
 
     def __init__(self, modules, out, steps, lr, warmup=100, ema=.999, weight_decay=.01,
                  deadline=math.inf, muon=False, depends_on=None):
@@ -57,7 +58,7 @@ class Trainer:
         self.step, self.mean, self.signal = 0, {}, 0
         self.device = next(iter(self.parameters.values())).device
 
-        # kernels as matrices in the same memory, so that a step of Muon moves the parameters
+        # Views of kernels as matrices: a step of Muon on them changes the parameters
         self.matrices = {key: p.detach().view(len(p), -1) for key, p in self.parameters.items()
                          if muon and p.dim() in (2, 4)}
         others = {key: p for key, p in self.parameters.items() if key not in self.matrices}
@@ -68,7 +69,7 @@ class Trainer:
                                            adjust_lr_fn="match_rms_adamw")
             self.optimizers[of_matrices] = self.matrices
 
-        # the optimisers' memory is made now, so that a state is read into what is there
+        # Allocate the optimisers' state now, so that a checkpoint can be copied into it
         self.moments = {}
         for optimizer, trained in self.optimizers.items():
             names = ["momentum_buffer"] if trained is self.matrices else ["exp_avg", "exp_avg_sq"]
@@ -98,7 +99,7 @@ class Trainer:
             raise Stopped(self.signal, f"{where}; the same command goes on")
 
     def ended(self, stop):
-        """Whether the deadline or a signal has ended the training for one, and so for all processes."""
+        """Whether the deadline has passed or a signal has come, in any process."""
         self.signal = int(distributed.greatest(stop[0] if stop else 0))
         return self.signal or distributed.greatest(time.time() >= self.deadline)
 
@@ -107,7 +108,7 @@ class Trainer:
         return self.step >= self.steps
 
     def update(self, loss, **numbers):
-        """One step down the gradient of `loss`; `numbers` are shown and logged with it, as running means."""
+        """One step down the gradient of `loss`. It and `numbers` are shown and logged as running means."""
         backward(loss, self.parameters.values())
         shown = {name: torch.as_tensor(value, device=self.device).detach().float().clone()
                  for name, value in {"loss": loss, **numbers}.items()}
@@ -115,13 +116,13 @@ class Trainer:
         distributed.average([*shown.values(), *gradients])
         loss = shown["loss"]
         if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at step {self.step}: the learning rate {self.lr:g} "
-                            "is too high, or the data or the start hold such numbers")
+            raise UserError(f"the loss is {loss.item()} at step {self.step}: lower the learning rate of "
+                            f"{self.lr:g}, or look for such numbers in the data")
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         for key, matrix in self.matrices.items():
             matrix.grad = self.parameters[key].grad.flatten(1)
 
-        # warm-up, then a cosine down to nothing
+        # warm-up, and a cosine down to 0
         cosine = .5 + .5 * math.cos(math.pi * self.step / self.steps)
         lr = self.lr * min(1, (self.step + 1) / self.warmup) * cosine
         for optimizer in self.optimizers:
@@ -131,7 +132,7 @@ class Trainer:
         for p in self.parameters.values():
             p.grad = None
 
-        # the average is of few steps at first, as the start is nothing worth keeping
+        # at first the average covers few steps, so that it forgets the initial weights
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_([*self.ema.values()], [p.detach() for p in self.parameters.values()], 1 - decay)
 
@@ -144,8 +145,8 @@ class Trainer:
             self.log(lr=lr, **self.mean)
 
     def finish(self, save, name, write):
-        """The modules get the moving average, and write(path) their file: at `save`, if that is given and the
-        training is done, else `name` in the run's folder: nothing half trained takes another's place."""
+        """Put the moving average into the modules, and call write(path): `save`, if given and the training is
+        done, else `name` in the run's folder. So an unfinished result replaces no other file."""
         self.average()
         file = Path(save) if save and self.done else self.out / name
         if distributed.is_main():
@@ -161,7 +162,7 @@ class Trainer:
             f.write(json.dumps(line) + "\n")
 
     def tensors(self):
-        """All that changes from step to step, under its names in state.safetensors."""
+        """name in state.safetensors -> tensor: weights, moving average, and the optimisers' moments."""
         now = {f"now.{key}": p.detach() for key, p in self.parameters.items()}
         return now | {f"ema.{key}": t for key, t in self.ema.items()} | self.moments
 
@@ -176,8 +177,7 @@ class Trainer:
         with refusing(f"{file}: damaged; remove it to begin again"):
             state = Tensors(file)
             found, note = state.all(), state.note
-            self.step, of = int(note["step"]), note.get("of", "")
-            of = dict(json.loads(of)) if of.startswith("{") else {"run": of}
+            self.step, of = int(note["step"]), dict(json.loads(note["of"]))
             if not 0 <= self.step <= self.steps:
                 raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
             if bad := [key for key, t in found.items() if not finite(t)]:
@@ -197,12 +197,12 @@ class Trainer:
                 state["step"].fill_(self.step)
 
     def average(self):
-        """Put the moving average into the modules in place of the current weights."""
+        """Replace the weights of the modules by the moving average."""
         torch._foreach_copy_([p.detach() for p in self.parameters.values()], [*self.ema.values()])
 
     @contextmanager
     def averaged(self):
-        """The modules hold the moving average inside, and the current weights again afterwards."""
+        """Inside, the modules have the moving average as weights."""
         now = [p.detach().clone() for p in self.parameters.values()]
         self.average()
         yield
@@ -210,18 +210,18 @@ class Trainer:
 
 
 class Pool:
-    """Rows of several tensors to draw training samples from. Each follows from its number alone, so a
-    training that goes on draws what it would have drawn anyway: make(n) -> the tensors of row n, called when
-    it is first drawn. There are `first` rows, `fresh` more at every step; the last `size` are drawn from."""
+    """Rows of several tensors to draw training samples from, made on demand: make(n) -> the tensors of row n,
+    which depend on n alone, so that a resumed training sees the same samples. There are `first` rows and
+    `fresh` more after every step; samples come from the last `size`."""
 
     def __init__(self, make, first, fresh, size):
         self.first, self.fresh, self.size, self.row = first, fresh, size, lru_cache(size)(make)
 
     def draw(self, step, count, generator):
-        """The numbers (count,) of some of the rows that there are at this step."""
+        """The numbers (count,) of random rows at this step."""
         end = self.first + step * self.fresh
         return torch.randint(max(0, end - self.size), end, (count,), generator=generator)
 
     def __getitem__(self, numbers):
-        """The rows with these numbers, a batch of each tensor."""
+        """A batch of each tensor, from the rows with these numbers."""
         return [torch.stack(column) for column in zip(*map(self.row, numbers.tolist()))]

@@ -1,19 +1,19 @@
-"""Several views of the one photo, so that fine-tuning learns the face and less of the picture.
+"""Several views of a single photo, so that fine-tuning learns the face and copies less of the picture.
 
-A LoRA trained on one photo learns its pose, light and background with the face: on nano .87 of them came
-back in "a [V] face". Two things that a user's photo allows lower that: it takes turns with crops of itself,
-and what lies around the face counts less in the loss. On 8 validation people of nano: .63 came back, the
-likeness to a photo that nothing had seen rose from .926 to .939, that in styles from .821 to .866, and the
-likeness to the photo itself fell from .966 to .945 (an earlier hypernetwork; docs/choices.md has today's)."""
+A LoRA trained on one photo learns its pose, light and background with the face: on nano, "a [V] face" copied
+.87 of them. Two measures help: random crops of the photo take turns with it, and the surroundings of the face
+weigh less in the loss. On 8 validation people of nano, .63 was then copied. The likeness to an unseen photo
+rose from .926 to .939, in styles from .821 to .866; to the given photo it fell from .966 to .945 (an earlier
+hypernetwork; docs/choices.md has today's)."""
 import torch
 import torch.nn.functional as F
 
-ZOOM, ANGLE, SHIFT = .10, .12, .10  # the most that a crop differs by: a share, radians, half sides
+ZOOM, ANGLE, SHIFT = .10, .12, .10  # greatest difference of a crop: a share, radians, half sides
 
 
 def crops(photo, count, generators):
-    """Photos (P, 3, H, W) as (P, count, 3, H, W): first as they are, then zoomed, turned and shifted at
-    random, by each person's own CPU generator. What a crop lacks is mirrored at the border."""
+    """Photos (P, 3, H, W) -> (P, count, 3, H, W): the photo itself, then crops that are zoomed, turned and
+    shifted at random by the person's CPU generator, with mirrored borders."""
     each = []
     for own, generator in zip(photo, generators):
         zoom, angle, x, y = (2 * torch.rand(count - 1, 4, generator=generator) - 1).unbind(1)
@@ -28,7 +28,7 @@ def crops(photo, count, generators):
 
 
 def face_weights(height, width, device=None):
-    """Weights (h, w) of a latent's places, 1 on average: a soft ellipse, where a photo has its face."""
+    """Weights (h, w) for a latent, 1 on average: a soft ellipse where photos have the face."""
     y = ((torch.arange(height, device=device) + .5) * 2 / height - 1)[:, None]
     x = ((torch.arange(width, device=device) + .5) * 2 / width - 1)[None]
     inside = torch.sigmoid(6 * (1 - (x / .62) ** 2 - ((y - .03) / .85) ** 2))

@@ -1,4 +1,4 @@
-"""What a training on photos can be watched by, without a judge: photos that it never sees."""
+"""Measure a training on photos, without a judge, by photos that it never sees."""
 import torch
 from tqdm import tqdm
 
@@ -11,15 +11,15 @@ STEPS = 15  # of the sampler
 
 
 class WatchedPhotos:
-    """People whose photos are kept apart: `features` (P, n, d), `latents` (P, 4, h, w) and the prompt."""
+    """People whose photos are not trained on: `features` (P, n, d), `latents` (P, 4, h, w) and the prompt."""
 
     def __init__(self, features, latents, prompt):
         self.features, self.latents, self.prompt = features, latents, prompt
 
     def losses(self, model, adapters):
-        """name -> the mean denoising loss of these photos under their own adapters, those of P people; under
-        another's, the next person's; and under nobody's: all on the same noise. What `another` exceeds `own`
-        by is what the adapters know of the person and not of faces."""
+        """name -> mean denoising loss of these photos, on the same noise: "own", under the low-rank
+        `adapters` of P people; "another", under those of the next person; "nobody", without. "gap" is another
+        − own: what the adapters know of the person, not of faces."""
         another = {name: LowRank(*(t.roll(1, 0) for t in pair)) for name, pair in adapters.items()}
         found, prompts = {}, [self.prompt] * len(self.latents)
         for name, applied in ("own", adapters), ("another", another), ("nobody", {}):
@@ -30,7 +30,7 @@ class WatchedPhotos:
         return found | {"gap": found["another"] - found["own"]}
 
     def watch(self, model, estimates, trainer):
-        """Log the losses() under the last estimate's adapters; draw these people, each below their photo."""
+        """Log the losses() of the last estimate's adapters, and draw each person below the photo."""
         numbers, pictures = self.losses(model, estimates[-1]), []
         with tqdm(total=STEPS * len(self.latents), desc="watched", leave=False) as bar, torch.no_grad():
             for i, latent in enumerate(self.latents):
