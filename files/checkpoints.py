@@ -41,9 +41,8 @@ def configure(config, found, file):
 
 
 def fits(value, usual, limit):
-    """Whether a setting has the type of the `usual` one and, if a number, is positive (in a list, zero too)
-    and below `limit`. No real model comes near a limit; what a hostile file asks for could take hours to
-    build."""
+    """Whether a setting has the type of the `usual` one and, if a number, is positive (in a list, or 0) and
+    below `limit`. No model comes near a limit, but a hostile file could take hours to build."""
     if isinstance(usual, tuple):
         short = isinstance(value, tuple) and len(value) < 9  # no model has more levels
         return short and all(fits(v, usual[0], limit) or v == 0. for v in value)
@@ -113,9 +112,8 @@ class NoInit(TorchFunctionMode):
 
 
 def build(kind, config, files, rename, device, dtype, *more):
-    """The module kind(config, *more) with the tensors of `files`, frozen and in eval mode. rename(key) gives
-    our name for a key, None if it is not needed, and KeyError if it is unknown. LoadError for settings that
-    cannot be built and for tensors that do not match."""
+    """The module kind(config, *more) with the tensors of `files`, frozen, in eval mode. rename(key): our name
+    for a key, None if not needed, KeyError if unknown. LoadError for impossible settings or other tensors."""
     what = f"{Path(files[0]).parent}: cannot build a {kind.__name__} with these settings"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
@@ -215,8 +213,7 @@ def check_numbers(tensors, path, empty=None):
 
 
 def write(tensors, path, metadata=None):
-    """Write a safetensors file by whole_files. Equal tensors and metadata give equal bytes; the safetensors
-    library writes metadata in any order."""
+    """Write a safetensors file by whole_files. Equal tensors and metadata give equal bytes."""
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # which aligns them all
     note = {key: printable(value) for key, value in sorted((metadata or {}).items())}
     header, end = {"__metadata__": note} if note else {}, 0

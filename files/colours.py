@@ -85,8 +85,7 @@ def is_adobe(image):
 
 
 def in_srgb(image, primaries, curve):
-    """A PIL image in RGB with these primaries and this curve, converted to sRGB. Impossible primaries count
-    as those of sRGB."""
+    """A PIL image in RGB with these primaries and curve, in sRGB. Impossible primaries count as sRGB's."""
     theirs, ours = to_xyz(primaries), to_xyz(SRGB)
     if theirs is None:
         theirs = ours

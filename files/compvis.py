@@ -45,10 +45,8 @@ def renamed(name, rules):
     return name
 
 
-# Our names -> those in a single file, without the prefixes "model.diffusion_model." and "first_stage_model.";
-# in the keys of a moving average, without dots, after "model_ema.diffusion_model"
+# Our names -> those in a single file, without the prefixes "model.diffusion_model." and "first_stage_model."
 unet_to_compvis = partial(renamed, rules=UNET)
-unet_to_average = partial(renamed, rules=UNET | {".": ""})
 vae_to_compvis = partial(renamed, rules=VAE)
 # names of a VAE in a folder, perhaps an older one -> ours
 folder_vae_name = partial(renamed, rules=OLD_ATTENTION)
@@ -66,7 +64,6 @@ def ours(to_compvis, kind, config, key):
 
 
 unet_name = partial(ours, unet_to_compvis, unet.UNet, unet.SD15)
-averaged_name = partial(ours, unet_to_average, unet.UNet, unet.SD15)
 vae_name = partial(ours, vae_to_compvis, vae.VAE, vae.SD15)
 
 

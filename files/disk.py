@@ -31,8 +31,7 @@ def refusing(what, kind=LoadError):
 
 
 def regular(path, most=None):
-    """Open a regular file to read bytes. OSError for a missing file, for a pipe or device, and for a file of
-    more than `most` MB."""
+    """Open a file to read bytes. OSError if it is missing, a pipe or device, or larger than `most` MB."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     status, wrong = os.fstat(file.fileno()), None
     if not stat.S_ISREG(status.st_mode):

@@ -14,8 +14,7 @@ from vit import ViTConfig
 
 
 def save_hypernet(hypernet, model, path):
-    """Write a hypernetwork that was trained for `model`. Of an official encoder (config.encoder) only the
-    name and checksum are written."""
+    """Write a hypernetwork trained for `model`. Of an official encoder (config.encoder) only its name."""
     config = asdict(hypernet.config)
     seed, encoder = config.pop("basis_seed"), config.pop("encoder")
     basis = LiDB(personal_layers(model.unet, model.text), seed=seed, device=model.device).checksum

@@ -50,7 +50,6 @@ SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": .00085, "beta_end": 
             "num_train_timesteps": 1000, "trained_betas": None}
 
 LARGE = 5e8  # bytes of a UNet's files
-AVERAGE = "model_ema.diffusion_model"  # prefix of the moving average; the rest of its keys has no dots
 ONLY = "only Stable Diffusion 1.x is implemented"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
@@ -162,8 +161,7 @@ def kinds_of(variant):
 
 
 def weights(folder, part, dtype):
-    """The weight files of a part in its first existing variant, or []: the shards that an index names, else a
-    whole file, else all shards."""
+    """The weight files of a part, of the first variant there is: an index's, a whole file, or all shards."""
     for variant in variants(dtype):
         stem = PARTS[part].stem
         whole, sharded = ([file for end in ends for file in sorted((folder / part).glob(stem + end))]
@@ -237,16 +235,12 @@ def folder_settings(folder):
 
 
 def from_file(file):
-    """(plans, vocabulary), as from_folder(), of a single file; the vocabulary lies beside it or comes from
-    the hub. Without UNet weights, their moving average is taken. LoadError for another file, named by its
-    kind."""
+    """(plans, vocabulary), as from_folder(), of a single file. The vocabulary is beside it or from the
+    hub. LoadError for a file of another kind, which it names."""
     tensors = Tensors(file)
     note, shapes = tensors.note, tensors.shapes
-    parts = dict(PARTS)
-    if not any(key.startswith(PARTS["unet"].prefix) for key in shapes):
-        parts["unet"] = PARTS["unet"]._replace(prefix=AVERAGE, name_in_file=compvis.averaged_name)
-    prefixes = tuple(part.prefix for part in parts.values())
-    lacking = [name for name, part in parts.items() if not any(key.startswith(part.prefix) for key in shapes)]
+    prefixes = tuple(part.prefix for part in PARTS.values())
+    lacking = [name for name, part in PARTS.items() if not any(key.startswith(part.prefix) for key in shapes)]
     kinds = OTHERS | (ALONE if len(lacking) > 1 else {})
     what = [what for pattern, what in kinds.items() if any(re.match(pattern, key) for key in shapes)]
     if len(lacking) == 1:
@@ -267,7 +261,7 @@ def from_file(file):
         if not key.startswith(prefixes) and not EXTRAS.match(key):
             raise KeyError(key)
         return None
-    plans = {key: (part.config(), [file], partial(rename, part)) for key, part in parts.items()}
+    plans = {key: (part.config(), [file], partial(rename, part)) for key, part in PARTS.items()}
     beside = vocabulary_in(file.parent) or vocabulary_in(file.parent / "tokenizer")
     return plans, beside or fetch_vocabulary(file)
 

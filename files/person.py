@@ -95,16 +95,14 @@ def load_person(path, engine, methods):
 
 
 def is_person(path):
-    """Whether `path` is a file of save_person, by its header alone. False, never an error, for anything
-    else."""
+    """Whether `path` is a file of save_person, by its header alone. False, never an error, for others."""
     with suppress(OSError, ValueError):
         return Tensors(path).note.get("format") == FORMAT
     return False
 
 
 def belongs_to(engine, method, tensors):
-    """Metadata that says what the numbers mean: the layers, the method's note (a basis), and checksums of the
-    model's weights."""
+    """Metadata: the layers, what the method's numbers depend on (a basis), and checksums of the weights."""
     widths = "".join(f"{name} {m.in_features} {m.out_features}\n" for name, m in engine.layers.items())
     kinds = Counter(re.split(r"(?:blocks|layers)\.\d+\.", name)[-1] for name in engine.layers)
     found = {"format": FORMAT, "version": VERSION, "layers": f"{zlib.crc32(widths.encode()):08x}",
@@ -116,8 +114,7 @@ def belongs_to(engine, method, tensors):
 
 
 def lora_shapes(layers, tensors):
-    """name -> shape of one person's A and B, for all `layers` of which `tensors` have A or B, at the rank of
-    A."""
+    """name -> shape of one person's A and B for `layers` with A or B in `tensors`, at the rank of A."""
     expected = {}
     for name, m in layers.items():
         if {f"{name}.A", f"{name}.B"} & tensors.keys():
@@ -127,8 +124,7 @@ def lora_shapes(layers, tensors):
 
 
 def check_person(tensors, engine, path, method, empty):
-    """UserError unless `tensors` have the shapes of one person for the engine's model; `empty` is the error
-    for no tensors."""
+    """UserError unless these are one person's shapes for the engine's model; `empty`: the error for none."""
     if not tensors:
         raise UserError(f"{path}: {empty}")
     with refusing(f"{path}: no person of {method.name} has such shapes"):

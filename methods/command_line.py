@@ -1,5 +1,4 @@
 """The command line of personalize.py: the options of all methods, and checks before anything is loaded."""
-import argparse
 import os
 import secrets
 from contextlib import suppress
@@ -45,7 +44,7 @@ def lora_and_strength(text):
     with suppress(ValueError):
         if abs(float(strength)) <= 100:
             return path, float(strength)
-    raise argparse.ArgumentTypeError(f"{strength!r} is not a strength from -100 to 100")
+    raise UserError(f"{strength!r} is not a strength from -100 to 100")
 
 
 def square(text):
@@ -55,7 +54,7 @@ def square(text):
     try:
         x, y, size = (int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not face, center or x,y,size in pixels") from None
+        raise UserError(f"{text!r} is not face, center or x,y,size in pixels") from None
     return x, y, size
 
 

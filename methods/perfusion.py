@@ -74,15 +74,6 @@ class Gated(NamedTuple):
         return y + (gate @ outputs - similarity @ replaced).to(y.dtype)
 
 
-class Both(NamedTuple):
-    """Two adapters of one layer, one after the other."""
-    first: Rows
-    second: Rows
-
-    def __call__(self, layer, x, y):
-        return self.second(layer, x, self.first(layer, x, y))
-
-
 def projections(model, kind):
     """name -> layer, for all layers of the UNet that make keys ("k") or values ("v") of the prompt."""
     return {name: layer for name, layer in model.layers.items() if name.endswith(f"attn2.to_{kind}")}
@@ -217,16 +208,14 @@ def together(first, second):
 
     U is not needed: e⊥ = e − Σ i'_j·s_j, with the vectors i'_k of that span for which s_j is 1 if j = k, else
     0. β and τ are those of the first."""
-    joined = {}
-    for name, one in first.items():
-        if isinstance(one, Gated):
-            people = max(len(one.inputs), len(second[name].inputs))
-            pairs = [[t.expand(people, -1, -1) for t in pair] for pair in zip(one[:3], second[name][:3])]
-            inputs, duals, outputs = (torch.cat(pair, 1) for pair in pairs)
-            inputs = torch.linalg.solve((duals @ inputs.mT).mT, inputs)
-            joined[name] = Gated(inputs, duals, outputs, *one[3:])
-        else:
-            joined[name] = Both(one, second[name])
+    joined = {LAYER: lambda layer, x, y: second[LAYER](layer, x, first[LAYER](layer, x, y))}  # both words
+    for name in [name for name in first if name != LAYER]:
+        one, other = first[name], second[name]
+        people = max(len(one.inputs), len(other.inputs))
+        pairs = [[t.expand(people, -1, -1) for t in pair] for pair in zip(one[:3], other[:3])]
+        inputs, duals, outputs = (torch.cat(pair, 1) for pair in pairs)
+        inputs = torch.linalg.solve((duals @ inputs.mT).mT, inputs)
+        joined[name] = Gated(inputs, duals, outputs, *one[3:])
     return joined
 
 

@@ -60,8 +60,7 @@ def read(paths, side, crop):
 
 
 def folders_of(sittings, args):
-    """A folder in --out for each person, named after the photo, with a number if another file or person has
-    that name."""
+    """A folder in --out for each person, named after the photo, with a number if that name is taken."""
     pictures = [f"{i}.png" for i in range(len(args.photos) * len(args.prompts))]
     taken = [".", "..", "sheet.png", *pictures, *(p.name for p in args.out.glob("*") if not p.is_dir())]
     held = {path.parent.name: {*photos_of(path)} for path in args.out.glob("*/person*.safetensors")}

@@ -144,8 +144,7 @@ def save_embedding(tensors, path, photos=""):
 
 
 def load_embedding(path, model):
-    """The Person in a file of diffusers or A1111 with one tensor (d,) or (N, d), in float32 on the device of
-    `model`. UserError for any other file."""
+    """The Person in a file of diffusers or A1111 with one tensor (d,) or (N, d). UserError for any other."""
     file, width = Tensors(path), model.layers[LAYER].embedding_dim
     if len(file.shapes) != 1:
         names, count = ", ".join(file.shapes)[:100], len(file.shapes)

@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
-class UserError(ValueError):
-    """What a user did wrong and what to do about it, in one line."""
+class UserError(ValueError, argparse.ArgumentTypeError):
+    """What a user did wrong and what to do about it, in one line, also as an error of argparse's types."""
 
 
 class Stopped(Exception):

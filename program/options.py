@@ -12,7 +12,7 @@ from program.console import Parser, UserError
 
 
 class Option(NamedTuple):
-    """One row. check(text) returns the value, or raises argparse.ArgumentTypeError or UserError."""
+    """One row. check(text) returns the value, or raises UserError."""
     name: str
     check: Any
     nano: Any
@@ -27,9 +27,9 @@ def number(kind, least, most):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a valid {kind.__name__}") from None
+            raise UserError(f"{text!r} is not a valid {kind.__name__}") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, not {text}")
+            raise UserError(f"must be from {least} to {most}, not {text}")
         return value
     return check
 
@@ -45,7 +45,7 @@ def folder_of_faces(model):
 def refused(why):
     """The check of an option that cannot be given for this model or method."""
     def check(text):
-        raise argparse.ArgumentTypeError(why)
+        raise UserError(why)
     return check
 
 
@@ -59,9 +59,9 @@ def new_folder(text):
     absolute = Path(text).absolute()
     existing = next(path for path in (absolute, *absolute.parents) if path.exists())
     if not existing.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: {existing} is a file, not a folder")
+        raise UserError(f"{text}: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text}: {existing} cannot be written")
+        raise UserError(f"{text}: {existing} cannot be written")
     return Path(text)
 
 
@@ -69,7 +69,7 @@ def new_file(text):
     """The check of a file that can be written."""
     new_folder(os.path.dirname(text) or ".")
     if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
+        raise UserError(f"{text} is a folder, not a file")
     return Path(text)
 
 
@@ -77,7 +77,7 @@ def existing(what, exists):
     """The check of an existing file or folder."""
     def check(text):
         if not exists(text):
-            raise argparse.ArgumentTypeError(f"{text}: no such {what}")
+            raise UserError(f"{text}: no such {what}")
         return text
     return check
 
@@ -132,21 +132,11 @@ def early(*names):
     return parser.parse_known_args()[0]
 
 
-def checked(check):
-    """The check, with its UserErrors as errors of argparse."""
-    def checking(text):
-        try:
-            return check(text)
-        except UserError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return checking
-
-
 def add(parser, rows, model="nano"):
     """Add the options of these rows to the parser, with the defaults of the model."""
     for row in rows:
         usual = row.nano if model == "nano" else row.elsewhere
-        check = {"type": checked(row.check)} if row.check else {}  # a flag has none
+        check = {"type": row.check} if row.check else {}  # a flag has none
         flag = "--" + row.name.replace("_", "-")
         parser.add_argument(flag, default=usual, help=row.help, **check, **row.more)
 

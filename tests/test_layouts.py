@@ -452,22 +452,6 @@ def test_other_files(tmp_path, keys, words):
     refused(tmp_path / "x.safetensors", tmp_path / "x.safetensors", words)
 
 
-def test_a_single_file_with_the_moving_average_alone(file):
-    """Keys without dots, two counters, and no other UNet."""
-    prefix, tensors = "model.diffusion_model.", load_file(file)
-    weights = {key: t for key, t in tensors.items() if key.startswith(prefix)}
-    named = {f"model_ema.diffusion_model{key.removeprefix(prefix).replace('.', '')}": t
-             for key, t in weights.items()}
-    counters = {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones((), dtype=torch.int)}
-    whole = sd.load(file, "cpu").checksums
-    rest = {key: t for key, t in tensors.items() if key not in weights and not key.startswith("model_ema.")}
-    save_file(rest | named | counters, file)
-    assert sd.load(file, "cpu").checksums == whole and len(named) == len(weights) > 100
-    named.popitem()
-    save_file(rest | named | counters, file)
-    refused(file, "no tensor for")
-
-
 def test_single_files_that_predict_v(file):
     tensors = load_file(file)
     for note, more in ({"modelspec.prediction_type": "v"}, {}), ({}, {"v_pred": torch.zeros(0)}):

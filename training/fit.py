@@ -35,9 +35,8 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
 
 def fit_or_take_back(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=tuple,
                      replay=(), states=8):
-    """fit(), then a check: the generator `replay`, or each of a list of generators, repeats the noise of the
-    first step. If its loss has risen, a warning says so, and the parameters go back to the last of `states`
-    kept states for which it has not."""
+    """fit(), then a check with the first step's noise, which the generator `replay`, or each of a list, gave.
+    If its loss has risen, a warning says so, and the last of `states` states without a rise is restored."""
     trained, every = tensors_of(parameters), steps // states + 1 if states else steps + 1
     replay = [replay] if isinstance(replay, torch.Generator) else replay
     beginning, losses, kept = [g.get_state() for g in replay], [], []
