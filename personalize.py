@@ -171,7 +171,7 @@ def sample(prompt, people, adapters, seeds, args, engine, bar):
     prompts = [with_identifier(prompt, person.identifier) for person in people]
     return engine.sample(prompts, adapters, seeds, steps=args.sample_steps, guidance=args.guidance,
                          negative=args.negative, person_guidance=args.person_guidance,
-                         sampler=SAMPLERS[args.sampler], callback=lambda *step: bar.update())
+                         sampler=SAMPLERS[args.sampler], callback=lambda *step: console.advance(bar))
 
 
 def draw_prediction(people, args, engine):

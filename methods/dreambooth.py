@@ -19,6 +19,7 @@ from files.person import Person, lora_shapes
 from hdb import PROMPT, seeded
 from lidb import personal_layers
 from methods.protocol import Method
+from program.console import advance
 from program.options import Option, number
 from sd import StableDiffusion
 from training.fit import fit_or_take_back
@@ -34,7 +35,7 @@ def class_pictures(model, count, seed):
     with tqdm(total=25 * len(seeds), desc="class pictures", leave=False) as bar:
         for batch in seeds:
             pictures = model.sample([CLASS_PROMPT] * len(batch), batch.tolist(), steps=25, guidance=3.,
-                                    callback=lambda *step: bar.update())
+                                    callback=lambda *step: advance(bar))
             latents.append(model.encode(pictures))
     return torch.cat(latents).float()
 

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from program import distributed
 
+MEASURED, LONG = 3, 600  # steps, seconds
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the lines of the description, and adds defaults that say something to the help of options."""
@@ -88,7 +90,7 @@ class Stages:
             def show(step, loss):
                 nonlocal done
                 bar.set_postfix(loss=f"{loss:.4f}")
-                bar.update()
+                advance(bar)
                 done = step + 1
                 return bool(stop)
             yield show
@@ -98,8 +100,12 @@ class Stages:
 
 
 def advance(bar):
-    """Move a tqdm bar by a step. bar.update() may return True, which would end a fit as its callback."""
+    """Move a tqdm bar by a step, and once, after MEASURED steps, print how long a LONG wait will be."""
     bar.update()
+    done = 0 if bar.disable else bar.n - bar.initial
+    left = bar.format_dict["elapsed"] / max(1, done) * (bar.total - bar.n)
+    if done == MEASURED and left > LONG:
+        bar.write(f"         about {left / 3600:.1f} hours for the remaining {bar.total - bar.n:,} steps")
 
 
 def peak_memory(device):

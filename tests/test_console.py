@@ -166,3 +166,16 @@ def test_ctrl_c_ends_a_fit_and_what_was_learnt_is_used(capsys):
         fit(loss, [x], 9, .1, callback=show)
     assert x.item() == pytest.approx(.3, abs=1e-5)
     assert "stopped after 3 of 9 steps; what was learnt until then is used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, seconds, said", [
+    (1000, 30, "about 2.8 hours for the remaining 997 steps\n"), (1000, 1, ""), (3, 3000, "")])
+def test_a_long_wait_is_said_once(capsys, steps, seconds, said):
+    with tqdm(total=steps) as bar:
+        bar.start_t -= seconds  # as if the first three had taken so long
+        for _ in range(3):
+            console.advance(bar)
+        bar.start_t -= 3000
+        if steps > 3:
+            console.advance(bar)
+    assert capsys.readouterr().out.lstrip() == said

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from files.checkpoints import Tensors, finite, write
 from files.disk import refusing
 from program import distributed
-from program.console import Stopped, UserError, deferred_stop
+from program.console import Stopped, UserError, advance, deferred_stop
 from program.lock import locked
 from program.memory import plan_memory
 from training.fit import backward
@@ -88,7 +88,7 @@ class Trainer:
         with locked(self.out), bar, deferred_stop() as stop:
             while not self.done and not self.ended(stop):
                 yield self.step
-                bar.update()
+                advance(bar)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.mean.items()}, refresh=False)
                 if time.time() - saved > 120:
                     self.save()
