@@ -1,18 +1,18 @@
-"""How much memory there is, and what to do where it would not be enough."""
+"""Estimate memory, and save it where it would not be enough."""
 from pathlib import Path
 
 import torch
 
-# What a sample of 512×512 pixels holds between a full-size UNet's forward and backward pass, in bytes, by the
-# size of a number: on top of the model, while nothing is computed twice
+# Bytes of activations that a full-size UNet keeps for the backward pass, for each sample of 512×512 pixels,
+# by the size of a number in bytes; without the model, and without gradient checkpointing
 KEPT = {4: 2.0e9, 2: .9e9}
-LARGE = 1e8    # parameters of a UNet that this is about; a smaller one's activations always fit
-SHARE = .8     # of what is free that they may take
-COPY = 16      # bytes for each parameter that is trained itself: a copy, its gradient, Adam's two moments
+LARGE = 1e8    # parameters of a UNet; activations of a smaller one always fit
+SHARE = .8     # of free memory that activations may take
+COPY = 16      # bytes for each weight that is trained: a copy, its gradient, Adam's two moments
 
 
 def free_memory(device):
-    """Bytes that can still be had on a torch.device; 0 where nobody knows."""
+    """Free bytes of a torch.device; 0 if that is not known."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -24,13 +24,13 @@ def free_memory(device):
 
 
 def kept(model, samples, itemsize):
-    """Bytes that so many samples side by side hold until a full-size UNet's backward pass."""
+    """Bytes of activations that `samples` side by side keep for a full-size UNet's backward pass."""
     return samples * (model.unet.config.sample_size / 64) ** 2 * KEPT[itemsize]
 
 
 def fitting(model, samples, most):
-    """How many people, with so many samples each, a step takes side by side without computing anything
-    twice: from 1 to `most`, which a small model always takes."""
+    """How many people, with `samples` each, fit into a step side by side without gradient checkpointing: from
+    1 to `most`; with a small model always `most`."""
     parameters = [*model.unet.parameters()]
     if sum(p.numel() for p in parameters) < LARGE:
         return most
@@ -39,9 +39,9 @@ def fitting(model, samples, most):
 
 
 def plan_memory(model, samples, whole=False):
-    """Before a training whose step has so many samples side by side: have the UNet compute its activations
-    twice (a third more time) where they would not fit, and only there. whole: a copy of the model's own
-    weights is trained, in float32. Returns what is needed and free, in words."""
+    """Before a training with `samples` in each step: switch gradient checkpointing of the UNet on if
+    activations would not fit, else off; it takes a third more time. whole: a float32 copy of all weights is
+    trained. Returns the free and the needed memory, in words."""
     parameters = [p for part in (model.unet, model.text) for p in part.parameters()]
     count = sum(p.numel() for p in parameters)
     activations = kept(model, samples, 4 if whole else parameters[0].element_size())
@@ -49,5 +49,5 @@ def plan_memory(model, samples, whole=False):
     model.unet.gradient_checkpointing = count > LARGE and activations > SHARE * (free - copies)
     words = f"{free / 1e9:.1f} GB of memory are free" if free else "how much memory is free is not known"
     if count > LARGE:
-        words += f", a step needs about {(activations + copies) / 1e9:.1f} GB beside the model"
+        words += f", a step needs about {(activations + copies) / 1e9:.1f} GB without the model"
     return words + ", so activations are computed twice" * model.unet.gradient_checkpointing

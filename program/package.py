@@ -1,10 +1,11 @@
-"""The build backend of `pip install git+…` (PEP 517): all modules as one package, hyperdreambooth.
+"""The build backend of `pip install git+…` (PEP 517): install all modules as one package, hyperdreambooth.
 
     pip install git+https://…/hdb
     from hyperdreambooth import hdb, lidb, adapters
 
-Here files lie flat, and their names (clip, vae, unet) are also those of others' packages. So the wheel holds
-them under one name, and their imports of each other say so. It needs nothing but Python."""
+In the repository the files are flat, and names such as clip, vae and unet are those of other packages too.
+The wheel therefore has them in one package, with their imports changed to match. It needs nothing but
+Python."""
 import base64
 import hashlib
 import re
@@ -19,19 +20,19 @@ WHEEL = "Wheel-Version: 1.0\nGenerator: hdb\nRoot-Is-Purelib: true\nTag: py3-non
 
 
 def ours():
-    """The top names that files here import each other by."""
+    """The top-level names that our files import."""
     return sorted({*FOLDERS, *(file.stem for file in ROOT.glob("*.py"))})
 
 
 def within(text, names):
-    """Python source whose imports of `names` are of the package's modules."""
+    """Python source with imports of `names` changed to imports from the package."""
     any_of = "|".join(names)
     text = re.sub(rf"(?m)^(\s*)from ({any_of})(?=[.\s])", rf"\1from {NAME}.\2", text)
     return re.sub(rf"(?m)^(\s*)import ({any_of})$", rf"\1from {NAME} import \2", text)
 
 
 def contents():
-    """(path in the wheel, bytes) of everything but the record."""
+    """Yields (path in the wheel, bytes), for everything but the record."""
     names = ours()
     yield f"{NAME}/__init__.py", b""
     files = [*ROOT.glob("*.py"), *(file for name in FOLDERS for file in (ROOT / name).rglob("*"))]
@@ -51,7 +52,7 @@ def contents():
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """Write the wheel into this folder; its name. pip calls this."""
+    """Write the wheel into this folder, and return its name; called by pip."""
     file, record = f"{NAME}-{VERSION}-py3-none-any.whl", []
     with zipfile.ZipFile(Path(wheel_directory) / file, "w", zipfile.ZIP_DEFLATED) as wheel:
         for path, data in contents():

@@ -27,7 +27,7 @@ def test_activations_that_would_not_fit_are_computed_twice(monkeypatch, dtype, s
         monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free * 1e9)
         model = large(dtype, side)
         said = plan_memory(model, samples, whole)
-        needed = re.fullmatch(r"([\d.]+) GB of memory are free, a step needs about ([\d.]+) GB beside the "
+        needed = re.fullmatch(r"([\d.]+) GB of memory are free, a step needs about ([\d.]+) GB without the "
                               r"model(, so activations are computed twice)?", said)
         assert bool(needed[3]) is expected is model.unet.gradient_checkpointing
         assert float(needed[2]) == pytest.approx(.8 * (least - whole * 15.7) + whole * 15.7, abs=.06)
