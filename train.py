@@ -72,7 +72,7 @@ def main(args):
     say_start(trainer, model, data, args.batch)
     targets = None
     if args.beta:
-        data.fix(args.targets)
+        data.count = args.targets if nano else data.count  # people that targets are fitted for
         targets = fit_targets(method, data, args, folder / "targets", of, deadline)
 
     # Each process takes --batch people of a larger batch

@@ -71,8 +71,7 @@ class Tensors:
             length = int.from_bytes(head[:8], "little")
             if head[8:] != b"{":
                 pickled = head.startswith((b"PK", b"\x80")) or Path(path).suffix in PICKLES
-                what = "not safetensors" if head else "empty"
-                what = "a pickle, which could run any code" if pickled else what
+                what = "a pickle, which may run code" if pickled else "not safetensors" if head else "empty"
                 raise LoadError(f"{path}: {what}; download or convert it as .safetensors")
             if length > LARGEST_TEXT * 10 ** 6:
                 raise LoadError(f"{path}: its header has more than {LARGEST_TEXT} MB; download it again")

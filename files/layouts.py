@@ -198,12 +198,9 @@ def from_folder(folder, dtype):
                 else f"; if {single[0]} is a whole model, give its path" if single
                 else "; pickles (.bin) are not read" if any(folder.glob("*/*.bin")) else "")
         raise LoadError(f"{folder}: not a complete Stable Diffusion, it lacks {', '.join(missing)}{hint}")
-    plans = {}
-    for key, part in PARTS.items():
-        file = f"{key}/config.json"
-        config = configure(part.config(), settings[file], folder / file)
-        plans[key] = config, files[key], part.name_in_folder
-    return plans, vocabulary
+    configs = {key: configure(part.config(), settings[f"{key}/config.json"], folder / key / "config.json")
+               for key, part in PARTS.items()}
+    return {key: (configs[key], files[key], part.name_in_folder) for key, part in PARTS.items()}, vocabulary
 
 
 def folder_settings(folder):

@@ -44,10 +44,6 @@ class People:
         self.model, self.vit, self.seed, self.others, self.looks = model, vit, seed, others, looks
         self.count, self.told = seeds.ROWS, "people whom nano draws"
 
-    def fix(self, count):
-        """From now on only the `count` people that have fitted targets."""
-        self.count = count
-
     def identity(self, who):
         """The people with these numbers (B,): (B, 27)."""
         return faces.identities(seeds.row(self.seed, n) for n in who.tolist())

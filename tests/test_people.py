@@ -133,12 +133,6 @@ def test_training_pictures(nano):
     assert people.load_judge().likeness(drawn[1], photo).mean() > .6
 
 
-def test_people_are_fixed_where_targets_are_fitted():
-    data = Numbers()
-    assert data.count == seeds.ROWS
-    data.fix(3)
-    assert data.count == 3
-
 
 def test_held_out_people_are_measured_against_their_photos(nano):
     held_out = people.HeldOut(3, "cpu", seeds.VALIDATION)

@@ -143,9 +143,6 @@ class Photos:
         kept = f" and {apart} to be watched" if self.watched else ""
         self.told = f"{self.count // 2:,} photos, their mirror images{kept}"
 
-    def fix(self, count):
-        """Does nothing: targets are fitted for all people. nano's People.fix chooses `count` of them."""
-
     def pictures(self, who, generator):
         """Latents (B, 4, h, w) of the people with numbers `who`, and B prompts."""
         return self.read("latents", who).to(self.model.dtype), [self.prompt] * len(who)
