@@ -28,9 +28,9 @@ def free_folder(out):
 
 def merge_to_folder(model, adapters, source, out):
     """Write a model folder in the hub's layout with one person's adapters merged into the weights of `model`,
-    which stays as it is. source: the folder that it was loaded from, for its settings, or None: ours. out:
-    new or empty. A model in bfloat16 is read from its files again and written in float16, because 8 bits
-    would lose the person. UserError if `out` has contents, ValueError for adapters of several people."""
+    which is not changed. source: the folder with the model's settings, or None for our own. out: new or
+    empty. A model in bfloat16 is read from its files again and written in float16, because 8 bits would lose
+    the person. UserError if `out` has contents, ValueError for adapters of several people."""
     out, parts = free_folder(out), exact_parts(model)
     layers = {f"{part}.{name}": layer for part, network in parts.items()
               for name, layer in network.named_modules()}

@@ -1,6 +1,5 @@
 """What all command lines share: progress, signals, and errors of one line."""
 import argparse
-import inspect
 import math
 import os
 import resource
@@ -33,7 +32,6 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser with HelpFormatter and errors of one line."""
 
     def __init__(self, description, **more):
-        description = inspect.cleandoc(description or "")  # None under python -OO
         super().__init__(description=description, formatter_class=HelpFormatter, **more)
 
     def error(self, message):
