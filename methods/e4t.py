@@ -263,5 +263,5 @@ def options(model, hypernet=None):
             same("encoder", old_file, None, "file of train_e4t.py; default: nano's own", metavar="FILE")]
 
 
-METHOD = Method("e4t", "an encoder predicts the word [V] at every step, then 15 steps of all", options,
+METHOD = Method("e4t", "an encoder predicts the word [V] at every step, then 15 steps tune all", options,
                 make, adapters, shapes, lambda args: [Change, Hole, Word])

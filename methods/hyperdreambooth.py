@@ -31,7 +31,7 @@ def options(model, hypernet):
             same("hypernet", old_file, None, "file of train.py, to predict with; default: nano's own; on "
                  "other models fine-tuning alone"),
             same("encoder", str, None, "the ViT that --hypernet was trained with; default: where it was then",
-                 dest="face_encoder")]
+                 dest="face_encoder", metavar="ENCODER")]
 
 
 def make(engine, photos, generators, args, stage):
