@@ -32,7 +32,7 @@ def test_a_loss_that_rises_for_good_is_taken_back():
     assert x.item() == pytest.approx(.9, abs=1e-4)  # of 0, .3, .6, .9, 1.2 and 1.5
     fit(lambda: loss(y), [y], 16, .1)  # not asked to look
     assert y.item() == pytest.approx(1.6, abs=1e-4)
-    with pytest.warns(UserWarning, match="rose from 100 to 200: a rate"):  # nothing is kept
+    with pytest.warns(UserWarning, match="rose from 100 to 200: the rate"):  # nothing is kept
         fit_or_take_back(lambda: loss(y) + 100 * (y.item() > 1.85), [y], 3, .1, replay=[generator(0)],
                          states=0)
     assert y.item() == pytest.approx(1.9, abs=1e-4)

@@ -164,7 +164,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--device", "meta"], "device meta: not available"),
     (["nano/example.png", "[V] face", "--merge", "nano"], "exists already"),
     (["nano/example.png", "[V] face", "--merge", "never/there"], "two folders"),
-    (["nano/example.png", "[V] face", "--merge", "never"], "--out not in the other"),
+    (["nano/example.png", "[V] face", "--merge", "never"], "--out must not be inside --merge"),
     (["/dev/null", "[V] face"], "not a file"),
     (["nano/example.png", "[V] face", "nano/example.png"], "is a file; only prompts may follow"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
