@@ -34,7 +34,7 @@ from files.disk import whole_files
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
-from files.person import load_person, save_person
+from files.person import is_person, load_person, save_person
 from methods import command_line, hyperdreambooth, textual_inversion
 from methods.command_line import PERSONAL, check_kinds
 from methods.sitting import folders_of, sit
@@ -150,10 +150,10 @@ def save(person, engine, out):
 
 def read_person(path, engine):
     """The Person in a personal file, or in an embedding of textual inversion, from any program."""
-    if textual_inversion.is_embedding(path):
-        person = textual_inversion.load_embedding(path, engine.model)
-    else:
+    if is_person(path):
         person = load_person(path, engine, METHODS)
+    else:
+        person = textual_inversion.load_embedding(path, engine.model)
     return replace(person, photos=" ".join(photos_of(path)))
 
 

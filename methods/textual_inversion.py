@@ -6,7 +6,6 @@ The paper's Eq. 2 is v* = argmin over v of the denoising loss, where v is the ro
 the identifier: a vector of d numbers, 768 on SD 1.5, or N vectors if the prompt repeats the identifier N
 times. Settings published for Stable Diffusion: 5,000 steps, learning rate 5e-3, batch 2."""
 import math
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -148,8 +147,8 @@ def load_embedding(path, model):
     file, width = Tensors(path), model.layers[LAYER].embedding_dim
     if len(file.shapes) != 1:
         names, count = ", ".join(file.shapes)[:100], len(file.shapes)
-        what = "an embedding for SDXL" if "clip_g" in file.shapes else f"embeddings of {count} words"
-        raise UserError(f"{path}: {what} ({names}), not one tensor with a word's vectors")
+        what = "an embedding for SDXL" if "clip_g" in file.shapes else f"{count} tensors"
+        raise UserError(f"{path}: not a personal file, nor an embedding of one word: {what} ({names})")
     ((key, shape),) = file.shapes.items()
     *several, theirs = shape or (0,)
     count = math.prod(several)
@@ -163,13 +162,3 @@ def load_embedding(path, model):
     vectors = file[key].reshape(1, count, width)
     check_numbers({"the embedding": vectors}, path)
     return person({"vectors": vectors.float().to(model.device)}, model.name)
-
-
-def is_embedding(path):
-    """Whether `path` is a safetensors file with embeddings of one or more words, which have no dots in their
-    names, by its header alone. False, never an error, for anything else."""
-    with suppress(OSError, ValueError):
-        file = Tensors(path)
-        words = len(file.shapes) == 1 or file.shapes and not any("." in name for name in file.shapes)
-        return bool(words) and all(len(shape) in (1, 2) for shape in file.shapes.values())
-    return False

@@ -1,4 +1,5 @@
 """files/person.py on small models: files come back bit for bit or are refused in one line."""
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -235,4 +236,6 @@ def test_what_cannot_be_kept_is_not_written(tmp_path):
 def test_is_person(file, tmp_path):
     assert is_person(file) and is_person(str(file))
     export_lora(lora_of(someone()), tmp_path / "lora.safetensors")
-    assert not any(map(is_person, (tmp_path / "lora.safetensors", tmp_path, tmp_path / "none.jpg")))
+    os.mkfifo(tmp_path / "pipe.safetensors")  # reading which might never end
+    names = "lora.safetensors", "", "none.jpg", "pipe.safetensors", "a [V] face", "a\0b", os.fsdecode(b"\xff")
+    assert not any(is_person(f"{tmp_path}/{name}") for name in names)

@@ -1,5 +1,4 @@
 """methods/textual_inversion.py by numbers, on a tiny model: against text encoders with other rows."""
-import os
 import warnings
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from methods.textual_inversion import (
     Rows,
     adapters,
     learn,
-    is_embedding,
     load_embedding,
     make,
     save_embedding,
@@ -304,7 +302,6 @@ def test_an_embedding_comes_back_bit_for_bit(tmp_path, tokens):
     stored = load_file(path)
     assert stored.keys() == {"<sks>"} and stored["<sks>"].dtype == torch.float32
     assert torch.equal(stored["<sks>"], tensors["vectors"][0])
-    assert is_embedding(path) and is_embedding(str(path))
     back = load_embedding(str(path), shared_model())
     assert back.tensors.keys() == {"vectors"} and torch.equal(back.tensors["vectors"], tensors["vectors"])
     about = back.method.name, back.base, back.identifier
@@ -322,30 +319,29 @@ def test_embeddings_of_others(tmp_path, name, shape, dtype):
     vectors = load_embedding(path, shared_model()).tensors["vectors"]
     assert vectors.dtype == torch.float32 and torch.equal(vectors, embedding.float().reshape(1, -1, WIDTH))
     engine = hdb.HyperDreamBooth(shared_model())
-    assert shapes({"vectors": vectors}, engine)["vectors"] == vectors.shape and is_embedding(path)
+    assert shapes({"vectors": vectors}, engine)["vectors"] == vectors.shape
 
 
-@pytest.mark.parametrize("tensors, words, one", [
-    ({"a": torch.zeros(2, 768)}, ["width 768", "tiny's has width 32"], True),
-    ({"a": torch.zeros(768)}, ["width 768", "tiny's has width 32"], True),
-    ({"a": torch.zeros(WIDTH, 0)}, ["width 0"], True),
-    ({"a\nb": torch.full((1, WIDTH), torch.nan)}, ["NaN"], True),
-    ({"a": torch.full((1, WIDTH), 1e300, dtype=torch.float64)}, ["infinite"], True),
-    ({"a": torch.zeros(1, WIDTH, dtype=torch.int64)}, ["torch.int64", "NaN or integer"], True),
-    ({"a": torch.zeros(1, WIDTH, dtype=torch.bool)}, ["torch.bool", "NaN or integer"], True),
-    ({"a": torch.zeros(11, WIDTH)}, ["11 vectors", "1 to 10"], True),
-    ({"a": torch.zeros(0, WIDTH)}, ["0 vectors"], True),
-    ({"a": torch.zeros(())}, ["shape ()"], False),
-    ({"a": torch.zeros(1, 1, WIDTH)}, ["shape (1, 1, 32)"], False),
-    ({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, 40)}, ["SDXL", "clip_g", "clip_l"], True),
-    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["of 2 words (a, b)"], True),
-    ({"a.weight": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["of 2 words (a.weight, b)"], False),
-    ({}, ["of 0 words"], False)])
-def test_what_is_no_embedding_for_this_model_is_refused(tmp_path, tensors, words, one):
+@pytest.mark.parametrize("tensors, words", [
+    ({"a": torch.zeros(2, 768)}, ["width 768", "tiny's has width 32"]),
+    ({"a": torch.zeros(768)}, ["width 768", "tiny's has width 32"]),
+    ({"a": torch.zeros(WIDTH, 0)}, ["width 0"]),
+    ({"a\nb": torch.full((1, WIDTH), torch.nan)}, ["NaN"]),
+    ({"a": torch.full((1, WIDTH), 1e300, dtype=torch.float64)}, ["infinite"]),
+    ({"a": torch.zeros(1, WIDTH, dtype=torch.int64)}, ["torch.int64", "NaN or integer"]),
+    ({"a": torch.zeros(1, WIDTH, dtype=torch.bool)}, ["torch.bool", "NaN or integer"]),
+    ({"a": torch.zeros(11, WIDTH)}, ["11 vectors", "1 to 10"]),
+    ({"a": torch.zeros(0, WIDTH)}, ["0 vectors"]),
+    ({"a": torch.zeros(())}, ["shape ()"]),
+    ({"a": torch.zeros(1, 1, WIDTH)}, ["shape (1, 1, 32)"]),
+    ({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, 40)}, ["SDXL", "clip_g", "clip_l"]),
+    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors (a, b)"]),
+    ({"a.weight": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors (a.weight, b)"]),
+    ({}, ["0 tensors"])])
+def test_what_is_no_embedding_for_this_model_is_refused(tmp_path, tensors, words):
     path = tmp_path / "cat.safetensors"
     save_file(tensors, path)
     refused(lambda: load_embedding(path, shared_model()), str(path), *words)
-    assert is_embedding(path) == one  # as far as the header says
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -358,7 +354,6 @@ def test_what_is_no_safetensors_is_refused(tmp_path, name, content, words):
     if content is not None:
         path.write_bytes(content)
     refused(lambda: load_embedding(path, shared_model()), str(path), words)
-    assert not is_embedding(path)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -368,13 +363,6 @@ def test_damaged_files_are_refused(tmp_path):
     for size in 5, 40, len(whole) - 1:
         path.write_bytes(whole[:size])
         refused(lambda: load_embedding(path, shared_model()), str(path))
-        assert not is_embedding(path)
-
-
-def test_what_is_no_file_is_no_embedding(tmp_path):
-    os.mkfifo(tmp_path / "pipe.safetensors")  # reading which might never end
-    for path in tmp_path, tmp_path / "pipe.safetensors", "a [V] face", "", "a\0b", os.fsdecode(b"\xff"):
-        assert not is_embedding(path)
 
 
 def test_what_cannot_be_kept_is_not_written(tmp_path):
