@@ -9,8 +9,7 @@ import torch
 from files import images
 from nano import wording
 from nano.photo import avatar, reader
-from program import console
-from program.console import UserError
+from program.console import UserError, one_line
 from training.photos import known_by, photos_of, read_photos
 
 
@@ -32,7 +31,7 @@ def sit(args, model):
         try:
             sittings.append(look_at([path], args, side))
         except images.ImageError as error:
-            print(console.one_line(f"  not used: {error}"))
+            print(one_line(f"  not used: {error}"))
     if not sittings:
         raise UserError(f"{', '.join(args.photos)[:200]}: no usable photo; see the reasons above")
     return sittings
@@ -48,7 +47,7 @@ def look_at(paths, args, side):
         return Sitting(None, pictures, None, center, paths)
     photos = read(paths, 2 * side, args.crop)
     _, portrait, saw = avatar.avatar(network, photos, args.look)
-    print(f"saw: {saw}\n     wrong? say it with --look, in words of {wording.vocabulary_text()}")
+    print(f"saw: {saw}\n     if that is wrong, correct it with --look, in these words: {wording.vocabulary_text()}")
     return Sitting(reader.shrunk(photos, side), portrait, saw, args.crop, paths)
 
 
