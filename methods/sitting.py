@@ -47,7 +47,7 @@ def look_at(paths, args, side):
         return Sitting(None, pictures, None, center, paths)
     photos = read(paths, 2 * side, args.crop)
     _, portrait, saw = avatar.avatar(network, photos, args.look)
-    print(f"saw: {saw}\n     if that is wrong, correct it with --look, in these words: {wording.vocabulary_text()}")
+    print(f"saw: {saw}\n     to correct it, use --look with words from: {wording.vocabulary_text()}")
     return Sitting(reader.shrunk(photos, side), portrait, saw, args.crop, paths)
 
 
