@@ -91,7 +91,7 @@ def read_photos(folder, side, crop="face", files=None):
             yield photo
     if files is None and len(skipped) == len(some):
         raise no_photos(folder, skipped)
-    for found, what in (skipped, "files are not used"), (odd, "photos are used, but"):
+    for found, what in (skipped, "files are not used"), (odd, "photos are used with a warning"):
         if found:
             warnings.warn(f"{folder}: {len(found)} of {len(some)} {what}{told(found)}", stacklevel=2)
 
