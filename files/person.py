@@ -42,10 +42,10 @@ class Person:
         return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
 
 
-def save_person(person, engine, path, dtype=torch.float16):
+def save_person(person, engine, path):
     """Write one `person`, made for the model of `engine`, an hdb.HyperDreamBooth, to a safetensors file in
-    `dtype`. UserError for a person without tensors, another basis, and numbers that `dtype` cannot hold."""
-    tensors = {key: t.detach().to(dtype) for key, t in person.tensors.items()}
+    float16. UserError for a person without tensors, another basis, and numbers that float16 cannot hold."""
+    tensors = {key: t.detach().half() for key, t in person.tensors.items()}
     if person.basis_seed not in (None, engine.basis_seed):
         raise UserError(f"{path}: the person's basis has seed {person.basis_seed}, this method's "
                         f"{engine.basis_seed}")

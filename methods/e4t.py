@@ -72,9 +72,9 @@ class Domain(nn.Module):
     """The result of pre-training, for all people: `encoder`, and the factors of Δ for each attention layer,
     rows (out, 3) and columns (in, 3). `vit` encodes photos and is not saved with it."""
 
-    def __init__(self, config, model, vit=None):
+    def __init__(self, config, model):
         super().__init__()
-        self.config, self.vit, self.encoder = config, vit or nn.Identity(), Encoder(config, model)
+        self.config, self.vit, self.encoder = config, nn.Identity(), Encoder(config, model)
         layers = attention(model).values()
         self.rows = nn.ParameterList(torch.zeros(layer.out_features, 3) for layer in layers)
         self.columns = nn.ParameterList(torch.zeros(layer.in_features, 3) for layer in layers)

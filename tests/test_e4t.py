@@ -53,7 +53,8 @@ def tiny_domain(model=None, seed=0, size=.3):
     """One as pre-training might have made it: nothing in it is zero."""
     model = model or shared_model()
     with global_seed(seed):
-        domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
+        vit, domain = tiny_hypernet(1, 1).vit, e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model)
+        domain.vit = vit
         for p in (*domain.rows, *domain.columns):
             torch.nn.init.normal_(p, std=size)
         torch.nn.init.normal_(domain.encoder.word.weight)

@@ -75,7 +75,8 @@ def gated_values(model):
 
 def encoded(model):
     with global_seed(0):
-        domain = e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model, tiny_hypernet(1, 1).vit)
+        vit, domain = tiny_hypernet(1, 1).vit, e4t.Domain(e4t.EncoderConfig(photo=16, width=20), model)
+        domain.vit = vit
         torch.nn.init.normal_(domain.encoder.word.weight, std=.01)
     learnt = e4t.learn(model, photo(), domain, generator=generator(3), **STEPS)
     return e4t.adapters(in_float32(learnt), HyperDreamBooth(model))
