@@ -1,6 +1,5 @@
 """Translate names of tensors between ours and those of the original (CompVis) single-file layout of Stable
-Diffusion 1.x and of older hub folders. VAE and UNET map parts of our names to the original ones; all entries
-are applied in this order."""
+Diffusion 1.x or of older hub folders. VAE and UNET: our parts of names -> theirs, applied in this order."""
 from functools import cache, partial
 
 import torch

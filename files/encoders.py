@@ -1,6 +1,5 @@
 """Load encoders of pictures from the hub or a folder: the ViT that sees faces, and CLIP, which measures
-likeness. They are in float32, frozen and in eval mode. LoadError, as in sd.load(), if one cannot be
-loaded."""
+likeness. They are in float32, frozen and in eval mode. LoadError, as in sd.load()."""
 import os
 from pathlib import Path
 

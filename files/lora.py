@@ -54,8 +54,7 @@ def export_lora(adapters, path, metadata=None):
     """Write one person's low-rank adapters as a plain LoRA in float32, with kohya's names, for diffusers,
     ComfyUI and A1111. Nothing is lost: a prediction and a LoRA of rank r become a LoRA of rank 1 + r. Layers
     of lower rank are padded with zeros, because diffusers 0.35 to 0.42 takes one alpha for all layers.
-    ValueError for adapters of several people or another kind, UserError for no adapters and for NaN or
-    infinity."""
+    ValueError for adapters of several people or another kind, UserError for none and for NaN or infinity."""
     tensors, rank = {}, max((a.shape[2] for a, _ in require_low_rank(adapters, people=1).values()), default=0)
     for name, (a, b) in adapters.items():
         key = "lora_" + re.sub("^text", "te", name).replace(".", "_")
@@ -158,8 +157,7 @@ def normalised(key):
 def peft_scales(path, note, tensors, ranks):
     """Layer -> scale of its ΔW by PEFT's LoraConfig: alpha / r or, rank-stabilised, alpha / √r; without a
     config 1. diffusers keeps the config in the metadata; if a pipeline wrote it, its keys begin with "unet."
-    or "text_encoder.". PEFT keeps it in adapter_config.json, which its files need, because no tensor has
-    alpha."""
+    or "text_encoder.". PEFT keeps it in adapter_config.json, which its files need: no tensor has alpha."""
     file, kept, scales = Path(path).with_name("adapter_config.json"), note.get("lora_adapter_metadata"), {}
     with refusing(f"{path}: PEFT's settings, in its metadata or in {file.name} beside it, cannot be used"):
         if kept is None and any(key.startswith("base_model.model.") for key in tensors):

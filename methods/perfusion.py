@@ -18,8 +18,7 @@ Where s = 0, h is W·e plus the gate's tail σ(−β/τ)·o*. At β → ∞ the 
 part along i*: the person's own word says nothing, while words with s = 0 give W·e, as in the model itself.
 
 A person is o* of every value layer, i*, C⁻¹i*/‖i*‖², the embedding, and the token's id: on SD 1.5 12,480 +
-3·768 + 2 numbers, 30 KB in float16 (the paper's 100 KB include keys); on nano 544 + 3·128 + 2, 1.9 KB. The
-names in the file add 1 to 2 KB."""
+3·768 + 2 numbers, 30 KB in float16 (the paper's 100 KB include keys); on nano 544 + 3·128 + 2, 1.9 KB."""
 from typing import NamedTuple
 
 import torch

@@ -62,13 +62,12 @@ def room(model, prompt=""):
 
 
 def learn(model, photo, steps=300, lr=2e-2, batch=2, tokens=1, generator=None, callback=None):
-    """A photo (P, 3, H, W) in [-1, 1] of each of P people, side by side -> {"vectors": (P, tokens, d)},
-    float32.
+    """A photo (P, 3, H, W) in [-1, 1] of each of P people, side by side -> {"vectors": (P, tokens, d)}.
 
-    batch: noises of each photo in a step. All vectors start at the embedding of the class word; noise is
-    added to those after the first. generator: one, or a list with one for each person, whose vectors then do
-    not depend on the others. callback(step, loss) after every step. UserError, a ValueError, if identifier or
-    class word are not one token, or the prompt has no room for the vectors."""
+    batch: noises of each photo in a step. All vectors start at the embedding of the class word, those after
+    the first with noise. generator: one, or a list with one for each person, whose vectors then do not depend
+    on the others. callback(step, loss) after every step. UserError, a ValueError, if identifier or class word
+    are not one token, or the prompt has no room for the vectors."""
     token, word = only_token(model, IDENTIFIER), only_token(model, CLASS)
     if not 1 <= tokens <= room(model, PROMPT):
         raise UserError(f"{tokens} vectors: {model.name}'s prompts have room for 1 to {room(model, PROMPT)}")

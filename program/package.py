@@ -3,9 +3,8 @@
     pip install git+https://…/hdb
     from hyperdreambooth import hdb, lidb, adapters
 
-In the repository the files are flat, and names such as clip, vae and unet are those of other packages too.
-The wheel therefore has them in one package, with their imports changed to match. It needs nothing but
-Python."""
+In the repository, files are flat, and names such as clip, vae and unet are those of other packages too. So
+the wheel has them in one package, with their imports changed to match. It needs only Python."""
 import base64
 import hashlib
 import re
