@@ -4,7 +4,7 @@ Random numbers are saved as a model, encoders of pictures and photos; then each 
 and diffusers with PEFT, at its own defaults, where it can do the same. The table shows CPU-seconds, the
 greatest memory and the bytes left. A step costs the difference between three and one. --nano runs ours on
 the miniature, in a few minutes, which shows that the commands are right. Needs Linux, `pip install diffusers
-transformers peft` for the comparison, 8 GB of disk, and for the row dreambooth 22 GB of memory.
+transformers peft` for the comparison, 8 GB of disk, and for the rows dreambooth and e4t 22 GB of memory.
 """
 import argparse
 import json
@@ -30,6 +30,7 @@ def make(folder, nano):
     from files.checkpoints import write
     from files.merged import merge_to_folder
     from files.tokenizers import write_tokenizer
+    from methods import e4t
     from vit import DINO_S, VIT_H, ViT
     random = torch.Generator().manual_seed(0)
     for i in range(4):
@@ -47,6 +48,8 @@ def make(folder, nano):
         write({key: t.half() for key, t in tower.state_dict().items()}, folder / name / "model.safetensors")
         (folder / name / "config.json").write_text(json.dumps(configs[name]))
     write_tokenizer(model.tokenizer, folder / "clip")
+    domain = e4t.Domain(e4t.EncoderConfig(VIT_H.hidden_size), model, towers["vit"])
+    e4t.save_domain(domain, model, str(folder / "vit"), folder / "e4t.safetensors")
 
 
 def journeys(folder, nano):
@@ -81,7 +84,8 @@ def ours(folder, nano, model, mine):
     found = {"train, 3 steps of 2": train, "evaluate, the model itself": evaluate}
     for name, more in (("textual_inversion", []), ("perfusion", []),
                        ("dreambooth --rank 4", ["--rank", 4, "--prior-weight", 0]),
-                       ("dreambooth", ["--prior-weight", 0])):
+                       ("dreambooth", ["--prior-weight", 0]),
+                       ("e4t", [] if nano else ["--encoder", folder / "e4t.safetensors"])):
         found[f"{name}, a step"] = [*mine, *ONE, "--method", name.split()[0], *more]
     return found
 
