@@ -16,6 +16,7 @@ from files.disk import read_text, refusing, write_text
 from files.person import save_person
 from program import console
 from program.memory import plan_memory
+from training.parts import split
 
 SHOWN = 4  # people whose pictures are kept for the grids
 KEY = "system", "knob", "value", "person", "prompt"
@@ -81,13 +82,16 @@ def fit(job, group, method, photos, costs=None):
 def draw(method, adapters, group, names, scores, settings):
     """Pictures (prompts · P, 3, H, W), from noise that depends on the prompt and the person alone."""
     listed, pictures = [*scores.prompts], []
-    some = max(1, settings.side // len(group))
-    for i in tqdm(range(0, len(names), some), desc="pictures", leave=False, delay=2):
-        each = [(name, who) for name in names[i:i + some] for who in group.tolist()]
-        noises = [1000 * listed.index(name) + who for name, who in each]
-        prompts = [scores.prompts[name] for name, _ in each]
-        pictures.append(method.sample(prompts, adapters, noises, steps=settings.sample_steps,
-                                      guidance=settings.guidance))
+    batches = split(names, max(1, settings.side // len(group)))
+    total = len(batches) * settings.sample_steps
+    with tqdm(total=total, desc="steps of pictures", leave=False, delay=2) as bar:
+        for batch in batches:
+            each = [(name, who) for name in batch for who in group.tolist()]
+            noises = [1000 * listed.index(name) + who for name, who in each]
+            prompts = [scores.prompts[name] for name, _ in each]
+            pictures.append(method.sample(prompts, adapters, noises, steps=settings.sample_steps,
+                                          guidance=settings.guidance,
+                                          callback=lambda *step: console.advance(bar)))
     return torch.cat(pictures)
 
 

@@ -19,6 +19,7 @@ import hdb
 from adapters import Change
 from evaluation import experiment, figures, leaderboard, report, scores, systems
 from files import images
+from program import console
 from program.console import UserError
 from methods import dreambooth, hyperdreambooth
 from files.person import Person, save_person
@@ -219,6 +220,16 @@ def test_numbers_of_other_photos_or_towers_are_not_mixed(tmp_path):
     with pytest.raises(UserError) as info:
         evaluate.check_run(args, method, evaluate.measured_by(args, towers))
     assert re.findall(r"(\w+) [\w-]+ there, ", str(info.value)) == ["faces", "quick", "clip", "dino"]
+
+
+def test_every_step_of_a_picture_moves_the_bar(monkeypatch):
+    """On a CPU a picture takes minutes."""
+    moved = []
+    monkeypatch.setattr(console, "advance", lambda bar: moved.append(bar.total))
+    settings = experiment.Settings(sample_steps=2, guidance=2., side=4, out=None)
+    pictures = experiment.draw(hdb.HyperDreamBooth(shared_model()), {}, torch.tensor([0, 1]),
+                               ["photo", "king", "beach"], Simple(None), settings)
+    assert len(pictures) == 6 and moved == [4] * 4  # of 2 batches, of 4 pictures at most
 
 
 def line(person, prompt, another=None, style=None, system="A", **more):
