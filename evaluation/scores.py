@@ -47,7 +47,8 @@ over people. A number in brackets says how many people a cell is of, where that 
 * **leaked**: the likeness that "a face" and "a nqz face" gain from the person's being applied.
 * **given, plain**, **given, both**: plain and both by likeness to the photo given, which rewards copying it.
 * **seconds**: one person, alone, on one core. **KB**: the person's file.
-* **paper**: Face Rec. / DINO / CLIP-I / CLIP-T in the paper's own table, of photographs."""
+* **paper**: Face Rec. / DINO / CLIP-I / CLIP-T in the paper's own table, of photographs.
+* **training**: what short trainings from one start saw (docs/experiment.md, "How fair it is")."""
 SEEN = """Seen before the one photo: by HyperDreamBooth, Only Hyper and k = … other people in all eleven
 styles, with these prompts (the shipped network's weights are older than the rule that the beach is left out),
 and by E4T likewise; by all others nothing but the model."""
