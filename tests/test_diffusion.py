@@ -260,6 +260,9 @@ def test_guidance_calls_the_unet_in_the_dtype_of_the_context():
 
     context = torch.zeros(1, 7, 24, dtype=torch.bfloat16)
     assert diffusion.guided(spy, context, context.float(), 7.5)(draw(SHAPE, 0), 1).dtype == torch.float32
+    single = context.float()
+    guided = diffusion.guided_to_person(spy, spy, context, single, single, 7.5)
+    assert guided(draw(SHAPE, 0), 1).dtype == torch.float32
 
 
 def test_an_image_does_not_depend_on_its_batch():

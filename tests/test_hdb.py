@@ -147,7 +147,10 @@ def test_checkpointing_gives_the_same_gradient_through_the_hypernetwork(method):
 def test_a_few_steps_of_target_fitting_written_out(method):
     """Adam from θ = 0 on the sum over people of each one's own loss, which leaves them apart."""
     latents, prompts = some_latent(2, seed=4), ["a [V] face", "a [V] face as a rock star"]
-    ours = method.fit_theta(lambda: (latents, prompts), 2, 3, .02, generator(6))
+    told = []
+    ours = method.fit_theta(lambda: (latents, prompts), 2, 3, .02, generator(6),
+                            lambda step, loss: told.append(step))
+    assert told == [0, 1, 2]
     assert ours.shape == (2, *method.lidb.shape) and not ours.requires_grad and untouched(method.model)
     theta, g = torch.zeros(2, *method.lidb.shape, requires_grad=True), generator(6)
     optimizer = torch.optim.Adam([theta], lr=.02, betas=(.9, .99))
