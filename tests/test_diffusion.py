@@ -408,6 +408,15 @@ def test_shares_of_a_batch_are_the_batch():
     assert len(set(whole[1].tolist())) == 6
 
 
+def test_people_who_take_turns_in_a_batch_have_noise_of_their_own():
+    latent = draw((6, 4, 5, 3), "latent")
+    whole = diffusion.noised(latent, [generator("0"), generator("1")])
+    for i in range(2):
+        alone = diffusion.noised(latent[i::2], generator(str(i)))
+        for together, own in zip(whole, alone):
+            assert torch.equal(together[i::2], own)
+
+
 def test_every_time_step_can_be_drawn_and_no_other(monkeypatch):
     model = Echo(lambda x: x)
     greatest = 1 - 2 ** -24

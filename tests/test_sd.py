@@ -6,6 +6,7 @@ from small import MERGES, VOCAB, parts, write_folder
 from tiny import tiny_model
 
 import clip
+import diffusion
 import sd
 from files.checkpoints import checksum
 
@@ -61,6 +62,20 @@ def test_half(folder):
     image = model.decode(latent.float())
     assert model.sample(["a"], steps=1, size=(16, 16)).dtype == torch.float32
     assert latent.dtype == image.dtype == model.context(["a"]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 16, 16), torch.zeros(1, 4, 16, 16),
+                                   torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1, 3, 16, 17)])
+def test_what_is_no_picture_is_refused(image):
+    with pytest.raises(ValueError, match="pictures are|divisible by 8"):
+        tiny_model().encode(image)
+
+
+def test_a_sampler_that_adds_noise_takes_each_pictures_own():
+    model = tiny_model()
+    both = model.sample(["a", "a"], [0, 1], steps=2, sampler=diffusion.lcm, guidance=1.)
+    second = model.sample(["a"], [1], steps=2, sampler=diffusion.lcm, guidance=1.)
+    assert torch.allclose(both[1:], second, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, warned", [(torch.float16, 1), (torch.bfloat16, 0)])
