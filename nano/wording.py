@@ -99,8 +99,12 @@ def changed(identity, generator):
 
 
 def tokenizer():
-    """CLIP's tokenizer with one token for every word of the captions; other text takes many tokens."""
+    """CLIP's tokenizer with one token for every word of the captions; other text takes many tokens. UserError
+    if the text encoder has room for another number of tokens: a new word needs a new one."""
     texts = [*STYLES.values(), *(word for words in WORDS.values() for word in words)]
     words = {word for text in texts for word in text.replace("{}", "").split()}
     vocab, merges = clip.learn_bpe(sorted(words | {"skin", "with", "and", *RARE}))
+    if len(vocab) != clip.NANO.vocab_size:
+        raise UserError(f"the captions' words make {len(vocab)} tokens: set vocab_size of NANO in clip.py to "
+                        "that, and train the text encoder and the UNet again")
     return clip.Tokenizer(vocab, merges, clip.NANO.max_position_embeddings)

@@ -3,12 +3,14 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+import pytest
 import torch
 from drawn import people, photos
 from tiny import generator
 
 import clip
 from nano import faces, seeds, wording
+from program.console import UserError
 
 # mean brightness of the quarters of two people's portraits, style after style
 QUARTERS = [
@@ -102,6 +104,13 @@ def test_captions_say_what_is_there_and_fit():
     assert not any(clip.IDENTIFIER in t.split() for t in texts)
     share = sum(t == "" for t in wording.captions(identity, style, generator())) / 300
     assert .03 < share < .2
+
+
+def test_a_new_word_needs_a_new_text_encoder(monkeypatch):
+    """An id beyond the embeddings would end a training in an IndexError."""
+    monkeypatch.setitem(faces.STYLES, "clown", "a {} face as a clown")
+    with pytest.raises(UserError, match="words make 707 tokens: set vocab_size of NANO in clip.py"):
+        wording.tokenizer()
 
 
 def test_nobody_who_is_measured_is_ever_trained_on():

@@ -1,6 +1,7 @@
 """The miniature's shipped Stable Diffusion, and the training of its parts."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ import sd
 import unet
 import vae
 from program import distributed
+from files import images
 from files.checkpoints import write
 from files.disk import read_json
 from program.console import UserError
 from nano import faces, judge, seeds, wording
 from nano.people import load_encoder
 from nano.photo import train as photo_train
-from nano.training import pretrain
+from nano.training import check, pretrain
 from vit import NANO_VIT, ViT
 
 
@@ -163,6 +165,15 @@ def test_a_training_that_ends_worse_does_not_replace_what_is_there(train):
         train("text", *SMALL)
     assert (pretrain.FOLDER / pretrain.TEXT).read_bytes() == before
     assert len(load_file(pretrain.FOLDER / "runs/text/model.safetensors")) > 20
+
+
+def test_a_preview_tells_the_seeds_of_its_pictures(monkeypatch, tmp_path):
+    """Two of each style, however many there are."""
+    monkeypatch.setitem(faces.STYLES, "clown", "a {} face as a clown")
+    blank = SimpleNamespace(sample=lambda prompts, **more: torch.zeros(len(prompts), 3, 8, 8))
+    monkeypatch.setattr(check, "StableDiffusion", lambda *parts: blank)
+    check.preview(torch.nn.Identity(), None, None, None, tmp_path / "preview.png")
+    assert images.settings(tmp_path / "preview.png")["seeds"] == f"0 to {2 * len(faces.STYLES) - 1}"
 
 
 def test_minutes_stop_before_anything_is_written(train):

@@ -36,7 +36,8 @@ def preview(model, text, words, autoencoder, path):
     prompts = [p for said in (0., 1.) for p in wording.captions(who, style, generator, said, 0., 0.)]
     now = StableDiffusion("nano", deepcopy(model), text, words, autoencoder)  # it freezes its parts
     sheet = images.sheet(now.sample(prompts, guidance=3., steps=20), len(style))
-    images.save(sheet, path, prompts=" | ".join(prompts), seeds="0 to 21", guidance=3, steps=20)
+    last = len(prompts) - 1
+    images.save(sheet, path, prompts=" | ".join(prompts), seeds=f"0 to {last}", guidance=3, steps=20)
 
 
 @torch.no_grad()
