@@ -169,7 +169,7 @@ def test_a_training_that_ends_worse_does_not_replace_what_is_there(train):
 
 def test_a_preview_tells_the_seeds_of_its_pictures(monkeypatch, tmp_path):
     """Two of each style, however many there are."""
-    monkeypatch.setitem(faces.STYLES, "clown", "a {} face as a clown")
+    monkeypatch.setitem(faces.STYLES, "robot", "a {} face as a robot")
     blank = SimpleNamespace(sample=lambda prompts, **more: torch.zeros(len(prompts), 3, 8, 8))
     monkeypatch.setattr(check, "StableDiffusion", lambda *parts: blank)
     check.preview(torch.nn.Identity(), None, None, None, tmp_path / "preview.png")
