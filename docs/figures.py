@@ -2,9 +2,10 @@
 
     python -m docs.figures          # the same commit gives the same bytes
 
-pipeline.png, lidb.png, world.png, modules.png, training.png. The experiment (python -m evaluation) and the
+pipeline.png, lidb.png, world.png, modules.png, gap.png, training.png. The experiment (python -m evaluation) and the
 tour draw their own.
 """
+import json
 import runpy
 from pathlib import Path
 
@@ -138,8 +139,24 @@ def modules():
     return figure
 
 
+def gap():
+    """Likeness against the gap that training/watched.py logs, over a training on nano, and its steps."""
+    lines = [json.loads(line) for line in (HERE / "results/gap.jsonl").read_text().splitlines()]
+    figure = Figure((6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([line["gap"] for line in lines], [line["likeness photo"] for line in lines], ".-")
+    for line in lines:
+        if line["step"] % 120 == 0:
+            axes.annotate(f"{line['step']} steps", (line["gap"], line["likeness photo"]), (6, -9),
+                          textcoords="offset points", fontsize=8)
+    axes.set(xlabel="gap: denoising loss under another person's θ − under one's own",
+             ylabel="likeness to the photo")
+    axes.grid(alpha=.3)
+    return figure
+
+
 def main():
-    for draw in pipeline, lidb, world, modules:
+    for draw in pipeline, lidb, world, modules, gap:
         path = HERE_DOCS / f"{draw.__name__}.png"
         draw().savefig(path, dpi=110, metadata={"Software": None})
         print(path)
