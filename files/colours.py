@@ -4,6 +4,7 @@ the nclx box of AVIF and HEIC), by PNG's gAMA and cHRM, or by EXIF's mark of Ado
 A curve takes the stored numbers to linear light v. Then v' = M_sRGB⁻¹ · W · M · v, where M is the matrix RGB
 → XYZ of the primaries, and W takes their white to that of sRGB (Bradford)."""
 import io
+import re
 import struct
 import zlib
 from contextlib import suppress
@@ -34,19 +35,21 @@ PRIMARIES = {1: SRGB, 2: SRGB, 4: (.310, .316, .67, .33, .21, .71, .14, .08),
 # As in browsers, the curves of video count as that of sRGB. PQ and HLG are missing: they are refused
 CURVES = dict.fromkeys((1, 2, 6, 13, 14, 15), decoded) | {4: power(2.2), 5: power(2.8), 8: power(1)}
 BRADFORD = np.array([[.8951, .2664, -.1614], [-.7502, 1.7135, .0367], [.0389, -.0685, 1.0296]])
-# PNG's chunks that are always kept, and those that are kept if their checksum is right
+# PNG's chunks that are always kept, and those that are kept if their checksum is right and their data have
+# this form: PIL refuses a picture with malformed colours
 CRITICAL = b"IHDR", b"PLTE", b"IDAT", b"IEND"
-KEPT = b"tRNS", b"eXIf", b"iCCP", b"sRGB", b"gAMA", b"cHRM"
+KEPT = {b"tRNS": b".*", b"eXIf": b".*", b"iCCP": rb"[^\0]*\0\0.*", b"sRGB": b".+", b"gAMA": b".{4}.*",
+        b"cHRM": b".{32}"}
 
 
 def bare_png(data):
     """The visible part of a PNG, as a file, and its cICP chunk, or b"". Other chunks, such as texts of any
-    length, and chunks with a wrong checksum are left out."""
+    length, and malformed chunks are left out."""
     kept, cicp = [data.read(8)], b""
     while head := data.read(8):
         name, body = head[4:], data.read(int.from_bytes(head[:4], "big") + 4)
         right = zlib.crc32(name + body[:-4]) == int.from_bytes(body[-4:], "big")
-        if name in CRITICAL or right and name in KEPT:
+        if name in CRITICAL or right and name in KEPT and re.fullmatch(KEPT[name], body[:-4], re.DOTALL):
             kept += head, body
         if right and name == b"cICP":
             cicp = body[:-4]

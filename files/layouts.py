@@ -5,6 +5,7 @@ import re
 import timeit
 import warnings
 from collections import namedtuple
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -275,9 +276,10 @@ def predicts_v(file, note, keys):
 
 def fetch_vocabulary(file):
     """The vocabulary that all Stable Diffusion 1.x share, from the hub or its cache. LoadError without it."""
-    address = f"https://huggingface.co/{HUB}/tree/main/tokenizer"
-    try:
-        return vocabulary_in(download(HUB, "tokenizer/vocab.json", "tokenizer/merges.txt") / "tokenizer")
-    except LoadError:
+    found, address = [], f"https://huggingface.co/{HUB}/tree/main/tokenizer"
+    with suppress(LoadError):
+        found = vocabulary_in(download(HUB, "tokenizer/vocab.json", "tokenizer/merges.txt") / "tokenizer")
+    if not found:  # offline, the cache may hold other files alone
         raise LoadError(f"{file}: the tokenizer's files are not beside it, and the hub is out of reach; "
-                        f"put vocab.json and merges.txt from {address} into {file.parent}") from None
+                        f"put vocab.json and merges.txt from {address} into {file.parent}")
+    return found

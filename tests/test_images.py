@@ -296,6 +296,12 @@ def test_what_has_a_wrong_checksum_and_does_not_matter_is_left_out(tmp_path, nam
     assert colour(with_chunks(tmp_path / "a.png", chunk(name, body, crc=7))) == [210, 160, 130]
 
 
+@pytest.mark.parametrize("name, body", [
+    (b"gAMA", b"\0\1"), (b"cHRM", bytes(31)), (b"sRGB", b""), (b"iCCP", b""), (b"iCCP", b"a\0\1" + LONG)])
+def test_malformed_colours_with_a_right_checksum_are_left_out(tmp_path, name, body):
+    assert colour(with_chunks(tmp_path / "a.png", chunk(name, body))) == [210, 160, 130]
+
+
 def test_a_profile_of_more_than_a_megabyte(tmp_path):
     padded = swapped_profile() + bytes(2 * 10 ** 6)
     padded = struct.pack(">I", len(padded)) + padded[4:]
