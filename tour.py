@@ -47,8 +47,8 @@ def likeness(pictures):
 
 # %% 1. The world
 # A renderer draws everybody in nano's world (nano/faces.py), so we know exactly who is in a picture: a person
-# is 27 numbers. The judge, a small network that was trained apart, measures *likeness*: the cosine of its
-# embeddings of two pictures.
+# is 27 numbers. The judge, a small network trained separately, measures *likeness*: the cosine similarity of
+# its embeddings of two pictures.
 held_out = people.HeldOut(count, "cpu", seeds.VALIDATION)  # people whom no training has seen
 photos, judge = held_out.photos, held_out.judge
 again = held_out.more_photos(1)[:, 0]
@@ -60,9 +60,9 @@ page.show("two people in every style", {
     for i, style in enumerate(faces.STYLES)})
 
 # %% 2. Stable Diffusion (section 3)
-# An autoencoder turns a picture into a latent x₀ and back. Noise is added to it, x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε,
-# and a UNet learns to predict ε from x_t, t and the features c of a text. A sampler uses the UNet to go from
-# pure noise to a picture. nano runs the code of SD 1.5 at a small size.
+# An autoencoder turns a picture into a latent x₀ and back. Noise ε is added, x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, and
+# a UNet learns to predict ε from x_t, the time step t and the features c of a text. A sampler uses the UNet
+# to go from pure noise to a picture. nano runs the code of SD 1.5 at a small size.
 photo, prompt = photos[:1], "a face as a king"
 latent, context = model.encode(photo), model.context([prompt])
 page.say(f"picture {[*photo.shape]} -> latent {[*latent.shape]}; text -> features {[*context.shape]}")
@@ -75,9 +75,9 @@ page.show("a photo, its latent, the latent with noise, and a sample", {
 
 # %% 3. Lightweight DreamBooth (section 4.1, Eq. 1)
 # ΔW = A_aux · A_train · B_train · B_aux in each attention layer. A_aux and B_aux are random and frozen: a
-# seed makes them again, so nobody stores or predicts them, and all people share one space that a network can
-# learn. They are orthonormal, ‖A_aux·a‖ = ‖a‖ in a layer of any width, so one scale suits all layers. θ is
-# A_train − A₀, where A₀ is random, and B_train. At θ = 0 ΔW is 0, but B_train's gradient is not.
+# seed remakes them, so they are neither stored nor predicted, and all people share one space that a network
+# can learn. They are orthonormal, ‖A_aux·a‖ = ‖a‖ in a layer of any width, so one scale suits all layers. θ
+# holds A_train − A₀, for a random A₀, and B_train. At θ = 0, ΔW is 0, but B_train's gradient is not.
 with torch.device("meta"):  # SD 1.5's shapes, without its weights
     sd15 = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
 for name, layers in ("nano", method.layers), ("SD 1.5", sd15):
@@ -100,8 +100,8 @@ page.show("the four matrices of one layer, to scale",
           to_scale({"A_aux": a_aux, "A_train": a_train, "B_train": b_train, "B_aux": b_aux}))
 
 # %% 4. DreamBooth in that space (section 4.1)
-# DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", trains θ alone: fewer numbers
-# than the photo has pixels, but they hold a face.
+# DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", trains θ alone. θ has fewer
+# numbers than the photo has pixels, but they hold a face.
 fitted = method.fit_theta(lambda: (latent, [hdb.PROMPT]), 1, 2 if fast else 60, .02, hdb.seeded(0))
 before, after = draw(hdb.PROMPT, {}), draw(hdb.PROMPT, lidb.adapters(fitted))
 page.say("likeness to the photo", {"before": likeness(before), "after": likeness(after)})
@@ -110,7 +110,8 @@ page.show("θ fitted to one photo", {"photo": photo, "before": before, "after": 
 
 # %% 5. The hypernetwork (section 4.2, Eq. 3)
 # A network predicts θ from the photo: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. A ViT encodes the photo
-# once, to features f. The decoder T, with a token for each layer, runs s times; each pass corrects the last.
+# once, to features f. The decoder T, with a token for each layer, runs s times. Each pass corrects the
+# estimate before it.
 face = hypernet.face(encode_face(hypernet.vit, photos))
 theta, columns, scores = torch.zeros(count, *lidb.shape), {"photo": photos[:4]}, {}
 for k in range(1, hypernet.config.iterations + 1):
@@ -137,8 +138,8 @@ page.show("whose θ", {"person 1": photo, "person 2": photos[1:2]} | columns)
 
 # %% 7. Training it (Eq. 2)
 # L = α‖D_θ̂(x + ε, c) − x‖² + β‖θ̂ − θ‖². We set α = 1 and β = 0, because a picture of the person in a style,
-# under that style's prompt, teaches more than a θ fitted to one photo. Some prompts lack [V], and their
-# pictures show strangers: the weights must not change those. Here a fresh network learns one batch.
+# under that style's prompt, teaches more than a θ fitted to one photo. Some samples show a stranger under a
+# prompt without [V], so the weights learn to act on [V] alone. Here a fresh network learns one batch.
 with global_seed(0):
     fresh = HyperNetwork(hypernet.config, hypernet.vit)
 features, latents, prompts = people.People(model, hypernet.vit).samples(torch.arange(count), hdb.seeded(0))
@@ -158,8 +159,8 @@ page.show("pictures and prompts of that batch", dict(zip(prompts, model.decode(l
 
 # %% 8. Rank-relaxed fast fine-tuning (section 4.3)
 # Rank 1 in a random subspace holds a likeness, not its details. So the predicted ΔW stays as it is, and a
-# LoRA of a higher rank is trained beside it: W' = W + ΔW_θ̂ + A·B. It starts at B = 0, exactly the prediction.
-# The loop in tour.py is all of it; fine_tune in hdb.py does the same, faster.
+# LoRA of a higher rank is trained beside it: W' = W + ΔW_θ̂ + A·B. B starts at 0, so training starts exactly
+# at the prediction. tour.py has the whole loop; fine_tune in hdb.py does the same, faster.
 steps, rank, batch, generator = 2 if fast else 40, 4, 4, hdb.seeded(0)
 predicted = detach(lidb.adapters(theta[:1]))
 with model.adapted(predicted):
