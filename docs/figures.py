@@ -2,8 +2,8 @@
 
     python -m docs.figures          # the same commit gives the same bytes
 
-pipeline.png, lidb.png, world.png, modules.png, gap.png, training.png. The experiment (python -m evaluation) and the
-tour draw their own.
+pipeline.png, lidb.png, world.png, modules.png, gap.png, training.png. The experiment (python -m evaluation)
+and the tour draw their own.
 """
 import json
 import runpy
