@@ -42,8 +42,14 @@ def load_vit(source, device=None):
 
 def loaded(vit, device):
     """The ViT with its weights: `vit` itself or, if that is on the meta device, a copy read from its source
-    to `device`. So an official ViT takes memory, 2.5 GB for ViT-H, only while the copy is used."""
-    return load_vit(vit.source, device) if vit.layernorm.weight.is_meta else vit
+    to `device`. So an official ViT takes memory, 2.5 GB for ViT-H, only while the copy is used. LoadError if
+    its file has changed since `vit` was loaded."""
+    if not vit.layernorm.weight.is_meta:
+        return vit
+    found = load_vit(vit.source, device)
+    if not alike(checksum(found), checksum(vit)):
+        raise LoadError(f"{vit.source}: this encoder of photos has changed since the start; start again")
+    return found
 
 
 def vit_of(path, source, noted, instead=None):

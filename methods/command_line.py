@@ -117,7 +117,7 @@ def refusals(args, method):
     merge, out = real(args.merge or "."), real(args.out)
     for prompt in args.prompts:
         file = is_personal(prompt) or os.path.isfile(prompt)
-        yield file, f"{prompt} is a file; only prompts may follow the photos or the personal files"
+        yield file, f"{prompt} names a file; only prompts may follow the photos or the personal files"
     yield several and (args.export or args.merge), "--export and --merge take one person"
     yield args.each and args.people, "--each is for photos"
     yield args.look is not None and args.people, "--look is for photos, on nano"

@@ -147,7 +147,8 @@ def load_embedding(path, model):
     if len(file.shapes) != 1:
         names, count = ", ".join(file.shapes)[:100], len(file.shapes)
         what = "an embedding for SDXL" if "clip_g" in file.shapes else f"{count} tensors"
-        raise UserError(f"{path}: not a personal file, nor an embedding of one word: {what} ({names})")
+        raise UserError(f"{path}: not a personal file, nor an embedding of one word: {what} ({names}); give "
+                        "a LoRA with --lora and a model with --model")
     ((key, shape),) = file.shapes.items()
     *several, theirs = shape or (0,)
     count = math.prod(several)

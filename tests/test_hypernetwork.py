@@ -107,6 +107,13 @@ def test_an_official_encoder_is_named_and_found_again(tmp_path):
     assert torch.equal(load(moved)(faces()), back(faces()))
     path = moved.rename(path)
 
+    # other weights come between loading and a look at a photo
+    encoder(folder)
+    engine = HyperDreamBooth(shared_model(), load_hypernet(path, shared_model()))
+    write({k: t + .01 for k, t in vit.state_dict().items()}, folder / "model.safetensors")
+    with pytest.raises(LoadError, match="has changed since"):
+        engine.predict(faces())
+
     encoder(folder, num_attention_heads=4)
     with pytest.raises(LoadError, match="trained with another encoder"):
         load(path)

@@ -193,8 +193,10 @@ def test_single_file_vocabulary(file, monkeypatch, tmp_path_factory):
         (file.parent / name).unlink()
     assert is_ours(sd.load(file, "cpu"))
     assert asked == [(layouts.HUB, "tokenizer/vocab.json", "tokenizer/merges.txt")]
-    for hub in None, tmp_path_factory.mktemp("others"):  # unreachable; a cache of other files alone
-        refused(file, "vocab.json and merges.txt", f"into {file.parent}", layouts.HUB)
+    hub = None
+    refused(file, "vocab.json and merges.txt", f"into {file.parent}", layouts.HUB)
+    hub = tmp_path_factory.mktemp("others")  # a cache of other files alone
+    refused(file, "vocab.json and merges.txt", f"into {file.parent}", layouts.HUB)
     (file.parent / "tokenizer").mkdir()
     write_tokenizer(TOKENIZER, file.parent / "tokenizer")
     assert is_ours(sd.load(file, "cpu"))

@@ -98,7 +98,7 @@ def test_dreambooths_whole_weights_can_be_merged(tmp_path):
     ("dreambooth", ["--export", "lora"], "needs adapters that are LowRank, this person's are Change"),
     ("dreambooth", ["--export", "embedding"], "--export embedding needs adapters that are Rows"),
     ("hyperdreambooth", ["--export", "embedding"], "--export embedding needs"),
-    ("dreambooth", ["nano/example.png", "[V] face"], "is a file; only prompts may follow"),
+    ("dreambooth", ["nano/example.png", "[V] face"], "names a file; only prompts may follow"),
     ("dreambooth", ["--rank", -1], "--rank: must be"), ("perfusion", ["--tau", 0], "--tau: must be"),
     ("textual_inversion", ["--tokens", 76], "--tokens: must be"), ("e4t", ["--lr", -1], "--lr: must be")])
 def test_what_cannot_be_is_said_before_the_work(method, arguments, why):

@@ -166,7 +166,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--merge", "never/there"], "two folders"),
     (["nano/example.png", "[V] face", "--merge", "never"], "--out must not be inside --merge"),
     (["/dev/null", "[V] face"], "not a file"),
-    (["nano/example.png", "[V] face", "nano/example.png"], "is a file; only prompts may follow"),
+    (["nano/example.png", "[V] face", "nano/example.png"], "names a file; only prompts may follow"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
     (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
@@ -376,7 +376,7 @@ def test_a_personal_file_samples_again_alone_together_and_elsewhere(tmp_path):
     assert (tmp_path / "both/1.png").exists()
     for mistaken in (a, b), ("nano/example.png", a):
         failed = run(*mistaken)
-        assert failed.returncode == 2 and "is a file; only prompts may follow" in failed.stderr
+        assert failed.returncode == 2 and "names a file; only prompts may follow" in failed.stderr
     mine = load_file(a)
     with safe_open(a, "pt") as f:
         save_file(mine | {"theta": mine["theta"].float() * 1e30}, tmp_path / "huge.safetensors", f.metadata())

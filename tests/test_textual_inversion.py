@@ -335,7 +335,7 @@ def test_embeddings_of_others(tmp_path, name, shape, dtype):
     ({"a": torch.zeros(())}, ["shape ()"]),
     ({"a": torch.zeros(1, 1, WIDTH)}, ["shape (1, 1, 32)"]),
     ({"clip_l": torch.zeros(1, WIDTH), "clip_g": torch.zeros(1, 40)}, ["SDXL", "clip_g", "clip_l"]),
-    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors (a, b)"]),
+    ({"a": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors (a, b); give a LoRA with --lora"]),
     ({"a.weight": torch.zeros(1, WIDTH), "b": torch.zeros(1, WIDTH)}, ["2 tensors (a.weight, b)"]),
     ({}, ["0 tensors"])])
 def test_what_is_no_embedding_for_this_model_is_refused(tmp_path, tensors, words):
