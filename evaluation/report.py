@@ -141,10 +141,10 @@ def write(folder, scores):
     return found
 
 
-PAIRS = f"""Pairs of pictures of the same person, prompt and noise, of all eleven
-prompts. One that is out of style loses to one in style; else the one likest to another photo wins; within
-{LEVEL:g} neither does. Lead: ours less theirs in points, with its 95 % interval by bootstrap over people. The
-last column has the same by likeness to the photo given, which rewards copying it."""
+PAIRS = f"""Each pair has two pictures of one person from the same prompt and noise, for all eleven prompts.
+A picture in the right style beats one in a wrong style. Otherwise the one with more likeness to another photo
+wins; within {LEVEL:g} neither does. Lead: ours minus theirs in percentage points, with a 95 % interval by
+bootstrap over people. The last column uses likeness to the photo given, which rewards copying it."""
 
 
 def markdown(heads, lines):

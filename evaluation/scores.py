@@ -29,29 +29,29 @@ COLOURS = "background", "clothes"
 MORE = 8  # more photos of each person; no system sees the last
 
 
-ABOUT = """nano: test people whom no training has seen and nothing was chosen by. Every system gets one photo
-of each. A picture of a person and prompt starts from the same noise in every row. ± is the standard error
-over people. A number in brackets says how many people a cell is of, where that is not the row's.
+ABOUT = """nano's test people. No training has seen them, and no choice was made on them. Every system gets
+one photo of each. Pictures of one person and prompt start from the same noise in every row. ± is the
+standard error over people. A number in brackets is the cell's number of people, where the row's differs.
 
-* **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts: the judge's cosine of identities
-  to *another* photo of the person, which no system has seen (two photos of one person: .95, strangers: .00).
+* **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts. Likeness is the judge's cosine
+  similarity to *another* photo of the person, which no system has seen (one person: .95, strangers: .00).
 * **style**: the share of styled pictures in which the judge recognises the prompt's style.
-* **both**: likeness where the style is right and 0 elsewhere, over the styled prompts. **beach**: the same of
-  "a [V] face at the beach" alone, which train.py leaves out (but see the lines under the tables).
+* **both**: the mean over the styled prompts of likeness where the style is right, and 0 where it is wrong.
+  **beach**: the same for "a [V] face at the beach" alone, which train.py leaves out (but see under Table 1).
 * **missed**: the share of styled pictures whose likeness is below .3.
 * **copied**: how much of the photo's circumstances (pose, zoom, place, light, colours of background and
   clothes) comes back in "a [V] face": 1 for the photo itself, 0 for another photo.
-* **error**: mean error of 13 numbers of identity, each from 0 to 1, that draw "a [V] face" again.
+* **error**: the mean error of 13 identity numbers, each from 0 to 1, as the instrument reads "a [V] face".
 * **obeyed**: the share of pictures of "a [V] face with round glasses", "… a full beard", "… blond hair" and
-  "… a mohawk" that show it, of people who don't have it.
-* **leaked**: the likeness that "a face" and "a nqz face" gain from the person's being applied.
-* **given, plain**, **given, both**: plain and both by likeness to the photo given, which rewards copying it.
-* **seconds**: one person, alone, on one core. **KB**: the person's file.
-* **paper**: Face Rec. / DINO / CLIP-I / CLIP-T in the paper's own table, of photographs.
-* **training**: what short trainings from one start saw (docs/experiment.md, "How fair it is")."""
-SEEN = """Seen before the one photo: by HyperDreamBooth, Only Hyper and k = … other people in all eleven
-styles, with these prompts (the shipped network's weights are older than the rule that the beach is left out),
-and by E4T likewise; by all others nothing but the model."""
+  "… a mohawk" that show what was asked for, among people who don't have it.
+* **leaked**: the likeness that "a face" and "a nqz face" gain when the person's weights are applied.
+* **given, plain**, **given, both**: plain and both with likeness to the photo given, which rewards copying.
+* **seconds**: for one person, alone, on one core. **KB**: the size of the person's file.
+* **paper**: Face Rec. / DINO / CLIP-I / CLIP-T on photographs, from the paper's own table.
+* **training**: the pictures of three short trainings (docs/experiment.md, "How fair it is")."""
+SEEN = """Training data beside the one photo: HyperDreamBooth, Only Hyper and k = … (from the prediction of k
+passes) have seen other people in all eleven styles with these prompts, and so has E4T. The beach is one of
+them, because the shipped weights were trained before train.py left it out. All others know only the model."""
 
 
 class Judged:
