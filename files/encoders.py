@@ -56,7 +56,7 @@ def vit_of(path, source, noted, instead=None):
     """The ViT, on the meta device, that the file at `path` was trained with: `instead`, a folder of its name
     beside the file, or `source`. LoadError if it is missing or its checksum is not `noted`, unless None."""
     beside, hint = Path(path).parent / Path(source).name, f"put its folder, {Path(source).name}, beside it"
-    source = instead or (str(beside) if beside.is_dir() else source)
+    source = instead or (str(beside) if os.path.isdir(beside) else source)
     if os.path.isabs(source) and not os.path.isdir(source):
         raise LoadError(f"{path}: trained with the encoder of photos {source}, which is missing; {hint}")
     vit = load_vit(source, "meta")

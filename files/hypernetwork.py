@@ -28,9 +28,10 @@ def save_hypernet(hypernet, model, path):
 
 def load_hypernet(path, model, encoder=None):
     """The HyperNetwork in a file of save_hypernet, in float32 on the model's device. An official encoder's
-    weights stay in its file while it is not used. encoder: its source, if neither beside `path` nor where it
-    was. LoadError for another kind of file, another basis, layers that the model lacks, another encoder, NaN
-    or infinity; a warning if only the model's weights differ."""
+    weights stay in its file: hdb.HyperDreamBooth.predict() reads them, or files.encoders.loaded(). encoder:
+    its source, if neither beside `path` nor where it was. LoadError for another kind of file, another basis,
+    layers that the model lacks, another encoder, NaN or infinity; a warning if only the model's weights
+    differ."""
     with refusing(f"{path}: not a hypernetwork that train.py wrote"):
         note = Tensors(path).note
         found = json.loads(note["config"])

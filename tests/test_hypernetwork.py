@@ -120,6 +120,8 @@ def test_an_official_encoder_is_named_and_found_again(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(LoadError, match="no model.safetensors"):
         load(path)
+    with pytest.raises(LoadError, match="not a folder here"):
+        encoders.vit_of(path, "x" * 5000, None)
 
 
 def test_an_encoder_is_loaded_without_numbers(tmp_path, monkeypatch):
