@@ -19,8 +19,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from clip import canonical, with_identifier
 from program import START, console, lock
+from clip import canonical, with_identifier
 
 import torch
 from tqdm import tqdm

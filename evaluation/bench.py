@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from clip import IDENTIFIER
 from program import console
+from clip import IDENTIFIER
 
 import torch
 import torch.nn.functional as F

@@ -9,10 +9,11 @@ linear heads read style and attributes. It is trained apart from everything that
 import time
 from pathlib import Path
 
+from program import console
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from program import console
 from files.checkpoints import build, write
 from files.layouts import device_and_dtype
 from nano import faces, seeds

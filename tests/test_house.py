@@ -70,6 +70,18 @@ def test_no_module_imports_itself_in_a_circle():
     TopologicalSorter(modules()).prepare()  # CycleError, which names the circle
 
 
+def test_programs_import_program_before_torch():
+    """OpenMP reads its setting when torch is loaded, and Ctrl-C then ends a program without a traceback."""
+    programs = [file for file in ROOT.rglob("*.py")
+                if "console.run(" in file.read_text(encoding="utf-8") and "tests" not in file.parts]
+    for file in programs:
+        found = (node for node in ast.parse(file.read_text(encoding="utf-8")).body
+                 if isinstance(node, (ast.Import, ast.ImportFrom)))
+        names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in found]
+        first = next(name for name in names if name.split(".")[0] not in sys.stdlib_module_names)
+        assert first == "program", file
+
+
 def test_networks_import_torch_alone():
     for name in ROOMS[0] | ROOMS[1] | ROOMS[2]:
         allowed = {"torch", "attention", *sys.stdlib_module_names}

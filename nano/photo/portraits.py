@@ -10,6 +10,8 @@ every place and size. Two megapixels of a sheet take one core half a minute.
 """
 from pathlib import Path
 
+from program import console
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from nano.photo.labels import rows_of
-from program import console
 from program.console import UserError
 
 CELL, GRID = 3, 9        # pixels per cell in the comparison, and cells per side

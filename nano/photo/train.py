@@ -10,6 +10,8 @@ portraits, from drawings with known numbers, and from pictures of no face or sev
 from pathlib import Path
 from typing import NamedTuple
 
+from program import console
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,6 @@ from nano.photo.labels import labelled, truth_of
 from nano.photo.reader import CLASSES, FILE, NUMBERS, STORED, Reader, load_reader, read, shrunk
 from nano.photo.report import bearded, report
 from nano.photo.views import faceless, looks, together
-from program import console
 from program.options import DEVICE, RUNS, number, old_file, old_folder, parser_of, same
 from training.trainer import Trainer, global_seed
 

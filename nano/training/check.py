@@ -6,13 +6,14 @@ Also the previews and the PSNR that pretrain.py logs.
 """
 from copy import deepcopy
 
+from program import console
+
 import torch
 
 import hdb
 from files import images
 from nano import faces, seeds, wording
 from nano.judge import load_judge
-from program import console
 from sd import StableDiffusion
 
 
