@@ -18,7 +18,7 @@ COLUMNS = "both", "copied", "obeyed", "leaked"
 HEAD = f"""# Leaderboard
 
 HyperDreamBooth on nano's test people, from the first shipped hypernetwork on. results/tables.md defines the
-numbers; – was not measured. To beat it, change something and run
+numbers; a dash stands for one that was not measured. To beat it, change something and run
 
     python -m evaluation --rows {OURS} "the model itself" --out runs/mine
     python -m evaluation.leaderboard "what you changed" --out runs/mine
