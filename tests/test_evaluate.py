@@ -334,7 +334,7 @@ def test_an_interrupted_run_breaks_nothing(tmp_path, left):
     write_scores(tmp_path / "part", [row | dict.fromkeys(["copied", "error"]) for row in rows[::3][:left]])
     found = report.write(tmp_path / "part", scores.Judged)
     figures.write(tmp_path / "part", found, scores.Judged)
-    assert (tmp_path / "part/tables.md").read_text(encoding="utf-8").startswith("nano:")
+    assert (tmp_path / "part/tables.md").read_text(encoding="utf-8").startswith(scores.ABOUT)
 
 
 def test_names_in_a_figure_touch_nothing():

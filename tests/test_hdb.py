@@ -14,6 +14,7 @@ import lidb
 from diffusion import denoising_loss, noised
 from adapters import Change, LowRank, adapted, fresh_lora, join, merge
 from files import encoders
+from files.checkpoints import checksum
 from training.fit import fastest, fit
 from vit import encode_face
 
@@ -514,7 +515,7 @@ def test_an_official_encoder_has_its_numbers_while_it_looks(method, monkeypatch)
         return again
     monkeypatch.setattr(encoders, "load_vit", load_vit)
     monkeypatch.setattr(method.hypernet, "vit", copy.deepcopy(vit).to("meta"))
-    method.hypernet.vit.source = "some/vit"
+    method.hypernet.vit.source, method.hypernet.vit.checksum_of_file = "some/vit", checksum(vit)
     assert torch.equal(method.predict(photo()), theta)
     ((source, device, copied),) = read
     assert (source, device) == ("some/vit", method.model.device) and copied() is None
