@@ -8,10 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch.optim.adamw import adamw
 
-from adapters import Change, require_low_rank
+from adapters import SMALL, Change, require_low_rank
 
 SCALE = 2 ** 10
-SMALL = 2 ** 18  # fastest() puts a LoRA into the weights of layers with at most this many
 RISEN = 1.5  # a loss has risen if it is this many times that of the start
 
 
