@@ -71,6 +71,29 @@ def test_encode_and_decode_equal_diffusers(kind, height, width):
         assert difference(ours, stored()[f"{case} {name}"]) <= 1e-4, name
 
 
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_growing_in_four_equals_growing(dtype, off):
+    """For an odd height too, with gradients."""
+    double = torch.nn.Upsample(scale_factor=2.)
+    levels = fill(vae.levels((8, 8), 1, 2, "upsamplers", vae.Grow, double, padding=1))
+    grow, x = levels[0].upsamplers[0].to(dtype), draw((2, 8, 5, 6), "x").to(dtype).requires_grad_()
+    plain, four = grow(x), vae.grown_in_four(x, grow.conv.weight, grow.conv.bias)
+    assert plain.shape == (2, 8, 10, 12) and four.dtype == dtype and difference(four, plain) <= off
+    gradients = [torch.autograd.grad(y.float().pow(2).sum(), [x, *grow.parameters()]) for y in (plain, four)]
+    for one, other in zip(*gradients):
+        assert difference(other, one) <= 2 * off
+
+
+def test_a_large_feature_map_grows_in_four(monkeypatch):
+    used, grow = [], vae.Grow()
+    grow.add_module("conv", torch.nn.Conv2d(128, 2, 3, padding=1))
+    monkeypatch.setattr(vae, "grown_in_four", lambda x, kernel, bias: used.append(len(x)))
+    grow(torch.zeros(2, 128, 64, 64))
+    assert used == [2] and vae.LARGE == 128 * 64 * 64
+    grow(torch.zeros(2, 128, 63, 64))
+    assert used == [2]
+
+
 def test_group_norms_have_the_official_eps():
     """Too small a thing for the comparison with diffusers to see."""
     eps = [m.eps for m in sd15().modules() if isinstance(m, torch.nn.GroupNorm)]
