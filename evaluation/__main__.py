@@ -27,6 +27,7 @@ from evaluation import experiment, figures, report, systems
 from evaluation.scores import Judged, Paper
 from files.checkpoints import checksum
 from files.disk import read_json, write_text
+from files.encoders import loaded
 from files.layouts import HERE, model_name
 from program.options import (Option, early, folder_of_faces, model_rows, new_folder, number, old_file,
                              parser_of, same)
@@ -43,6 +44,7 @@ def main(args):
     scores = Judged(args.people, model.device) if nano else paper(args, model)
     check_run(args, method, {} if nano else measured_by(args, scores))
     jobs = able(chosen(args), nano, method)
+    keep_encoder(jobs, method)
 
     # Every system fits every person, and draws them under every prompt
     side = systems.PEOPLE if nano else 1
@@ -130,6 +132,13 @@ def able(jobs, nano, method):
         if not there[job.needs]:
             print(f"{job.system}: left out, because {method.model.name} has no {job.needs}")
     return [job for job in jobs if there[job.needs]]
+
+
+def keep_encoder(jobs, method):
+    """Load the hypernetwork's encoder of photos for the whole run, if a job predicts. Otherwise every group
+    of people would read an official one again, within the seconds that a person takes."""
+    if any(job.needs == "hypernet" for job in jobs):
+        method.hypernet.vit = loaded(method.hypernet.vit, method.model.device)
 
 
 def arguments():

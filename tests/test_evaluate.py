@@ -1,4 +1,5 @@
 """The experiment: what is counted, what is measured again, and what the tables say of it."""
+import copy
 import csv
 import inspect
 import json
@@ -11,14 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rule import fill
-from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model
+from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model, tiny_hypernet
 
 import clip
 from evaluation import __main__ as evaluate
 import hdb
 from adapters import Change
 from evaluation import experiment, figures, leaderboard, report, scores, systems
-from files import images
+from files import encoders, images
+from files.checkpoints import checksum
 from program import console
 from program.console import UserError
 from methods import dreambooth, hyperdreambooth
@@ -434,6 +436,23 @@ def test_rows_that_need_what_is_not_there_are_left_out(capsys):
                                             "the model itself"]
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 6 and said[0].startswith("HyperDreamBooth: left out, because ")
+
+
+def test_an_official_encoder_is_read_once_if_a_row_predicts(monkeypatch):
+    """By all rows and people, and outside the first person's seconds."""
+    method = hdb.HyperDreamBooth(shared_model())
+    method.hypernet = net = tiny_hypernet(*method.lidb.shape)
+    read, vit = [], net.vit
+    monkeypatch.setattr(encoders, "load_vit", lambda source, device: read.append((source, device)) or vit)
+    net.vit = copy.deepcopy(vit).to("meta")
+    net.vit.source, net.vit.checksum_of_file = "some/vit", checksum(vit)
+    evaluate.keep_encoder([job(), job(needs="encoder")], method)
+    assert not read
+    rows = [row for row in systems.rows(nano=False) if row.system in ("Only Hyper", "No Hyper")]
+    evaluate.keep_encoder(rows, method)
+    for _ in range(2):
+        method.predict(photo(2))
+    assert read == [("some/vit", torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("nano, part", [(True, 1), (False, 20)])
