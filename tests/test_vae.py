@@ -60,9 +60,11 @@ def test_sd15_latents_are_an_eighth_of_the_picture(height, width):
         assert sd15().decode(mean).shape == (2, 3, height, width)
 
 
+@pytest.mark.parametrize("large", [0, vae.LARGE])
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("height, width", [(64, 64), (40, 56)])
-def test_encode_and_decode_equal_diffusers(kind, height, width):
+def test_encode_and_decode_equal_diffusers(kind, height, width, large, monkeypatch):
+    monkeypatch.setattr(vae, "LARGE", large)
     case = f"{kind} {height}x{width}"
     with torch.no_grad():
         mean, logvar = model(kind).encode(draw((1, 3, height, width), f"{case}:image"))
