@@ -1,4 +1,4 @@
-"""What a personalisation does to a model, as values: a dict of layer name -> adapter.
+"""A person's changes to a model, as a dict of layer name -> adapter.
 
 An adapter is any callable that gets a layer, its input x and its output y, and returns the new output.
 Adapters act only inside
@@ -29,8 +29,8 @@ class LowRank(NamedTuple):
     """y + x·A·B, with A (P, in, r) and B (P, r, out) of P people.
 
     One person takes the whole batch; for P people a batch of k·P samples is k groups of all people in order
-    (guidance: negatives first, then prompts). The layer is linear, or a k×k convolution, whose `in` is
-    channels · k·k: A is then a k×k convolution to r channels, and B a 1×1 convolution."""
+    (guidance makes two: all negatives, then all prompts). The layer is linear, or a k×k convolution, whose
+    `in` is channels · k·k: A is then a k×k convolution to r channels, and B a 1×1 convolution."""
     a: torch.Tensor
     b: torch.Tensor
 

@@ -83,7 +83,8 @@ class HyperDreamBooth:
         layers, size) -> the LoRA's adapters alone; join() them with the prediction's.
 
         The predicted ΔW stays as it is. The denoising loss on the photo, with `batch` noises in each step,
-        trains a LoRA of a higher rank beside it. N photos of a person, (P, N, 3, H, W), take turns.
+        trains a LoRA of a higher rank beside it. N photos of a person, (P, N, 3, H, W), take turns. If the
+        loss has risen at the end, the last steps are undone, with a warning (training/fit.py).
         theta None: without a prediction it trains the text encoder too, which must learn who [V] is.
         generator: a CPU generator, or a list of P: then each person gets the same LoRA as if alone.
         callback(step, loss), after every step, ends the training by returning True.

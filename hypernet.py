@@ -23,7 +23,7 @@ class HyperConfig:
     heads: int = 4
     depth: int = 2        # the paper's "2 hidden layers"
     iterations: int = 4   # s of Eq. 3; the same in training and use
-    output_scale: float = .1  # of T: the decoder's output for a usual θ̂ is about 1
+    output_scale: float = .1  # T ends with this factor: for a usual θ̂ its heads then give about 1
     vit: ViTConfig = NANO_VIT
     basis_seed: int = 0   # of θ's LiDB basis
     encoder: str = ""     # an official ViT's name, which files store in place of its weights

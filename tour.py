@@ -7,7 +7,7 @@ Each step says what it shows, prints what it measures, asserts it, and makes one
 """
 import sys
 
-from nano.page import Page, to_scale
+from nano.page import Page, to_scale  # before torch: it imports program
 
 import torch
 
@@ -74,10 +74,11 @@ page.show("a photo, its latent, the latent with noise, and a sample", {
     prompt: draw(prompt, {})})
 
 # %% 3. Lightweight DreamBooth (section 4.1, Eq. 1)
-# ΔW = A_aux · A_train · B_train · B_aux in each attention layer. A_aux and B_aux are random and frozen: a
-# seed remakes them, so they are neither stored nor predicted, and all people share one space that a network
-# can learn. They are orthonormal, ‖A_aux·a‖ = ‖a‖ in a layer of any width, so one scale suits all layers. θ
-# holds A_train − A₀, for a random A₀, and B_train. At θ = 0, ΔW is 0, but B_train's gradient is not.
+# ΔW = A_aux · A_train · B_train · B_aux in each attention and GEGLU projection. A_aux and B_aux are random
+# and frozen: a seed remakes them, so they are neither stored nor predicted, and all people share one space
+# that a network can learn. They are orthonormal, ‖A_aux·a‖ = ‖a‖ in a layer of any width, so one scale suits
+# all layers. θ, what is trained, holds A_train − A₀, for a random A₀, and B_train. At θ = 0, ΔW is 0, but
+# the gradient of B_train is not.
 with torch.device("meta"):  # SD 1.5's shapes, without its weights
     sd15 = personal_layers(UNet(UNetConfig()), TextTransformer(TextConfig()))
 for name, layers in ("nano", method.layers), ("SD 1.5", sd15):
@@ -100,8 +101,9 @@ page.show("the four matrices of one layer, to scale",
           to_scale({"A_aux": a_aux, "A_train": a_train, "B_train": b_train, "B_aux": b_aux}))
 
 # %% 4. DreamBooth in that space (section 4.1)
-# DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", trains θ alone. θ has fewer
-# numbers than the photo has pixels, but they hold a face.
+# DreamBooth's loss ‖D_θ(x + ε, c) − x‖² on one photo, under c = "a [V] face", trains θ alone: D_θ is the
+# model with the weights W + ΔW, which removes the noise ε from x. θ has fewer numbers than the photo has
+# pixels, but they hold a face.
 fitted = method.fit_theta(lambda: (latent, [hdb.PROMPT]), 1, 2 if fast else 60, .02, hdb.seeded(0))
 before, after = draw(hdb.PROMPT, {}), draw(hdb.PROMPT, lidb.adapters(fitted))
 page.say("likeness to the photo", {"before": likeness(before), "after": likeness(after)})
