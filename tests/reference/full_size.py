@@ -132,7 +132,7 @@ def check(folder):
     print(f"{'bar':18}", *(f"{bar:11.0e}" for bar in BARS.values()))
     reference = theirs(StableDiffusionPipeline.from_pretrained(hub))
     for source in single, hub:
-        model = sd.load(source, "cpu")
+        model = sd.load(source, "cpu", torch.float32)
         plain = ours(model)
         fine.append(compare(source.name, reference, plain))
 
