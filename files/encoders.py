@@ -65,7 +65,7 @@ def vit_of(path, source, noted, instead=None):
     return vit
 
 
-def load_clip(source="openai/clip-vit-large-patch14", device=None):
+def load_clip(source, device):
     """(clip.CLIP, its Tokenizer) from a hub id or a folder, to measure CLIP-I and CLIP-T."""
     words = ("vocab.json", "merges.txt", "tokenizer.json")
     folder = download(source, "model.safetensors", "config.json", *words)

@@ -95,7 +95,7 @@ def keys_of_layers(path, tensors, model):
     on the meta device. UserError for keys of something else and for shapes that do not fit the layers."""
     for pattern, what in FOREIGN.items():
         report_problems(path, {what: [key for key in tensors if re.search(pattern, key)]})
-    layers, roles = adaptable_layers(model.unet, model.text), ("down", "up", "alpha")
+    layers, roles = adaptable_layers(model), ("down", "up", "alpha")
     known = [name for name, m in model.layers.items() if hasattr(m, "weight")]
     places = {normalised(f"{called}:{role}"): (name, role) for name in known for role in roles
               for called in (name, unet_to_compvis(name.removeprefix("unet.")))}  # in both layouts
@@ -133,10 +133,9 @@ def matrix(shape):
     return tuple(shape[:2] if set(shape[2:]) == {1} else shape)
 
 
-def adaptable_layers(unet, text):
+def adaptable_layers(model):
     """Every layer that can take a low-rank adapter: name -> nn.Linear or nn.Conv2d."""
-    return {f"{part}.{name}": layer for part, network in (("unet", unet), ("text", text))
-            for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    return {name: layer for name, layer in model.layers.items() if isinstance(layer, (nn.Linear, nn.Conv2d))}
 
 
 def report_problems(path, problems):

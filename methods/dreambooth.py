@@ -20,7 +20,7 @@ from hdb import PROMPT, seeded
 from lidb import personal_layers
 from methods.protocol import Method
 from program.console import advance
-from program.options import Option, number
+from program.options import Option, number, same
 from sd import StableDiffusion
 from training.fit import fit_or_take_back
 
@@ -136,11 +136,11 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    return [Option("steps", number(int, 1, 100_000), 1200, 1200, "training steps"),
+    return [same("steps", number(int, 1, 100_000), 1200, "training steps"),
             Option("lr", number(float, 0, 1), 1e-5, 1e-6, "learning rate"),
-            Option("batch", number(int, 1, 1024), 1, 1, "noises of the photo in each step"),
-            Option("rank", number(int, 0, 320), 0, 0, "train a LoRA of this rank; 0: all weights"),
-            Option("prior_weight", number(float, 0, 1000), 1., 1., "weight of prior preservation; 0: none"),
+            same("batch", number(int, 1, 1024), 1, "noises of the photo in each step"),
+            same("rank", number(int, 0, 320), 0, "train a LoRA of this rank; 0: all weights"),
+            same("prior_weight", number(float, 0, 1000), 1., "weight of prior preservation; 0: none"),
             Option("prior_pictures", number(int, 1, 10_000), 64, 200, "pictures of the class, drawn first")]
 
 

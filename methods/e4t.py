@@ -257,7 +257,7 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    return [Option("steps", number(int, 0, 100_000), 15, 15, "fine-tuning steps; 0: the encoder alone"),
+    return [same("steps", number(int, 0, 100_000), 15, "fine-tuning steps; 0: the encoder alone"),
             Option("lr", number(float, 0, 1), 2e-4, 1.6e-5, "learning rate"),
             Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo in each step"),
             same("encoder", old_file, None, "file of train_e4t.py; default: nano's own", metavar="FILE")]

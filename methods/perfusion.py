@@ -250,7 +250,7 @@ def make(engine, photos, generators, args, stage):
 
 
 def options(model, hypernet=None):
-    return [Option("steps", number(int, 1, 100_000), 400, 400, "training steps"),
+    return [same("steps", number(int, 1, 100_000), 400, "training steps"),
             Option("lr", number(float, 0, 1), .1, .03, "learning rate of the values"),
             Option("embedding_lr", number(float, 0, 1), .02, .006, "learning rate of the word's embedding"),
             Option("batch", number(int, 1, 1024), 4, 16, "noises of the photo in each step"),

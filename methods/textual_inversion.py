@@ -18,7 +18,7 @@ from files.person import Person
 from hdb import PROMPT, seeded
 from methods.protocol import Method
 from program.console import UserError
-from program.options import Option, number
+from program.options import Option, number, same
 from training.fit import fit_or_take_back
 
 LAYER = "text.text_model.embeddings.token_embedding"
@@ -119,8 +119,8 @@ def options(model, hypernet=None):
     after 300 steps at 5e-3, 1e-2, 2e-2 and 5e-2; at 2e-2 it is .46 after 100 steps and .57 after 600."""
     return [Option("steps", number(int, 1, 100_000), 300, 5000, "training steps"),
             Option("lr", number(float, 0, 1), 2e-2, 5e-3, "learning rate"),
-            Option("batch", number(int, 1, 1024), 2, 2, "noises of the photo in each step"),
-            Option("tokens", number(int, 1, 75), 1, 1, "number of vectors")]
+            same("batch", number(int, 1, 1024), 2, "noises of the photo in each step"),
+            same("tokens", number(int, 1, 75), 1, "number of vectors")]
 
 
 METHOD = Method("textual_inversion", "the embedding of one new word, and nothing else", options, make,

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -112,16 +113,9 @@ def peak_memory(device):
         return f", {torch.cuda.max_memory_reserved(device) / 1e9:.1f} GB of the GPU's memory at most"
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
     with suppress(OSError):  # on Linux, ru_maxrss would include the parent process
-        most = status("VmHWM")
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            most = 1024 * int(found[1])
     return f", {most / 1e9:.1f} GB of memory at most"
-
-
-def status(name):
-    """Bytes that Linux reports for this process under `name`. OSError elsewhere."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status does not say {name}")
 
 
 def printable(text):

@@ -88,7 +88,7 @@ def test_layers_of_different_rank_are_filled_up(tmp_path):
 
 def test_convolutions_are_exported_as_convolutions(tmp_path):
     model = method().model
-    layers = adaptable_layers(model.unet, model.text)
+    layers = adaptable_layers(model)
     adapters = {}
     for name, layer in layers.items():
         n_out, seen = len(layer.weight), layer.weight[0].numel()
@@ -122,7 +122,7 @@ def test_an_export_in_the_model_is_the_merged_model(tmp_path):
     adapters = someone().adapters(method())
     export_lora(adapters, tmp_path / "lora.safetensors")
     merged = small()
-    merge(adaptable_layers(merged.unet, merged.text), adapters)
+    merge(adaptable_layers(merged), adapters)
     for ours, theirs in zip(output(model, load_lora(tmp_path / "lora.safetensors", model)), output(merged)):
         assert difference(ours, theirs) < 1e-5
 
@@ -147,7 +147,7 @@ def test_a_lora_of_others_does_what_theirs_does(naming, tmp_path):
     assert difference(context, stored[f"{naming}:context"]) < 1e-5
     assert difference(noise, stored[f"{naming}:noise"]) < 1e-5 and difference(noise, plain[1]) > .05
     merged = small()
-    merge(adaptable_layers(merged.unet, merged.text), adapters)
+    merge(adaptable_layers(merged), adapters)
     assert difference(output(merged)[1], stored[f"{naming}:noise"]) < 1e-5
 
 

@@ -99,9 +99,9 @@ class Reader(nn.Module):
         return {name: head(where if name == "frame" else what) for name, head in self.heads.items()}
 
 
-def load_reader(device="cpu"):
-    """The shipped network, frozen."""
-    return build(Reader, STAGES, [FILE], str, device, torch.float32)
+def load_reader():
+    """The shipped network, frozen, on the CPU."""
+    return build(Reader, STAGES, [FILE], str, "cpu", torch.float32)
 
 
 def view(pictures, x, y, zoom, angle=None):
