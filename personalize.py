@@ -117,6 +117,7 @@ def make_people(sittings, args, engine, stage):
     folders = folders_of(sittings, args) if args.each else [args.out]
     together = args.side_by_side if method.several else 1
     for some, outs in zip(split(sittings, together), split(folders, together)):
+        # Plan the memory and make these people, side by side
         photos = torch.stack([sitting.seen for sitting in some]).to(engine.model.device)
         generators = [hdb.seeded(args.seed) for _ in some]
         noises = getattr(args, "batch", 1) * len(some) * (2 if getattr(args, "prior_weight", 0) else 1)
@@ -126,6 +127,8 @@ def make_people(sittings, args, engine, stage):
         made = method.make(engine, photos, generators, args, stage)
         if not all(map(finite, made.tensors.values())):
             raise UserError(f"fine-tuning ended in infinite numbers; lower --lr, which is {args.lr:g}")
+
+        # Save each of them
         for i, (sitting, out) in enumerate(zip(some, outs)):
             person = made.map(lambda t, i=i: t[i:i + 1].half().float())
             person.photos = " ".join(sorted(known_by(sitting.paths)))

@@ -122,6 +122,8 @@ def write(folder, scores):
     base = settings.get(("the model itself", "", ""), ())
     found = {key: summary(some, scores, base) for key, some in settings.items()}
     plain = {system: values for (system, knob, _), values in found.items() if not knob}
+
+    # The paper's tables 1 to 3, then its user studies, then our curves
     parts = [scores.about]
     for title, systems in TABLES.items():
         here = {system: plain[system] for system in systems if system in plain}

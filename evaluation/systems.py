@@ -91,8 +91,10 @@ def rows(nano, quick=False):
     def known(module, *names):
         found = usual(module, nano, "steps", *names)
         return found | {"steps": max(1, found["steps"] // part)}
+
+    # What several rows share: ours(); DreamBooth, with a class picture for each noise; people in seconds
     fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
-    copy = {"noises": 2, "whole": True}  # with as many pictures of the class
+    copy = {"noises": 2, "whole": True}
     few = {"quick": 4}
     passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet", **few)
               for k in (1, 2, 3)]

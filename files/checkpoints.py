@@ -149,6 +149,8 @@ def places_of(shapes, files, rename):
                 name = rename(key)
             if name is None:
                 continue
+
+            # Each of our tensors once, in its shape
             expected = missing.pop(name, "none")
             if VAE_ATTENTION.fullmatch(name) and shape[2:] == (1, 1):
                 shape = shape[:2]

@@ -75,12 +75,14 @@ def opened(path, reduced):
     `reduced`: decode a large picture at a lower resolution. Raises what PIL raises, and ImageError."""
     # PIL's warnings are ignored: check() has the limits, and harmful damage raises
     with regular(path, LARGEST_FILE) as data, warnings.catch_warnings(action="ignore"):
-        head, cicp = data.read(2 ** 16), b""
+        head, cicp = data.read(2 ** 16), b""  # the head tells the format and, in AVIF and HEIC, the colours
         data.seek(0)
         if head[4:12] in HEIC and "HEIF" not in formats():
             raise ImageError(f"{path}: an HEIC photo; pip install pillow-heif to read it")
         if head.startswith(b"\x89PNG"):
             data, cicp = colours.bare_png(data)
+
+        # Checked before it is decoded
         file = Image.open(data, formats=formats())
         check(file, path, data, reduced)
         if reduced:

@@ -208,6 +208,8 @@ def folder_settings(folder):
     """File -> settings, for those files of IMPLEMENTED that the folder has. LoadError for a model of another
     family, which it names, and for a setting that is not implemented."""
     settings = {name: read_json(folder / name) for name in IMPLEMENTED if (folder / name).is_file()}
+
+    # Another family?
     pipeline, network = settings.get("model_index.json", {}), settings.get("unet/config.json", {})
     width, heads = network.get("cross_attention_dim"), network.get("attention_head_dim")
     channels = network.get("in_channels", 4)
@@ -220,6 +222,8 @@ def folder_settings(folder):
             (channels != network.get("out_channels", 4), INPAINTING.format(channels))):
         if other:
             raise LoadError(f"{folder}: {family}")
+
+    # Settings that are not implemented are errors; another schedule is a warning
     for name, found in settings.items():
         require_settings(found, IMPLEMENTED[name], folder / name)
     schedule = settings.get("scheduler/scheduler_config.json", {})
@@ -235,6 +239,7 @@ def folder_settings(folder):
 def from_file(file):
     """(plans, vocabulary), as from_folder(), of a single file. The vocabulary is beside it or from the
     hub. LoadError for a file of another kind, which it names."""
+    # Whole, and of a known kind?
     tensors = Tensors(file)
     note, shapes = tensors.note, tensors.shapes
     prefixes = tuple(part.prefix for part in PARTS.values())

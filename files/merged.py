@@ -80,6 +80,8 @@ def config_files(model, source=None):
                  "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
     schedule = SCHEDULE | {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
                            "steps_offset": 1}
+
+    # By file, and the source's own values before ours
     diffusers = {"_diffusers_version": "0.27.0", "_class_name": "StableDiffusionPipeline"}
     configs = {"unet/config.json": diffusers | unet | {"_class_name": "UNet2DConditionModel"},
                "vae/config.json": diffusers | vae | {"_class_name": "AutoencoderKL", "act_fn": "silu"},

@@ -69,6 +69,8 @@ def load_person(path, engine, methods):
     note = {"made_by": OURS} | note  # older files do not say it
     if (made_by := note["made_by"]) not in methods:
         raise UserError(f"{path}: made by {made_by}, which is not {' or '.join(methods)}")
+
+    # Was it made for this model?
     method, model = methods[made_by], engine.model
     ours = belongs_to(engine, method, outlined)
     differ = {key: f"{key} {note.get(key)}, here {ours[key]}" for key in ours

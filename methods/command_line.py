@@ -70,6 +70,7 @@ OUTPUTS = [
 
 def arguments(description):
     """The parsed options. `people` are the given personal files, or `photos` the given photos."""
+    # The rows depend on these four
     said = early("model", "method", "hypernet", "sampler")
     model, method = model_name(said.model or "nano"), METHODS.get(said.method, METHODS[OURS])
     parser = Parser(description, allow_abbrev=False)
@@ -89,6 +90,8 @@ def arguments(description):
     parser.add_argument_group(method.name)
     add(parser, [*photos, *method.options(model, said.hypernet)], model)
     add(parser, [*sampling_rows(said.sampler), *OUTPUTS], model)
+
+    # What was given, and whether it can be done
     args = parser.parse_args()
     args.prompts, args.people, args.photos = split_given(args)
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed
@@ -113,6 +116,7 @@ def split_given(args):
 def refusals(args, method):
     """Yields (whether the options are wrong, the error), also for output that would overwrite other files.
     UserError for a file that is no person, and for a --merge that has contents."""
+    # Options that contradict each other
     several = args.each or len(args.people) > 1
     merge, out = real(args.merge or "."), real(args.out)
     for prompt in args.prompts:
@@ -128,6 +132,8 @@ def refusals(args, method):
            f"{method.name} takes one photo")
     nested = args.merge and merge in (out, *out.parents)
     yield nested, "--merge and --out must be two folders, and --out must not be inside --merge"
+
+    # Files that would be overwritten: what the run reads, and another person's
     people = len(args.photos if args.each else args.people) or 1
     outputs = ["sheet.png", *(f"{i}.png" for i in range(len(args.prompts) * people))]
     outputs += [f"{args.export}.safetensors"] * bool(args.export)

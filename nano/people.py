@@ -152,6 +152,8 @@ class HeldOut:
             pictures, likeness, right = self.measure(model, last, style, noises, steps=12)
             columns.append(pictures)
             numbers |= {f"likeness {style}": likeness, f"both {style}": likeness * right}
+
+        # What leaks into prompts without [V], and whether looks are obeyed
         for name in "", wording.RARE[-1]:
             prompt = wording.caption(0, name)
             found = [self.judge.likeness(draw(prompt, adapters), self.photos) for adapters in (last, {})]
@@ -160,6 +162,8 @@ class HeldOut:
             pictures = draw(wording.caption(0, "[V]", [wording.phrase(name, kind)]), last)
             seen = self.judge(pictures)[2][name].argmax(1).cpu() == kind
             obeyed.append(seen[faces.attributes(self.identity)[name] != kind].float())
+
+        # The log and the pictures
         numbers |= {"obeyed": torch.cat(obeyed)} | self.losses(model, last)
         numbers = {name: values.mean().item() for name, values in numbers.items()}
         trainer.log(**numbers)

@@ -28,6 +28,8 @@ def locked(folder):
     if followers or key in HELD:
         yield
         return
+
+    # The lock is on the folder itself
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)

@@ -195,9 +195,9 @@ def test_a_batch_keeps_pictures_and_targets_together():
     photos = greys.byte()[:, None, None, None].expand(8, 3, 60, 60)
     numbers = (greys.byte() / 255.)[:, None].expand(8, len(NUMBERS))
     targets = {name: torch.zeros(8, n) for name, n in CLASSES.items()} | {"numbers": numbers}
-    pools = [train.Pool(.75, photos, torch.ones(8), targets, 0., 0, 1),
-             train.Pool(.25, photos, torch.eye(8)[3], targets, 0., torch.nan, 2)]
-    x, found, frame, drawing, count = train.batch_of(pools, 64, generator(2))
+    sources = [train.Source(.75, photos, torch.ones(8), targets, 0., 0, 1),
+               train.Source(.25, photos, torch.eye(8)[3], targets, 0., torch.nan, 2)]
+    x, found, frame, drawing, count = train.batch_of(sources, 64, generator(2))
     assert torch.allclose((x.mean((1, 2, 3)) + 1) / 2, found["numbers"][:, 0], atol=.01)
     assert count.tolist() == [1] * 48 + [2] * 16 and drawing[:48].eq(0).all() and drawing[48:].isnan().all()
     assert torch.allclose(found["numbers"][48:], numbers[3])  # the only one of them that is drawn

@@ -182,6 +182,8 @@ class Trainer:
                 raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
             if bad := [key for key, t in found.items() if not finite(t)]:
                 raise ValueError(f"{bad[0]} holds NaN or infinite numbers")
+
+        # Is it the state of this run?
         ours = self.tensors()
         differ = differences(of, self.depends_on)
         kinds, expected = ({k: (t.shape, t.dtype) for k, t in some.items()} for some in (found, ours))
@@ -190,6 +192,8 @@ class Trainer:
         if differ:
             raise UserError(f"{file}: of another run ({'; '.join(differ)}); remove it, or train in another "
                             "folder")
+
+        # Then go on from it
         for key, t in ours.items():
             t.copy_(found[key])
         for optimizer in self.optimizers:

@@ -60,7 +60,7 @@ def losses(found, targets, frame, drawing, count):
     return each
 
 
-class Pool(NamedTuple):
+class Source(NamedTuple):
     """Samples for a share of every batch: byte pictures, and how often each is drawn; targets for losses();
     the strength of `photographed`; 1 for drawings, 0 for photos, NaN for either; an index of COUNTS."""
     share: float
@@ -72,7 +72,7 @@ class Pool(NamedTuple):
     count: int
 
 
-def pools_of(photos, often, targets, drawings, generator):
+def sources_of(photos, often, targets, drawings, generator):
     """All samples: portraits, no face, several faces, drawings as if photographed, drawings as they are."""
     identity = torch.rand(drawings, len(faces.IDENTITY), generator=generator)
     styles = torch.randint(len(faces.STYLES), (drawings,), generator=generator)
@@ -86,26 +86,26 @@ def pools_of(photos, often, targets, drawings, generator):
     left_open = {name: torch.zeros(ODD, count) for name, count in CLASSES.items()}
     left_open["numbers"] = torch.full((ODD, len(NUMBERS)), torch.nan)
     odd, all_ = torch.ones(ODD), torch.ones(drawings)
-    return [Pool(11 / 16, photos, often, targets, .6, 0, 1),
-            Pool(1 / 32, none, odd, left_open, .6, 0, 0), Pool(1 / 32, several, odd, left_open, .6, 0, 2),
-            Pool(1 / 8, drawn, all_, of_drawings, .6, torch.nan, 1),
-            Pool(1 / 8, drawn, all_, of_drawings, .15, 1, 1)]
+    return [Source(11 / 16, photos, often, targets, .6, 0, 1),
+            Source(1 / 32, none, odd, left_open, .6, 0, 0), Source(1 / 32, several, odd, left_open, .6, 0, 2),
+            Source(1 / 8, drawn, all_, of_drawings, .6, torch.nan, 1),
+            Source(1 / 8, drawn, all_, of_drawings, .15, 1, 1)]
 
 
-def batch_of(pools, size, generator):
+def batch_of(sources, size, generator):
     """Pictures (B, 3, 128, 128) and what losses() takes beside the network's output."""
     picked, targets, given = [], [], []
-    for pool in pools:
-        rows = torch.multinomial(pool.often, round(size * pool.share), True, generator=generator)
-        picked.append(pool.pictures[rows])
-        targets.append({name: t[rows] for name, t in pool.targets.items()})
-        given.append(torch.tensor([[pool.strength, pool.drawing, pool.count]]).expand(len(rows), 3))
+    for source in sources:
+        rows = torch.multinomial(source.often, round(size * source.share), True, generator=generator)
+        picked.append(source.pictures[rows])
+        targets.append({name: t[rows] for name, t in source.targets.items()})
+        given.append(torch.tensor([[source.strength, source.drawing, source.count]]).expand(len(rows), 3))
     strength, drawing, count = torch.cat(given).unbind(1)
     x, frame = looks(torch.cat(picked), generator, strength)
     frame[count != 1] = torch.nan
     targets = {name: torch.cat([some[name] for some in targets]) for name in targets[0]}
 
-    # mixup (Zhang et al., arXiv 1710.09412): blend some of the portraits, the first pool, with another
+    # mixup (Zhang et al., arXiv 1710.09412): blend some of the portraits, the first source, with another
     portraits = len(picked[0])
     mix = torch.rand(portraits, 2, generator=generator)
     part = torch.zeros(len(x))
@@ -124,7 +124,7 @@ def train(args, photos, truth, soft):
     numbers = torch.where(truth["numbers"] < 0, torch.nan, truth["numbers"])
     often = torch.bincount(truth["skin"])[truth["skin"]] ** -.5  # dark faces are few, and are read worse
     targets = targets_of(truth, soft) | {"numbers": numbers}
-    pools = pools_of(photos, often, targets, args.drawings, generator)
+    sources = sources_of(photos, often, targets, args.drawings, generator)
     model = Reader()
     tensors = Tensors(args.start).all()
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False)
@@ -135,7 +135,7 @@ def train(args, photos, truth, soft):
                       depends_on={"start": args.start, "seed": args.seed, "thaw": args.thaw})
     for step in trainer:
         generator.manual_seed(seeds.seed(args.seed, step, seeds.READER))
-        x, targets, *others = batch_of(pools, args.batch, generator)
+        x, targets, *others = batch_of(sources, args.batch, generator)
         x, *others = (t.to(args.device) for t in (x, *others))
         targets = {name: t.to(args.device) for name, t in targets.items()}
         with global_seed(step):  # dropout draws from the global generator

@@ -49,10 +49,14 @@ def main(args):
     first = seeds.VALIDATION
     identity = faces.identities(range(first, first + count * len(faces.STYLES)))
     style = torch.arange(len(faces.STYLES)).repeat_interleave(count)
+
+    # The autoencoder
     real = faces.photos(identity, generator, "cpu", style)
     decoded = torch.cat([model.decode(model.encode(x)) for x in real.split(16)]).clamp(-1, 1)
     print(f"autoencoder: {psnr(decoded, real):.2f} dB PSNR, likeness through it "
           f"{judge.likeness(decoded, real).mean():.2f}")
+
+    # The UNet, by captions without attributes and with them
     for name, words in ("style words only", 0.), ("attribute words", 1.):
         prompts = wording.captions(identity, style, generator, words=words, rare=0., drop=0.)
         pictures = [model.sample(prompts[i:i + 16], range(i, i + 16)) for i in range(0, len(prompts), 16)]
