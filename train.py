@@ -1,6 +1,6 @@
 """Train a hypernetwork (HyperDreamBooth, section 4.2, Eq. 2).
 
-    python train.py                          # the miniature's, on people that its renderer draws
+    python train.py                          # nano's, on people that its renderer draws
     python train.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --faces photos/
 
 Three stages. Each resumes with the same command; --minutes limits all together:
@@ -8,14 +8,14 @@ Three stages. Each resumes with the same command; --minutes limits all together:
      (nano/training/pretrain.py encoder);
   2. --beta above 0: fit the target θ of Eq. 2 for every person;
   3. train the hypernetwork. runs/<name>/log.jsonl gets the loss and, every --every steps, measurements of
-     people kept apart, with pictures beside it. For the miniature they are the judge's likeness; for photos
-     the denoising loss with their own θ, another person's and none. The gap between own and another's shows
-     what the hypernetwork knows of identity.
+     people kept apart, with pictures beside it. On nano they are the judge's likeness; for photos the
+     denoising loss with their own θ, another person's and none. The gap between own and another's shows what
+     the hypernetwork knows of identity.
 
 Two things go beyond the paper, which is silent on both. The loss sees each sample's estimate after a random
 number of passes (left_after): this trains every estimate of Eq. 3, not the last alone. And some samples show
 a stranger, under a prompt without [V] and with the person's weights on: the weights learn to act on [V]
-alone. For the miniature, some other prompts speak of looks.
+alone. On nano, some other prompts speak of looks.
 
 It encodes photos once, before the first step. On N GPUs, each with --batch people:
 torchrun --nproc-per-node=N -- train.py …"""
@@ -128,7 +128,7 @@ def hypernetwork(args, model, deadline):
 
 
 def nano_encoder(args, device, deadline):
-    """The miniature's ViT in --out, which it trains if it isn't there."""
+    """nano's ViT in --out, which it trains if it isn't there."""
     file = Path(args.out) / "encoder/vit.safetensors"
     if not file.exists():
         _, rows = pretrain.PARTS["encoder"]

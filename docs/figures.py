@@ -98,7 +98,7 @@ def lidb():
 def world():
     """The world: rows of pictures that differ in one attribute of a person or one circumstance of a photo."""
     identity = faces.identities([seeds.EXAMPLE]).repeat(6, 1)
-    calm = torch.full((6, len(faces.NUISANCE)), .5)
+    calm = torch.full((6, len(faces.CIRCUMSTANCES)), .5)
     rows = []
     for name in ("hair_style", "hair_colour", "skin", "beard", "glasses"):
         people = identity.clone()
@@ -106,7 +106,7 @@ def world():
         rows.append((name.replace("_", " "), people, calm))
     for name in ("yaw", "smile", "light", "background"):
         photo = calm.clone()
-        photo[:, faces.NUISANCE.index(name)] = (torch.arange(6) + .5) / 6
+        photo[:, faces.CIRCUMSTANCES.index(name)] = (torch.arange(6) + .5) / 6
         rows.append((name, identity, photo))
     figure = Figure((6.4, 8.4), layout="constrained")
     for line, (name, people, photo) in zip(figure.subplots(len(rows), 6), rows):

@@ -24,8 +24,7 @@ PAPERS = ("a [V] face", "an instagram selfie of a [V] face", "a pixar character 
 LOOKS = {wording.phrase(*asked): asked for asked in ASKED}
 # Prompts without the person
 OTHERS = {prompt: prompt for prompt in ("a face", f"a {wording.RARE[-1]} face")}
-CIRCUMSTANCES = "yaw", "roll", "zoom", "x", "y", "light", "light_side"
-COLOURS = "background", "clothes"
+UNIFORM = "yaw", "roll", "zoom", "x", "y", "light", "light_side"
 MORE = 8  # more photos of each person; no system sees the last
 
 
@@ -97,9 +96,9 @@ class Judged:
 def standardised(circumstances):
     """Circumstances (B, 17) as eleven numbers (B, 11) of mean 0 and variance 1: yaw, roll, zoom, x, y, light
     and its side, which are uniform in [0, 1], and cosine and sine of the hues of background and clothes."""
-    column = dict(zip(faces.NUISANCE, circumstances.unbind(1)))
-    uniform = [(column[name] - .5) * 12 ** .5 for name in CIRCUMSTANCES]
-    angles = [2 * math.pi * column[name] for name in COLOURS]
+    column = dict(zip(faces.CIRCUMSTANCES, circumstances.unbind(1)))
+    uniform = [(column[name] - .5) * 12 ** .5 for name in UNIFORM]
+    angles = [2 * math.pi * column[name] for name in instrument.HUES]
     return torch.stack(uniform + [wave(a) * 2 ** .5 for a in angles for wave in (torch.cos, torch.sin)], 1)
 
 

@@ -1,9 +1,9 @@
-"""The miniature world's people: a batched renderer of cartoon portraits with exactly known identity.
+"""The people of nano's world: a batched renderer of cartoon portraits with exactly known identity.
 
-A person is a vector of `len(IDENTITY)` numbers in [0, 1]; a photo adds a vector of nuisances (pose, light, …)
-and one of `STYLES`. Each shape is a signed distance (negative inside, in head units: 1 = half the picture's
-height). The renderer turns it into an anti-aliased mask, and paints from back to front. Numbers of a person
-or photo are (B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
+A person is a vector of `len(IDENTITY)` numbers in [0, 1]. A photo adds a vector of its CIRCUMSTANCES (pose,
+light, …) and one of `STYLES`. Each shape is a signed distance (negative inside, in head units: 1 = half the
+picture's height). The renderer turns it into an anti-aliased mask, and paints from back to front. Numbers of
+a person or photo are (B, 1, 1, 1), masks (B, 1, H, W), colours (B, 3, 1, 1).
 """
 import torch
 
@@ -13,8 +13,8 @@ IDENTITY = ("skin", "undertone", "face_width", "face_length", "jaw", "chin", "ha
             "hair_shade", "hair_volume", "eye_size", "eye_spacing", "eye_colour", "eye_tilt",
             "brow_thickness", "brow_angle", "brow_height", "nose_width", "nose_length", "mouth_width",
             "lip_fullness", "lip_colour", "beard", "glasses", "glasses_colour", "freckles", "ear_size")
-NUISANCE = ("yaw", "roll", "zoom", "x", "y", "smile", "open", "brow_raise", "squint", "gaze", "light",
-            "light_side", "background", "background_2", "split", "clothes", "neckline")
+CIRCUMSTANCES = ("yaw", "roll", "zoom", "x", "y", "smile", "open", "brow_raise", "squint", "gaze", "light",
+                 "light_side", "background", "background_2", "split", "clothes", "neckline")
 # Name: caption; {} is what precedes "face". The first style is plain, five are the paper's prompts.
 STYLES = {"photo": "a {} face", "selfie": "an instagram selfie of a {} face",
           "pixar": "a pixar character of a {} face", "bark": "a {} face with bark skin",
@@ -61,9 +61,9 @@ def identities(seeds):
     return torch.stack([torch.rand(len(IDENTITY), generator=g) for g in generators])
 
 
-def nuisances(count, generator):
+def random_circumstances(count, generator):
     """Random circumstances of `count` photos: (count, 17) numbers in [0, 1]."""
-    return torch.rand(count, len(NUISANCE), generator=generator)
+    return torch.rand(count, len(CIRCUMSTANCES), generator=generator)
 
 
 def choice(u, n):
@@ -86,18 +86,18 @@ def number(name, kind):
 def photos(identity, generator, device, style=None):
     """Portraits (B, 3, 128, 128) in random circumstances, in a style (B,) or plain, on this device."""
     style = torch.zeros(len(identity), dtype=torch.long) if style is None else style
-    return render(*(t.to(device) for t in (identity, nuisances(len(identity), generator), style)))
+    return render(*(t.to(device) for t in (identity, random_circumstances(len(identity), generator), style)))
 
 
-def render(identity, nuisance, style, size=128):
-    """Portraits (B, 3, size, size) in [-1, 1] of identities (B, 27), nuisances (B, 17) and styles (B,)."""
+def render(identity, circumstances, style, size=128):
+    """Portraits (B, 3, size, size) in [-1, 1] of identities (B, 27), circumstances (B, 17), styles (B,)."""
     few = 4 if identity.device.type == "cpu" else 512  # fits a core's cache, or fills a GPU
     if len(identity) > few:
-        parts = zip(identity.split(few), nuisance.split(few), style.split(few))
+        parts = zip(identity.split(few), circumstances.split(few), style.split(few))
         return torch.cat([render(*part, size) for part in parts])
     device = identity.device
     p = dict(zip(IDENTITY, identity[:, :, None, None, None].unbind(1)))
-    n = dict(zip(NUISANCE, nuisance[:, :, None, None, None].unbind(1)))
+    n = dict(zip(CIRCUMSTANCES, circumstances[:, :, None, None, None].unbind(1)))
     on = {name: (style == i).float()[:, None, None, None] for i, name in enumerate(STYLES)}
     axis = (torch.arange(size, device=device) + .5) * (2 / size) - 1
     u, v = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)

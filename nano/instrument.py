@@ -23,7 +23,7 @@ from nano import faces, seeds
 from nano.judge import load_judge
 from training.fit import adam
 
-NUMBERS = faces.IDENTITY + faces.NUISANCE
+NUMBERS = faces.IDENTITY + faces.CIRCUMSTANCES
 SURE = ("skin", "undertone", "face_width", "face_length", "hair_shade", "eye_size", "eye_spacing", "eye_tilt",
         "nose_width", "nose_length", "mouth_width", "lip_fullness", "lip_colour")
 HUES = "background", "clothes"  # 0 and 1 are the same colour
@@ -59,7 +59,7 @@ def middles(name):
 
 def draw(numbers):
     """The plain pictures (B, 3, 64, 64) of numbers (B, 44)."""
-    identity, circumstances = numbers.split([len(faces.IDENTITY), len(faces.NUISANCE)], 1)
+    identity, circumstances = numbers.split([len(faces.IDENTITY), len(faces.CIRCUMSTANCES)], 1)
     plain = torch.zeros(len(numbers), dtype=torch.long, device=numbers.device)
     return faces.render(identity, circumstances, plain, SIDE)
 
@@ -90,7 +90,7 @@ def try_kinds(numbers, pictures):
 @torch.no_grad()
 def read(pictures):
     """Plain portraits (B, 3, H, W) in [-1, 1] -> the identity (B, 27) and circumstances (B, 17), in [0, 1],
-    of the nearest drawing, in the order of faces.IDENTITY and NUISANCE. What does not show is arbitrary."""
+    of the nearest drawing, ordered as in faces.py. What does not show is arbitrary."""
     pictures = F.interpolate(pictures.float(), (SIDE, SIDE), mode="area")
     numbers = coarse_reader(pictures.device)(pictures).requires_grad_()
     memory = {numbers: (torch.zeros_like(numbers), torch.zeros_like(numbers), numbers.new_zeros(()))}
@@ -106,7 +106,7 @@ def read(pictures):
         around = numbers[:, hues] % 1
         numbers.clamp_(0, 1)
         numbers[:, hues] = around
-    return numbers.detach().split([len(faces.IDENTITY), len(faces.NUISANCE)], 1)
+    return numbers.detach().split([len(faces.IDENTITY), len(faces.CIRCUMSTANCES)], 1)
 
 
 def encoded(numbers):

@@ -1,4 +1,4 @@
-"""The miniature's referee: who is in a picture, in which style, with which attributes.
+"""nano's judge: who is in a picture, in which style, with which attributes.
 
     python -m nano.judge        train nano/judge.safetensors and print its accuracy on unseen people
 
@@ -50,7 +50,7 @@ class Judge(nn.Module):
 
 
 def load_judge(device="cpu"):
-    """The shipped referee, frozen."""
+    """The shipped judge, frozen."""
     return build(Judge, WIDTHS, [FILE], str, device, torch.float32)
 
 

@@ -63,7 +63,7 @@ class People:
     def pictures(self, who, generator):
         """Latents (B, 4, h, w) of a picture of each of these people in a random style, and its prompts."""
         style = self.styles(len(who), generator)
-        circumstances = faces.nuisances(len(who), generator)
+        circumstances = faces.random_circumstances(len(who), generator)
         latents = self.model.encode(self.drawn(self.identity(who), circumstances, style))
         return latents, [PROMPTS[s] for s in style]
 
@@ -73,7 +73,7 @@ class People:
         prompts. mine: the slice of the samples to return."""
         count, identity = len(who), self.identity(who)
         style, kind = self.styles(count, generator), torch.rand(count, generator=generator)
-        circumstances = faces.nuisances(2 * count, generator).unflatten(0, (2, count))
+        circumstances = faces.random_circumstances(2 * count, generator).unflatten(0, (2, count))
         other, altered = kind < self.others, kind >= 1 - self.looks
         looks, phrases = wording.changed(identity, generator)
         strangers = torch.rand(identity.shape, generator=generator)
@@ -108,7 +108,8 @@ class HeldOut:
         self.judge = load_judge(device)
         self.identity = faces.identities(range(first, first + count))
         self.first, self.device = first, device
-        self.circumstances = faces.nuisances(count, torch.Generator().manual_seed(first))  # of the photos
+        # the same numbers as in faces.photos
+        self.circumstances = faces.random_circumstances(count, torch.Generator().manual_seed(first))
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def more_photos(self, count):

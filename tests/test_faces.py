@@ -34,7 +34,7 @@ def test_renderer_is_a_function_of_its_numbers():
     assert pictures.min() >= -1 and pictures.max() <= 1
     assert torch.equal(pictures, photos(people(0, 6)))
     assert (pictures[0] - pictures[1]).abs().mean() > .05
-    alone = faces.render(people(3, 1), faces.nuisances(6, generator())[3:4], torch.zeros(1).long())
+    alone = faces.render(people(3, 1), faces.random_circumstances(6, generator())[3:4], torch.zeros(1).long())
     assert torch.allclose(pictures[3:4], alone, atol=1e-5)
 
 
@@ -54,7 +54,7 @@ def test_every_identity_number_shows():
     middle = torch.full((1, len(faces.IDENTITY)), .6)
     middle[:, faces.IDENTITY.index("hair_style")] = .15  # short hair hides neither ears nor brows
     middle[:, faces.IDENTITY.index("beard")] = .1
-    still, plain = torch.full((1, len(faces.NUISANCE)), .5), torch.zeros(1, dtype=torch.long)
+    still, plain = torch.full((1, len(faces.CIRCUMSTANCES)), .5), torch.zeros(1, dtype=torch.long)
     for i, name in enumerate(faces.IDENTITY):
         low = middle.clone()
         if name == "glasses_colour":
@@ -66,7 +66,7 @@ def test_every_identity_number_shows():
 
 def test_every_style_shows_and_the_papers_prompts_are_among_them():
     count = len(faces.STYLES)
-    still = torch.full((count, len(faces.NUISANCE)), .5)
+    still = torch.full((count, len(faces.CIRCUMSTANCES)), .5)
     pictures = faces.render(people(1, 1).expand(count, -1), still, torch.arange(count))
     distance = (pictures[:, None] - pictures[None]).abs().mean((2, 3, 4)) + torch.eye(count)
     assert count >= 11 and distance.min() > .01

@@ -8,7 +8,8 @@ from nano import faces, instrument, seeds
 
 def drawn(count, seed=0):
     """Numbers (count, 44) and the plain photos (count, 3, 128, 128) that they draw."""
-    identity, circumstances = people(seeds.VALIDATION + 900, count), faces.nuisances(count, generator(seed))
+    identity = people(seeds.VALIDATION + 900, count)
+    circumstances = faces.random_circumstances(count, generator(seed))
     pictures = faces.render(identity, circumstances, torch.zeros(count, dtype=torch.long))
     return torch.cat([identity, circumstances], 1), pictures
 

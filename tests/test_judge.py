@@ -1,4 +1,4 @@
-"""The miniature's referee, as it is shipped and as it is trained."""
+"""nano's judge, as it is shipped and as it is trained."""
 import pytest
 import torch
 from drawn import people, photos
@@ -9,12 +9,12 @@ from nano import faces, judge, seeds
 
 
 def test_judge_knows_people_it_has_not_seen():
-    referee, who = judge.load_judge(), people(seeds.VALIDATION, 12)
+    network, who = judge.load_judge(), people(seeds.VALIDATION, 12)
     one = torch.cat([photos(who, style, seed=1) for style in (0, 4)])
     two = torch.cat([photos(who, style, seed=2) for style in (0, 4)])
-    same, other = referee.likeness(one, two), referee.likeness(one, two.roll(1, 0))
+    same, other = network.likeness(one, two), network.likeness(one, two.roll(1, 0))
     assert same.mean() > .85 and other.mean().abs() < .25
-    read = referee(one)
+    read = network(one)
     assert (read[1].argmax(1) == torch.tensor([0, 4]).repeat_interleave(12)).float().mean() > .9
     truth = faces.attributes(who.repeat(2, 1))
     right = [(logits.argmax(1) == truth[k]).float().mean() for k, logits in read[2].items()]
@@ -22,9 +22,9 @@ def test_judge_knows_people_it_has_not_seen():
 
 
 def test_likeness_of_pictures_of_other_sizes():
-    referee, who = judge.load_judge(), people(seeds.VALIDATION, 2)
+    network, who = judge.load_judge(), people(seeds.VALIDATION, 2)
     large = torch.nn.functional.interpolate(photos(who), scale_factor=2)
-    assert torch.allclose(referee.likeness(large, photos(who).half()), torch.ones(2), atol=1e-3)
+    assert torch.allclose(network.likeness(large, photos(who).half()), torch.ones(2), atol=1e-3)
 
 
 def test_training_and_report(tmp_path, monkeypatch, capsys):

@@ -11,10 +11,10 @@ from nano import faces
 
 
 def test_copied_is_the_slope_of_what_comes_back():
-    known, read = (faces.nuisances(6, generator(seed)) for seed in (1, 2))
+    known, read = (faces.random_circumstances(6, generator(seed)) for seed in (1, 2))
     numerator, denominator = 0., 0.
     for t, r in zip(known.tolist(), read.tolist()):
-        t, r = dict(zip(faces.NUISANCE, t)), dict(zip(faces.NUISANCE, r))
+        t, r = dict(zip(faces.CIRCUMSTANCES, t)), dict(zip(faces.CIRCUMSTANCES, r))
         for name in "yaw", "roll", "zoom", "x", "y", "light", "light_side":  # variance 1/12
             numerator += 12 * (r[name] - .5) * (t[name] - .5)
             denominator += 12 * (t[name] - .5) ** 2

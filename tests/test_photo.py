@@ -320,7 +320,7 @@ def test_an_avatar_is_who_was_read_and_what_was_said(shipped):
     assert said == "dark skin, long blue hair, square glasses"  # of what was said nothing is unsure
     assert wording.describe(identity[None]) == [said.split(", ")]
     assert portrait.shape == (1, 3, 128, 128)
-    again = faces.render(identity[None], torch.full((1, len(faces.NUISANCE)), .5), torch.zeros(1).long())
+    again = faces.render(identity[None], torch.full((1, len(faces.CIRCUMSTANCES)), .5), torch.zeros(1).long())
     assert torch.equal(portrait, again)
     plain = faces.attributes(avatar.avatar(shipped, photo)[0][None])
     assert any(plain[name] != kind for name, kind in look.items())

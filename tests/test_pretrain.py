@@ -34,13 +34,13 @@ def test_shipped_weights_are_of_the_documented_shape_and_size(nano):
 
 
 def test_autoencoder_and_base_draw_faces(nano):
-    referee, real = judge.load_judge(), photos(people(seeds.VALIDATION, 4))
+    network, real = judge.load_judge(), photos(people(seeds.VALIDATION, 4))
     decoded = nano.decode(nano.encode(real)).clamp(-1, 1)
     assert pretrain.psnr(decoded, real) > 25
     styles = ["photo", "rock star", "pixar", "beach"]
     pictures = nano.sample([faces.STYLES[s].replace("{} ", "") for s in styles], steps=5)
     truth = torch.tensor([list(faces.STYLES).index(s) for s in styles])
-    assert (referee(pictures)[1].argmax(1) == truth).float().mean() >= .75
+    assert (network(pictures)[1].argmax(1) == truth).float().mean() >= .75
 
 
 def test_base_obeys_attribute_words(nano):

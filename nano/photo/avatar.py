@@ -92,6 +92,6 @@ def avatar(reader, pictures, look=None):
         identity[faces.IDENTITY.index(name)] = faces.number(name, kind)
     left = [name for name in unsure(probabilities(logits), identity) if name not in look]
     count = COUNTS[logits["count"].argmax()]
-    calm = torch.full((1, len(faces.NUISANCE)), .5)
+    calm = torch.full((1, len(faces.CIRCUMSTANCES)), .5)
     portrait = faces.render(identity[None], calm, torch.zeros(1, dtype=torch.long))
     return identity, portrait, said(identity, left, count)

@@ -1,4 +1,4 @@
-"""Measure the miniature itself: its autoencoder, and whether it draws what a caption says.
+"""Measure nano itself: its autoencoder, and whether it draws what a caption says.
 
     python -m nano.training.check
 

@@ -1,4 +1,4 @@
-"""Train the miniature Stable Diffusion, and the encoder of its hypernetwork, from nothing.
+"""Train nano's Stable Diffusion, and the encoder of its hypernetwork, from nothing.
 
     python -m nano.training.pretrain vae      then text, unet, encoder; rebuild.sh has the settings
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Rebuild the miniature's weights from nothing:  nano/training/rebuild.sh [vae text unet judge encoder hypernet e4t]
+# Train nano's weights again from nothing:  nano/training/rebuild.sh [vae text unet judge encoder hypernet e4t]
 #
 # All of them if none is named, in this order, as each needs those before it (the judge none). What is stopped
 # goes on where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,

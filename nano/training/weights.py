@@ -1,4 +1,4 @@
-"""The miniature's weights before training and after it."""
+"""nano's weights before training and after it."""
 import torch
 
 
