@@ -67,6 +67,7 @@ def main(args):
             network = HyperNetwork(HyperConfig(*method.lidb.shape, vit=NANO_VIT))
         method.hypernet = network.to(device).eval().requires_grad_(False)
 
+    # Each row is printed and written as soon as it is measured
     lines, rate = [], matmul_rate(device, dtype)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

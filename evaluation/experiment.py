@@ -58,6 +58,7 @@ def measure(job, group, names, method, scores, table, costs, settings):
 
 
 def keep(picture, out, system, who, name):
+    """Save a picture for the grids."""
     file = report.picture(out, system, who, name)
     images.save(images.to_pil(picture), file, generated=system != "photo")
 

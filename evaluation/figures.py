@@ -6,6 +6,7 @@ import textwrap
 from evaluation.report import TABLES, picture
 from files import images
 
+# file -> the numbers across and up, and their labels
 DOTS = {"style.png": ("style", "styled", "share of styled pictures in the right style",
                       "likeness to another photo, styled"),
         "copied.png": ("copied", "both", "copied from the photo given (1: all of its circumstances)",

@@ -1,5 +1,5 @@
-"""Makes tables.md from a folder's scores.csv and costs.csv. A system with only some of its rows has a line
-with what there is."""
+"""Makes tables.md from a folder's scores.csv and costs.csv. A system that was measured only in part gets a
+line of the numbers that are there."""
 import csv
 import random
 from collections import defaultdict
@@ -161,7 +161,7 @@ def table(rows, costs):
     lines = []
     for name, values in rows.items():
         people = max(value[2] for value in values.values() if value)
-        lines.append([name, str(people), *(figure(values[column], people) for column in names)])
+        lines.append([name, str(people), *(cell(values[column], people) for column in names)])
         if costs:
             known = costs.get(name, {"seconds": None, "bytes": None})
             lines[-1] += [cost(known["seconds"], 1, "{:.1f}"), cost(known["bytes"], 1e3, "{:,.1f}")]
@@ -170,7 +170,7 @@ def table(rows, costs):
     return markdown(heads, lines)
 
 
-def figure(value, people):
+def cell(value, people):
     """A mean and its standard error as text, with the number of people if it differs from the row's."""
     if value is None:
         return "–"

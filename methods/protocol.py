@@ -2,7 +2,7 @@
 
 The functions of a Method take these:
 
-    engine       an hdb.HyperDreamBooth, for its model and its LiDB
+    engine       an hdb.HyperDreamBooth, for its model and its LiDB; elsewhere called `method`
     args         the parsed options
     generators   one CPU generator for each of P people
     tensors      the tensors of P people, name -> (P, …)

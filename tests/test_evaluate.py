@@ -259,10 +259,10 @@ def test_a_summary_is_of_people():
     assert report.summary(rows, scores.Judged)["leaked"] is None
 
 
-def test_figures_say_of_how_many_people_they_are():
-    assert report.figure((.5, .01, 8), 8) == "0.500 ± 0.010"
-    assert report.figure((.5, .01, 3), 8) == "0.500 ± 0.010 (3)"
-    assert report.figure((.6, None, 1), 1) == "0.600" and report.figure(None, 8) == "–"
+def test_cells_say_of_how_many_people_they_are():
+    assert report.cell((.5, .01, 8), 8) == "0.500 ± 0.010"
+    assert report.cell((.5, .01, 3), 8) == "0.500 ± 0.010 (3)"
+    assert report.cell((.6, None, 1), 1) == "0.600" and report.cell(None, 8) == "–"
 
 
 @pytest.mark.parametrize("ours, theirs, expected", [
