@@ -102,6 +102,8 @@ def warn_of_prompts(args, tokenizer):
     """Warn of prompts that lack [V] or are too long: once, not at every picture."""
     tokenizer([*map(with_identifier, args.prompts), args.negative])
     warnings.filterwarnings("ignore", "prompt is longer")
+    if args.negative and args.guidance == args.person_guidance == 1:
+        warnings.warn("--negative has no effect at --guidance 1", stacklevel=1)
     for prompt in args.prompts:
         before, v, _ = canonical(prompt).partition("[V]")
         cut = len(tokenizer.tokens(with_identifier(before + v))) > tokenizer.max_length - 2
@@ -187,17 +189,23 @@ def draw_prediction(people, args, engine):
 
 
 def draw(people, adapters, args, engine):
-    """Every prompt's picture of every person: (prompts · P, 3, H, W). UserError for NaN."""
+    """Every prompt's picture of every person: (prompts · P, 3, H, W); after Ctrl-C the finished ones, if any.
+    UserError for NaN."""
     numbers = list(range(len(people)))
     groups = [([i], adapters[i]) for i in numbers]
     if all(isinstance(adapter, LowRank) for own in adapters for adapter in own.values()):
         groups = [(few, stack([adapters[i] for i in few])) for few in split(numbers, args.side_by_side)]
     pictures, total = [], len(args.prompts) * len(groups) * args.sample_steps
-    with tqdm(total=total, desc="sampling", leave=False) as bar:
-        for i, prompt in enumerate(args.prompts):
-            for few, own in groups:
-                seeds = [args.seed + i * len(people) + k for k in few]
-                pictures.append(sample(prompt, [people[k] for k in few], own, seeds, args, engine, bar))
+    try:
+        with tqdm(total=total, desc="sampling", leave=False) as bar:
+            for i, prompt in enumerate(args.prompts):
+                for few, own in groups:
+                    seeds = [args.seed + i * len(people) + k for k in few]
+                    pictures.append(sample(prompt, [people[k] for k in few], own, seeds, args, engine, bar))
+    except KeyboardInterrupt:
+        if not pictures:
+            raise
+        print("         stopped; the pictures that are finished are written")
     pictures = torch.cat(pictures)
     if not pictures.isfinite().all():
         raise UserError("a picture came out as NaN: the personal weights, --strength or --guidance are too "
@@ -263,7 +271,7 @@ def write_for_other_programs(person, adapters, args, model):
         textual_inversion.save_embedding(person.tensors, paths[0], photos=person.photos)
     if args.merge:
         source = args.model if Path(args.model).is_dir() and args.model != "nano" else None
-        merge_to_folder(model, adapters, source, args.merge)
+        merge_to_folder(model, adapters, source, args.merge, few_steps=args.sampler == "lcm")
         print(f"  {args.merge}/  the model with the person merged in")
     print(f'  in other programs the prompt says "{word}" where it says [V] here')
     return paths

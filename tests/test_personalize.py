@@ -155,6 +155,9 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "--model", "nowhere"], "no such file or folder"),
     (["nano/example.png", "[V] face", "--model", "nano/judge.safetensors"], "not a known model"),
     (["nano/example.png", "[V] face", "--hypernet", "nano/judge.safetensors"], "not a hypernetwork"),
+    (["nano/example.png", "[V] face", "--encoder", "x/y"], "--encoder: --encoder is for --hypernet"),
+    (["nano/example.png", "[V] face", "--hypernet", "nano/hypernet.safetensors", "--encoder", "x/y"],
+     "hypernet.safetensors: contains its encoder of photos"),
     (["nano/example.png", "[V] face", "--lora", "none.safetensors"],
      "none.safetensors: cannot be read (No such file"),
     (["nano/example.png", "[V] face", "--out", "README.md"], "is a file, not a folder"),
@@ -273,6 +276,24 @@ def test_ctrl_c_ends_with_those_who_are_made(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "out/sheet.png").size == (128, 2 * 128 + HEADS)
 
 
+def test_ctrl_c_leaves_the_pictures_that_are_finished(tmp_path, monkeypatch):
+    """Two of three here, where a picture takes two steps. Without any it ends the program."""
+    moved = []
+
+    def stop(bar):
+        moved.append(bar.desc)
+        if moved.count("sampling") == when:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(console, "advance", stop)
+    given = ROOT / "tests/reference/person.safetensors", "[V] a", "[V] b", "[V] c", "--sample-steps", 2
+    for when, left in (5, {"0.png", "1.png", "sheet.png", "lora.safetensors"}), (2, set()):
+        moved.clear()
+        done = run(*given, "--export", "lora", "--out", tmp_path / str(when))
+        assert done.returncode == (0 if left else 130), done.stderr
+        assert ("the pictures that are finished are written" in done.stdout) == bool(left)
+        assert {path.name for path in (tmp_path / str(when)).glob("*")} == left
+
+
 def test_everybody_has_a_folder_of_their_own():
     assert sitting.free_name("a", []) == "a"
     assert sitting.free_name("a", ["a", "a_2", "A_3"]) == "a_4"
@@ -338,6 +359,15 @@ def test_every_file_that_would_be_replaced_is_this_persons(tmp_path, refusal, mo
     assert "No such file" in refusal(personalize, tmp_path / "none.safetensors", *given[1:])
     beside = "--method", "perfusion", "--with", out / "person.safetensors"
     assert "person.safetensors would be overwritten" in refusal(personalize, *given, *beside)
+    for name in "0.png", "lora.safetensors":  # of other programs, of whomever
+        own = tmp_path / f"with {name}" / name
+        own.parent.mkdir()
+        if name == "0.png":
+            Image.new("RGB", (8, 8)).save(own)
+        else:
+            save_file({"x": torch.zeros(1)}, own)
+        foreign = refusal(personalize, a, "[V] face", "--export", "lora", "--out", own.parent)
+        assert "holds another person's files" in foreign
     (tmp_path / "0.png").write_bytes(b.read_bytes())
     assert "0.png would be overwritten" in refusal(personalize, tmp_path, "[V] face", "--out", tmp_path)
 
@@ -414,6 +444,14 @@ def test_what_is_read_is_not_overwritten(tmp_path, arguments):
     assert failed.returncode == 2 and "would be overwritten" in failed.stderr
     for name in ("person.safetensors", "lora.safetensors"):
         assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("options, warned", [
+    (["--sampler", "lcm"], True), (["--guidance", 1, "--person-guidance", 2], False), ([], False)])
+def test_a_negative_prompt_without_guidance_is_warned_of(tmp_path, options, warned):
+    done = run(ROOT / "tests/reference/person.safetensors", "[V]", "--negative", "blurry", *options,
+               "--sample-steps", 1, "--out", tmp_path)
+    assert ("--negative has no effect at --guidance 1" in done.stderr) == warned
 
 
 def test_a_prompt_that_is_cut_before_its_v_is_warned_of_before_the_work(tmp_path):
