@@ -45,6 +45,8 @@ def load_hypernet(path, model, encoder=None):
             raise LoadError(f"{path}: trained for other layers or another basis than {model.name}'s; give "
                             "the model that it was trained for with --model")
     warn_of_other_weights(path, note, model)
+    if encoder and not config.encoder:
+        raise LoadError(f"{path}: contains its encoder of photos, so --encoder cannot be chosen")
     vit = torch.nn.Identity() if config.encoder else None
     built = build(HyperNetwork, config, [path], str, model.device, torch.float32, vit)  # str: our names
     if config.encoder:

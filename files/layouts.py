@@ -44,6 +44,7 @@ IMPLEMENTED = {
     "unet/config.json": {"act_fn": "silu", "center_input_sample": False, "flip_sin_to_cos": True,
                          "freq_shift": 0, "mid_block_scale_factor": 1, "downsample_padding": 1,
                          "resnet_time_scale_shift": "default", "num_attention_heads": None,
+                         "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
                          "time_embedding_act_fn": None, "timestep_post_act": None},
     "vae/config.json": {"act_fn": "silu", "shift_factor": None, "latents_mean": None},
     "text_encoder/config.json": {}}
@@ -54,6 +55,8 @@ LARGE = 5e8  # bytes of a UNet's files
 ONLY = "only Stable Diffusion 1.x is implemented"
 WHOLE = "give a whole Stable Diffusion 1.x checkpoint"
 INPAINTING = "a UNet with {} input channels, for inpainting or editing; give the text-to-image model"
+GUIDED = ("a UNet that takes the guidance scale as an input, as latent consistency models do; give the model "
+          "that it was made from, with an LCM-LoRA (--lora FILE --sampler lcm)")
 # Pattern at the start of a key -> what the single file is, whatever else it contains
 OTHERS = {
     r"conditioner\.embedders\.": f"an SDXL model; {ONLY}",
@@ -218,6 +221,7 @@ def folder_settings(folder):
     for other, family in (
             ("transformer" in parts, f"a diffusion transformer ({pipeline.get('_class_name')}); {ONLY}"),
             (xl, f"an SDXL model; {ONLY}"),
+            (network.get("time_cond_proj_dim"), GUIDED),
             (width == 1024 or isinstance(heads, list), f"a Stable Diffusion 2.x model; {ONLY}"),
             (channels != network.get("out_channels", 4), INPAINTING.format(channels))):
         if other:
@@ -232,7 +236,7 @@ def folder_settings(folder):
         warnings.warn(f"{folder}/scheduler: {', '.join(unusual)} is not Stable Diffusion 1.5's noise "
                       "schedule, but that one is used", stacklevel=1)
     if (kind := schedule.get("_class_name")) in ("LCMScheduler", "TCDScheduler"):
-        warnings.warn(f"{folder}: made for {kind} and few steps; give --sampler lcm", stacklevel=1)
+        warnings.warn(f"{folder}: made for {kind} and few steps, which is --sampler lcm here", stacklevel=1)
     return settings
 
 

@@ -26,11 +26,12 @@ def free_folder(out):
     return out
 
 
-def merge_to_folder(model, adapters, source, out):
+def merge_to_folder(model, adapters, source, out, few_steps=False):
     """Write a model folder in the hub's layout with one person's adapters merged into the weights of `model`,
     which is not changed. source: the folder with the model's settings, or None for our own. out: new or
-    empty. A model in bfloat16 is read from its files again and written in float16, because 8 bits would lose
-    the person. UserError if `out` has contents, ValueError for adapters of several people."""
+    empty. few_steps: whether the result is for LCM's scheduler. A model in bfloat16 is read from its files
+    again and written in float16, because 8 bits would lose the person. UserError if `out` has contents,
+    ValueError for adapters of several people."""
     out, parts = free_folder(out), exact_parts(model)
     layers = {f"{part}.{name}": layer for part, network in parts.items()
               for name, layer in network.named_modules()}
@@ -46,7 +47,7 @@ def merge_to_folder(model, adapters, source, out):
             weights = parts[part].state_dict()
             weights = {key: merged.get(f"{part}.{key}", t).to(dtype) for key, t in weights.items()}
             write(weights, new / folder / f"{PARTS[folder].stem}.safetensors", {"format": "pt"})
-        for file, config in config_files(model, source).items():
+        for file, config in config_files(model, source, few_steps).items():
             write_text(json.dumps(config, indent=2) + "\n", new / file)
         write_tokenizer(model.tokenizer, new / "tokenizer")
 
@@ -66,7 +67,7 @@ def exact_parts(model):
     return parts
 
 
-def config_files(model, source=None):
+def config_files(model, source=None, few_steps=False):
     """Path -> dict of every settings file for other programs: of `source` or, but for sizes, of SD 1.5."""
     unet, vae, text = (asdict(part.config) for part in (model.unet, model.vae, model.text))
     unet |= {key: value for key, value in IMPLEMENTED["unet/config.json"].items() if value is not None}
@@ -90,6 +91,8 @@ def config_files(model, source=None):
     for file, config in configs.items():
         if source and Path(source, file).is_file():
             config |= read_json(Path(source, file))
+    if few_steps:
+        configs["scheduler/scheduler_config.json"]["_class_name"] = "LCMScheduler"
     scheduler = configs["scheduler/scheduler_config.json"]["_class_name"]
     return configs | {"model_index.json": diffusers | {
         "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),

@@ -6,7 +6,7 @@ from adapters import LowRank, join, scale
 from files.person import OURS, Person, lora_shapes
 from methods.protocol import Method
 from program.console import UserError
-from program.options import number, old_file, same
+from program.options import number, old_file, refused, same
 from training.views import crops, face_weights
 
 # Steps, rank and learning rate. For nano, the best of several on validation people. On other models a
@@ -30,7 +30,8 @@ def options(model, hypernet):
                  "on, with less weight around the face, so that less is copied; 1: the photo as it is"),
             same("hypernet", old_file, None, "file of train.py, to predict with; default: nano's own; on "
                  "other models fine-tuning alone"),
-            same("encoder", str, None, "the ViT that --hypernet was trained with; default: where it was then",
+            same("encoder", str if hypernet else refused("--encoder is for --hypernet"), None,
+                 "the ViT that --hypernet was trained with; default: where it was then",
                  dest="face_encoder", metavar="ENCODER")]
 
 

@@ -77,6 +77,13 @@ def test_a_merged_folder_keeps_its_sources_settings(tmp_path):
     assert index["safety_checker"] == [None, None]
 
 
+def test_a_model_merged_for_few_steps_says_so(tmp_path):
+    merge_to_folder(method().model, lora_of(someone()), None, tmp_path / "out", few_steps=True)
+    with pytest.warns(UserWarning, match="made for LCMScheduler and few steps"):
+        sd.load(tmp_path / "out", "cpu")
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["scheduler"][1] == "LCMScheduler"
+
+
 def test_a_merge_that_cannot_be_leaves_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("keep")

@@ -59,12 +59,11 @@ def known_by(paths):
 
 
 def photos_of(path):
-    """The checksums of the photos that a picture or personal file was made from. If it does not say: the
-    checksum of a personal file itself, none for a picture."""
-    if Path(path).suffix == ".png":
-        return images.settings(path).get("photos", "").split()
+    """The checksums of the photos that a picture or personal file was made from; if it does not say, its own
+    checksum."""
     with suppress(OSError, ValueError):  # other code reports unreadable files
-        return Tensors(path).note.get("photos", content([path])).split()
+        note = images.settings(path) if Path(path).suffix == ".png" else Tensors(path).note
+        return note.get("photos", content([path])).split()
     return []
 
 
