@@ -172,10 +172,10 @@ def arguments():
         *model_rows(model_name), folder_of_faces(model),
         Option("encoder", refused(own) if nano else str, None, FACE_ENCODER, "ViT that encodes the photos; "
                "nano and --start bring their own"),
-        same("start", old_file, None, "hypernetwork to continue, with its encoder; if not given, a new one",
+        same("start", old_file, None, "hypernetwork to continue, with its encoder; default: a new one",
              metavar="FILE"),
         *training_rows(*usual),
-        same("iterations", number(int, 1, 64), None, "s of Eq. 3; if not given, --start's, or else 4"),
+        same("iterations", number(int, 1, 64), None, "s of Eq. 3; default: --start's, or else 4"),
         same("alpha", number(float, 0, 10 ** 6), 1., "weight of Eq. 2's denoising term"),
         same("beta", number(float, 0, 10 ** 6), 0., "weight of Eq. 2's distance to fitted targets"),
         same("targets", number(int, 1, 10 ** 6), 1024, "nano: people to fit targets for"),

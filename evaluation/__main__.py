@@ -147,19 +147,19 @@ def arguments():
         *model_rows(model_name), folder_of_faces(model),
         same("quick", None, False, "few people, fewer prompts, no curves; on other models than nano "
              "a twentieth of all steps", action="store_true"),
-        same("people", number(int, 1, 10 ** 6), None, "how many; if not given, 32, or with "
-             "--quick 1, and 4 of nano's for systems that take seconds"),
-        same("rows", str, None, "systems to measure, without curves; if not given, all, with curves; with no "
-             "name, the curves alone", nargs="*"),
+        same("people", number(int, 1, 10 ** 6), None, "how many; default: 32, or with --quick 1, and "
+             "4 of nano's for systems that take seconds"),
+        same("rows", str, None, "systems to measure, without curves; with no name, the curves alone; "
+             "default: all, with curves", nargs="*"),
         same("no-curves", None, True, "measure the tables alone", action="store_false", dest="curves"),
-        same("hypernet", old_file, None, "file of train.py, to predict with; if not given, nano's own; other "
+        same("hypernet", old_file, None, "file of train.py, to predict with; default: nano's own; other "
              "models then leave out the systems that predict"),
         Option("sample_steps", number(int, 1, 999), 15, 30, "steps of the sampler"),
         Option("guidance", number(float, -100, 100), 2., 7.5, "scale of the sampler's guidance"),
         same("clip", str, "openai/clip-vit-large-patch14", "CLIP for CLIP-I and CLIP-T"),
         same("dino", str, "facebook/dino-vits16", "ViT for DINO"),
-        same("out", new_folder, None, "folder of the results; if not given, results/ (runs/quick with "
-             "--quick) for nano, else runs/evaluation_ and the model's name")], model)
+        same("out", new_folder, None, "folder of the results; default: results/ (runs/quick with --quick) "
+             "for nano, else runs/evaluation_ and the model's name")], model)
     args = parser.parse_args()
     nano = args.model == "nano"
     args.curves = args.curves and nano and not (args.quick or args.rows)

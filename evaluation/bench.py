@@ -233,9 +233,10 @@ class Theirs:
 def arguments():
     model = early("model").model or "nano"
     return parser_of(__doc__, [
-        same("model", str, "nano", "or random: SD 1.5 with random weights", choices=["nano", "random"]),
+        same("model", str, "nano", "nano, or random: SD 1.5 at full size with random weights",
+             choices=["nano", "random"]),
         DEVICE, DTYPE, *SETTINGS,
-        same("rows", str, None, "rows to measure; if not given, all", nargs="+", choices=list("abcdefg")),
+        same("rows", str, None, "rows to measure; default: all", nargs="+", choices=list("abcdefg")),
         same("repeats", number(int, 1, 1000), 5, "runs of every row"),
         same("out", new_folder, Path("results"), "folder of the table")], model).parse_args()
 

@@ -87,7 +87,6 @@ def arguments(description):
                    "pixels", metavar="SQUARE"),
               same("look", look, None, 'nano: correct what it saw in the photo: "grey hair, no beard"')]
     add(parser, model_rows(model_name), model)
-    parser.add_argument_group(method.name)
     add(parser, [*photos, *method.options(model, said.hypernet)], model)
     add(parser, [*sampling_rows(said.sampler), *OUTPUTS], model)
 

@@ -112,6 +112,6 @@ def note(tensors, engine):
             "basis_checksum": lidb.checksum}
 
 
-METHOD = Method(OURS, "a hypernetwork predicts the person, then 40 steps of a LoRA (the default)", options,
+METHOD = Method(OURS, "a hypernetwork predicts the person, then 40 steps of a LoRA", options,
                 make, adapters, shapes, lambda args: [LowRank], parts=parts, note=note,
                 scalable=True, several=True)

@@ -163,16 +163,16 @@ def arguments():
     parser = parser_of(__doc__, [
         same("photos", old_folder, None, "folder of the labelled portraits; every fifth is kept to measure",
              required=True),
-        same("women", old_folder, None, "folder of portraits of women, to count beards drawn on them; if not "
-             "given, they are not counted"),
+        same("women", old_folder, None, "folder of portraits of women, to count beards drawn on them; "
+             "default: none"),
         same("start", old_file, str(FILE), "file of weights to continue"),
         same("thaw", None, False, "also train the first three stages, which otherwise stay frozen",
              action="store_true"),
-        same("steps", number(int, 0, seeds.STEPS), 1000, "of the training; 0: print the accuracy alone"),
+        same("steps", number(int, 0, seeds.STEPS), 1000, "training steps; 0: print the accuracy alone"),
         same("batch", number(int, 32, 4096), 64, "pictures in each step"),
         same("drawings", number(int, 8, 10 ** 6), 1500, "drawings to train on as well"),
         same("lr", number(float, 0, 1), 5e-4, "learning rate"),
-        same("seed", number(int, 0, seeds.SEEDS), 0, "of all random numbers"), RUNS, DEVICE])
+        same("seed", number(int, 0, seeds.SEEDS), 0, "random seed"), RUNS, DEVICE])
     args = parser.parse_args()
     args.device, _ = device_and_dtype(args.device, torch.float32)
     return args
