@@ -12,7 +12,7 @@ Writes to --out one PNG per prompt (and person), sheet.png and, from a photo, pe
 predicted weights, or another method's) and person_tuned.safetensors (the same plus the fine-tuned LoRA). It
 does not replace another person's files there. sheet.png shows the photo, the prediction alone, then the
 prompts. With --each every person's files go to a folder named after the photo, and sheet.png has a column for
-each. nano knows only drawn people: it says what it saw in a photograph, draws that person, and goes on with
+each. nano knows only drawn people: it says what it saw in a photograph, draws that person, and continues with
 the drawing, which the sheet also shows."""
 import time
 import warnings

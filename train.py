@@ -135,7 +135,7 @@ def nano_encoder(args, device, deadline):
         where = {"runs": args.out, "device": device, "deadline": deadline}
         pretrain.train_encoder(SimpleNamespace(**{row.name: row.nano for row in rows} | where))
     if not file.exists():
-        raise console.Stopped(0, "stopped with the encoder half trained; the same command goes on")
+        raise console.Stopped(0, "stopped with the encoder half trained; the same command resumes it")
     print(f"encoder: {file}")
     return people.load_encoder(file, device)
 

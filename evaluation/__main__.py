@@ -105,7 +105,7 @@ def check_run(args, method, more):
     args.out.mkdir(parents=True, exist_ok=True)
     if not file.exists():
         write_text(json.dumps(ours, indent=2) + "\n", file)
-    elif differ := differences(read_json(file) | {"model": args.model}, ours):  # by whatever name
+    elif differ := differences(read_json(file) | {"model": args.model}, ours):  # its name may differ
         raise console.UserError(f"{args.out}: other settings there ({'; '.join(differ)}); give another --out")
 
 

@@ -81,7 +81,7 @@ def arguments(description):
     parser.add_argument("--method", choices=METHODS, default=OURS, help="; ".join(
         f"{name}: {one.what}" for name, one in METHODS.items()))
     parser.add_argument("--each", action="store_true", help="every photo is another person; a bad photo is "
-                        "reported, and the rest go on")
+                        "reported, and the others are made")
     look = wording.understood if model == "nano" else refused("--look is for photos, on nano")
     photos = [same("crop", square, "face", "square of the photo: face (the largest), center, or X,Y,SIZE in "
                    "pixels", metavar="SQUARE"),

@@ -113,7 +113,7 @@ class HeldOut:
         self.photos = faces.photos(self.identity, torch.Generator().manual_seed(first), device)
 
     def more_photos(self, count):
-        """`count` more photos of each person, (P, count, 3, 128, 128), the same in any company."""
+        """`count` more photos of each person, (P, count, 3, 128, 128), whoever else there is."""
         photos = []
         for i, person in enumerate(self.identity):
             generator = torch.Generator().manual_seed(self.first + seeds.STEPS + i)

@@ -44,7 +44,7 @@ class UserError(ValueError, argparse.ArgumentTypeError):
 
 
 class Stopped(Exception):
-    """A signal, or a deadline (signum 0), ended the work, which is saved; the message says how to go on."""
+    """A signal, or a deadline (signum 0), ended the work, which is saved; the message says how to resume."""
 
     def __init__(self, signum, message):
         super().__init__(message)
@@ -150,7 +150,7 @@ def run(main, arguments):
         reason = str(error)
         # Among RuntimeErrors, the user can mend only a lost process and a full memory
         if distributed.lost(error):
-            reason = "another process of this training has ended; the same command goes on"
+            reason = "another process of this training has ended; the same command resumes it"
         elif isinstance(error, MemoryError):
             reason = f"memory is full ({reason or 'RAM'})"
         elif isinstance(error, RuntimeError):

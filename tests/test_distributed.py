@@ -95,7 +95,7 @@ def test_parts_are_shared_out_made_once_and_go_on(tmp_path, monkeypatch):
     assert made == [1, 3, 2] and load_all(files, "x").tolist() == [1, 2, 2, 3, 3, 3]
     monkeypatch.undo()
     files[1].unlink()
-    with pytest.raises(Stopped, match="stopped with numbers, 2 of 3 parts; the same command goes on"):
+    with pytest.raises(Stopped, match="stopped with numbers, 2 of 3 parts; the same command resumes it"):
         cached(tmp_path, [1, 2, 3], {"of": 7}, {"x": ()}, make, "numbers", deadline=0)
     with pytest.raises(LoadError, match=r"made for others \(of 7 there, 8 here\); remove its folder"):
         cached(tmp_path, [1, 2, 3], {"of": 8}, {"x": ()}, make, "numbers")

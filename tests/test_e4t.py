@@ -583,7 +583,7 @@ def test_training_moves_the_encoder_and_the_offsets_alone(train, looker, tmp_pat
 
 def test_training_goes_on_where_it_was_stopped(train, tmp_path):
     whole = train("--steps", 2, "--name", "whole")
-    with pytest.raises(console.Stopped, match="stopped with photos, 0 of 1 parts; the same command goes on"):
+    with pytest.raises(console.Stopped, match="photos, 0 of 1 parts; the same command resumes it"):
         train("--steps", 2, "--minutes", 0, "--name", "parts")
     assert train("--steps", 2, "--name", "parts", "--save", tmp_path / "here.safetensors") == whole
     assert len(train("--steps", 3, "--name", "parts")) == 1

@@ -135,7 +135,7 @@ def test_a_training_that_is_not_done_replaces_nothing(runs, monkeypatch, capsys)
     train_here(monkeypatch, "--out", runs, "--steps", 2, "--minutes", 0, "--save", file)
     ours = runs / "hypernet/hypernet.safetensors"
     assert file.read_bytes() == b"good" and ours.exists()
-    assert f"stopped, the same command goes on; {ours}" in capsys.readouterr().out
+    assert f"stopped; the same command resumes it; {ours}" in capsys.readouterr().out
 
 
 def test_what_is_usual_depends_on_the_model(monkeypatch):
@@ -242,7 +242,7 @@ def test_targets_go_on_where_they_were_stopped_and_belong_to_what_they_were_fitt
     straight = train.fit_targets(method, Two(), target_settings(), tmp_path / "straight", of, math.inf)
     train.fit_targets(method, Two(), target_settings(), folder, of, math.inf)
     (folder / "00001.safetensors").unlink()
-    with pytest.raises(console.Stopped, match="targets, 1 of 2 parts; the same command goes on") as stop:
+    with pytest.raises(console.Stopped, match="targets, 1 of 2 parts; the same command resumes it") as stop:
         train.fit_targets(method, Two(), target_settings(), folder, of, 0)
     assert stop.value.signum == 0
     assert torch.equal(train.fit_targets(method, Two(), target_settings(), folder, of, math.inf), straight)
@@ -266,7 +266,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(runs, monkeypatch)
         update(trainer, loss, **numbers)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "update", stopped)
-        with pytest.raises(console.Stopped, match="stopped at step 1 of 2; the same command goes on"):
+        with pytest.raises(console.Stopped, match="stopped at step 1 of 2; the same command resumes it"):
             train_here(patch, *common, "--name", "stopped")
     assert len(train_here(monkeypatch, *common, "--name", "stopped")) == 1
     train_here(monkeypatch, *common, "--name", "straight")

@@ -102,7 +102,7 @@ def test_what_differs_in_words():
 def test_a_signal_ends_the_step_and_saves(tmp_path, signum):
     model, trainer = some_trainer(tmp_path)
     before = signal.getsignal(signum)
-    with pytest.raises(Stopped, match="stopped at step 3 of 100; the same command goes on") as stop:
+    with pytest.raises(Stopped, match="stopped at step 3 of 100; the same command resumes it") as stop:
         for step in trainer:
             if step == 2:
                 os.kill(os.getpid(), signum)
@@ -292,7 +292,7 @@ def test_what_a_training_says_and_leaves(tmp_path, capsys):
     first, memory = capsys.readouterr().out.splitlines()
     assert first == "tiny on cpu, float32; 2 photos; 100 steps of 4" and "memory" in memory
     written = []
-    stopped = 3, tmp_path / "its", "stopped, the same command goes on"
+    stopped = 3, tmp_path / "its", "stopped; the same command resumes it"
     for step, file, said in stopped, (100, "good", "finished"):
         trainer.update(model.weight.square().sum())
         trainer.step = step

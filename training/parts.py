@@ -1,4 +1,4 @@
-"""Long work in parts, each in a file that is made once: stopped work goes on, in any number of processes."""
+"""Long work in parts, each in a file that is made once: stopped work resumes, in any number of processes."""
 import time
 from pathlib import Path
 
@@ -34,7 +34,8 @@ def cached(folder, parts, depends_on, shapes, make, what, deadline=float("inf"))
 
     def stopped(signum):
         done = sum(file.exists() for file in files)
-        return Stopped(signum, f"stopped with {what}, {done} of {len(parts)} parts; the same command goes on")
+        where = f"stopped with {what}, {done} of {len(parts)} parts"
+        return Stopped(signum, f"{where}; the same command resumes it")
     late = False
     with deferred_stop() as stop:
         for i, (file, part) in enumerate(zip(tqdm(files, desc=what, disable=rank > 0), parts)):
@@ -57,7 +58,7 @@ def check(files, depends_on, shapes):
         part = Tensors(file)
         if differ := differences(part.note, depends_on):
             others = "; ".join(differ)
-            raise LoadError(f"{file}: made for others ({others}); remove its folder, or go on as before")
+            raise LoadError(f"{file}: made for others ({others}); remove its folder, or use those settings")
         rows = next(iter(part.shapes.values()), ())[:1]
         if part.shapes and part.shapes != {name: rows + tuple(row) for name, row in shapes.items()}:
             raise LoadError(f"{file}: damaged, has tensors {part.shapes}; remove it to have it made again")

@@ -96,7 +96,7 @@ class Trainer:
             self.save()
         if self.signal:
             where = f"stopped at step {self.step} of {self.steps}"
-            raise Stopped(self.signal, f"{where}; the same command goes on")
+            raise Stopped(self.signal, f"{where}; the same command resumes it")
 
     def ended(self, stop):
         """Whether the deadline has passed or a signal has come, in any process."""
@@ -151,7 +151,7 @@ class Trainer:
         file = Path(save) if save and self.done else self.out / name
         if distributed.is_main():
             write(file)
-            print(f"{'finished' if self.done else 'stopped, the same command goes on'}; {file}")
+            print(f"{'finished' if self.done else 'stopped; the same command resumes it'}; {file}")
 
     def log(self, **numbers):
         """Add a line with these numbers to log.jsonl."""
@@ -193,7 +193,7 @@ class Trainer:
             raise UserError(f"{file}: of another run ({'; '.join(differ)}); remove it, or train in another "
                             "folder")
 
-        # Then go on from it
+        # Then resume from it
         for key, t in ours.items():
             t.copy_(found[key])
         for optimizer in self.optimizers:

@@ -2,7 +2,7 @@
 # Train nano's weights again from nothing:  nano/training/rebuild.sh [vae text unet judge encoder hypernet e4t]
 #
 # All of them if none is named, in this order, as each needs those before it (the judge none). What is stopped
-# goes on where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,
+# resumes where it was when it is called again; to begin anew, remove runs/. The minutes are for two cores,
 # extrapolated from the processor time of a few steps, not run. The reader of photos, which needs none of them,
 # learns from a folder of labelled portraits:  python -m nano.photo.train --photos FOLDER
 set -euo pipefail
