@@ -51,7 +51,7 @@ def pipeline():
     box(axes, 1.9, 2.2, 1.3, .8, "ViT encoder\nonce", "frozen")
     box(axes, 3.9, 2.2, 1.6, .8, "decoder\na token a layer\ns = 4 passes", "learnt")
     box(axes, 6.3, 2.2, 1.4, .8, "θ\n192×150 numbers\n(79×96)", "result")
-    box(axes, 8.5, 2.2, 1.4, .8, "LiDB, Eq. 1\nΔW of every\nattention layer", "frozen")
+    box(axes, 8.5, 2.2, 1.4, .8, "LiDB, Eq. 1\nΔW of each\nof 192 (79) layers", "frozen")
     for left, right, text in ((1.3, 1.9, ""), (3.2, 3.9, "f"), (5.5, 6.3, "Eq. 3"), (7.7, 8.5, "")):
         arrow(axes, (left, 2.6), (right, 2.6), text, .03)
     axes.annotate("", (4.3, 3.0), (5.1, 3.0), arrowprops={"arrowstyle": "-|>", "color": "#333333",

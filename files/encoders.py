@@ -18,7 +18,7 @@ VIT_SETTINGS = {"config.json": {"hidden_act": "gelu"},
                 "preprocessor_config.json": {"do_normalize": True, "do_rescale": True}}
 
 
-def load_vit(source, device=None):
+def load_vit(source, device):
     """The ViT at `source`: a hub id (FACE_ENCODER, facebook/dino-vits16) or a folder with config.json,
     model.safetensors and, if pictures are normalised in another way, preprocessor_config.json. device "meta":
     only its configuration and checksum; its attribute `source` says where to load the weights from."""
