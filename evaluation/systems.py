@@ -92,27 +92,26 @@ def rows(nano, quick=False):
         found = usual(module, nano, "steps", *names)
         return found | {"steps": max(1, found["steps"] // part)}
 
-    # What several rows share: ours(); DreamBooth, with a class picture for each noise; people in seconds
-    fast = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
-    copy = {"noises": 2, "whole": True}
-    few = {"quick": 4}
-    passes = [Job(f"k = {k}", partial(ours, iterations=k, **fast), needs="hypernet", **few)
-              for k in (1, 2, 3)]
+    # Settings of ours(); DreamBooth's memory, with a class picture for each noise; systems that take seconds
+    tuning = {"steps": max(1, 40 // part)} | ({} if nano else {"lr": 5e-4, "views": 1})
+    whole = {"noises": 2, "whole": True}
+    four = {"quick": 4}
     return [
-        Job("HyperDreamBooth", partial(ours, **fast), needs="hypernet", **few),
-        Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1, **copy),
+        Job("HyperDreamBooth", partial(ours, **tuning), needs="hypernet", **four),
+        Job("DreamBooth", dreamt(1200, (1e-5, 1e-6)), 1, **whole),
         Job("Textual Inversion", theirs(textual_inversion, **known(textual_inversion, "lr", "batch")),
             noises=2),
         Job("LoRA DreamBooth", dreamt(400 if nano else 800, (5e-4, 1e-4), rank=4), noises=2),
         Job("Perfusion", theirs(perfusion, **known(perfusion, "lr", "embedding_lr", "batch")), noises=16),
-        Job("E4T", theirs(e4t, domain, steps=15), 1, needs="encoder", **few),
-        Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1, **copy),
-        Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1, **copy),
-        Job("No Hyper", partial(ours, predict=False, **fast), **few),
-        Job("Only Hyper", partial(ours, steps=0), needs="hypernet", noises=1, **few),
-        *passes,
+        Job("E4T", theirs(e4t, domain, steps=15), 1, needs="encoder", **four),
+        Job("DreamBooth-Agg-1", dreamt(400, (2e-5, 3e-6)), 1, **whole),
+        Job("DreamBooth-Agg-2", dreamt(40, (5e-5, 3e-5)), 1, **whole),
+        Job("No Hyper", partial(ours, predict=False, **tuning), **four),
+        Job("Only Hyper", partial(ours, steps=0), needs="hypernet", noises=1, **four),
+        *(Job(f"k = {k}", partial(ours, iterations=k, **tuning), needs="hypernet", **four)
+          for k in (1, 2, 3)),
         Job("the model itself", lambda method, photo, generators: hyperdreambooth.person(), noises=1,
-            **few)]
+            **four)]
 
 
 def curves():
