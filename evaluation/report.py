@@ -58,7 +58,7 @@ def summary(rows, scores, base=()):
         return {name: over_people((row["person"], row[name]) for row in rows) for name in scores.names}
     plain = [row for row in rows if row["prompt"] in scores.plain]
     styled = [row for row in rows if row["prompt"] in scores.styles and row["prompt"] not in scores.plain]
-    unseen = [row for row in styled if row["prompt"] == scores.unseen]
+    unseen = [row for row in rows if row["prompt"] == scores.unseen]
     others = [row for row in rows if row["prompt"] in scores.others]
     own = {(row["person"], row["prompt"]): row["another"] for row in base}
 
@@ -143,10 +143,11 @@ def write(folder, scores):
     return found
 
 
-PAIRS = f"""Each pair has two pictures of one person from the same prompt and noise, for all eleven prompts.
-A picture in the right style beats one in a wrong style. Otherwise the one with more likeness to another photo
-wins; within {LEVEL:g} neither does. Lead: ours minus theirs in percentage points, with a 95 % interval by
-bootstrap over people. The last column uses likeness to the photo given, which rewards copying it."""
+PAIRS = f"""Each pair has two pictures of one person from the same prompt and noise, for "a [V] face" and the
+nine styled prompts. A picture in the right style beats one in a wrong style. Otherwise the one with more
+likeness to another photo wins; within {LEVEL:g} neither does. Lead: ours minus theirs in percentage points,
+with a 95 % interval by bootstrap over people. The last column uses likeness to the photo given, which rewards
+copying it."""
 
 
 def markdown(heads, lines):

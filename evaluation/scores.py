@@ -32,11 +32,12 @@ ABOUT = """nano's test people. No training has seen them, and no choice was made
 one photo of each. Pictures of one person and prompt start from the same noise in every row. ± is the
 standard error over people. A number in brackets is the cell's number of people, where the row's differs.
 
-* **plain**, **styled**: likeness of "a [V] face" and of ten styled prompts. Likeness is the judge's cosine
+* **plain**, **styled**: likeness of "a [V] face" and of nine styled prompts. Likeness is the judge's cosine
   similarity to *another* photo of the person, which no system has seen (one person: .95, strangers: .00).
 * **style**: the share of styled pictures in which the judge recognises the prompt's style.
 * **both**: the mean over the styled prompts of likeness where the style is right, and 0 where it is wrong.
-  **beach**: the same for "a [V] face at the beach" alone, which train.py leaves out (but see under Table 1).
+* **beach**: the same for "a [V] face at the beach", the style that trainings leave out (but see under the
+  tables). No other number includes it.
 * **missed**: the share of styled pictures whose likeness is below .3.
 * **copied**: how much of the photo's circumstances (pose, zoom, place, light, colours of background and
   clothes) comes back in "a [V] face": 1 for the photo itself, 0 for another photo.
@@ -49,8 +50,8 @@ standard error over people. A number in brackets is the cell's number of people,
 * **paper**: Face Rec. / DINO / CLIP-I / CLIP-T on photographs, from the paper's own table.
 * **training**: the pictures of three short trainings (docs/experiment.md, "How fair it is")."""
 SEEN = """Training data beside the one photo: HyperDreamBooth, Only Hyper and k = … (from the prediction of k
-passes) have seen other people in all eleven styles with these prompts, and so has E4T. The beach is one of
-them, because the shipped weights were trained before train.py left it out. All others know only the model."""
+passes) have seen other people in all styles with these prompts, the beach too, because the shipped weights
+were trained before train.py left it out. E4T has seen all but the beach. All others know only the model."""
 
 
 class Judged:
@@ -59,7 +60,8 @@ class Judged:
     names = "likeness", "another", "style", "copied", "error", "obeyed"
     prompts = dict(zip(STYLES, PROMPTS)) | {"photo again": PROMPTS[0]}
     prompts |= {look: wording.caption(0, "[V]", [look]) for look in LOOKS} | OTHERS
-    styles, plain, others, unseen = STYLES, ("photo", "photo again"), list(OTHERS), UNSEEN
+    styles, unseen = [style for style in STYLES if style != UNSEEN], UNSEEN
+    plain, others = ("photo", "photo again"), list(OTHERS)
     few = ("photo", "pixar", "bark", "rock star", "professional", "king")  # of curves and --quick
     more = ("photo again", *LOOKS, *OTHERS)                                # of --quick alone
     about, seen = ABOUT, SEEN

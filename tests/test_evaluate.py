@@ -249,7 +249,7 @@ def test_a_summary_is_of_people():
             line("0", "a face", .5), line("1", "a face", .1), line("1", "a nqz face", .3)]
     base = [line("0", "a face", .2), line("1", "a face", .2), line("1", "a nqz face", -.1)]
     found = report.summary(rows, scores.Judged, base)
-    expected = {"plain": (.7, .1, 2), "styled": (.5, 0, 2), "style": (.75, .25, 2), "both": (.45, .05, 2),
+    expected = {"plain": (.7, .1, 2), "styled": (.55, .05, 2), "style": (.75, .25, 2), "both": (.5, .1, 2),
                 "beach": (.4, None, 1), "missed": (.25, .25, 2), "copied": (.3, None, 1),
                 "error": (.25, None, 1), "obeyed": (.5, None, 1), "leaked": (.225, .075, 2),
                 "given, plain": (1., None, 1), "given, both": (.9, None, 1)}
@@ -257,6 +257,7 @@ def test_a_summary_is_of_people():
     for name, numbers in expected.items():
         assert found[name] == pytest.approx(numbers), name
     assert report.summary(rows, scores.Judged)["leaked"] is None
+    assert len(scores.Judged.styles) == 10 and "beach" not in scores.Judged.styles  # nor is it in any pair
 
 
 def test_cells_say_of_how_many_people_they_are():
