@@ -1,7 +1,10 @@
 """The report's figures: dots for the systems, curves for the knobs, grids of pictures. Development only: they
 need matplotlib."""
+import io
 import json
 import textwrap
+
+from PIL import Image
 
 from evaluation.report import TABLES, picture
 from files import images
@@ -130,5 +133,7 @@ def grid(folder, systems, scores, file, people=2):
         line[0].set_ylabel(f"{system}\nperson {who + 1}", rotation=0, ha="right", va="center", fontsize=9)
     for axes, name in zip(panels[0], ("photo given", *(scores.prompts[name] for name in names))):
         axes.set_title(textwrap.fill(name, 20), fontsize=8)
-    figure.savefig(file, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    images.save(Image.open(drawn), file)  # which marks it as generated
     return file

@@ -329,6 +329,8 @@ def test_a_report_of_all_there_is(tmp_path):
     assert [path.name for path in paths] == ["style.png", "copied.png", "obeyed.png", "curves.png",
                                              "table_1.png", "table_2.png", "table_3.png"]
     assert all(path.stat().st_size for path in paths)
+    assert [path.name for path in paths if images.GENERATED in images.settings(path).values()] == [
+        "table_1.png", "table_2.png", "table_3.png"]  # which show people
 
 
 @pytest.mark.parametrize("left", [0, 1, 20])
