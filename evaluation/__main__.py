@@ -32,7 +32,7 @@ from files.layouts import HERE, model_name
 from program.options import (Option, early, folder_of_faces, model_rows, new_folder, number, old_file,
                              parser_of, same)
 from training.parts import differences
-from training.photos import content, photo_files, read_photos
+from training.photos import check_outside, content, photo_files, read_photos
 
 
 def main(args):
@@ -176,6 +176,7 @@ def check_before_loading(parser, args):
     chosen(args)
     if args.faces:
         photo_files(args.faces)
+        check_outside(args.out, args.faces)
     if (args.out / "run.json").exists():
         there = read_json(args.out / "run.json").get("model", "nano")
         if there != args.model and "nano" in (there, args.model):

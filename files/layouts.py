@@ -63,6 +63,7 @@ OTHERS = {
     r"cond_stage_model\.model\.": f"a Stable Diffusion 2.x model; {ONLY}",
     r"(model\.diffusion_model\.)?(double|joint)_blocks\.": f"a diffusion transformer (SD 3, Flux); {ONLY}",
     r"lora_|.*[._]lora[._]": f"a LoRA, not a model; {WHOLE}",
+    r"model\.diffusion_model\.time_embed\.cond_proj\.": GUIDED,
     r"control_model\.|controlnet_|input_hint_block\.": f"a ControlNet, not a model; {WHOLE}",
     r"emb_params$|string_to_param|clip_[gl]$|<.*>$": f"an embedding of a token, not a model; {WHOLE}"}
 ALONE = {  # the same for a file that lacks more than one part

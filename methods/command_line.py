@@ -16,7 +16,7 @@ from methods.table import METHODS
 from nano import wording
 from program.console import Parser, UserError, printable
 from program.options import SEED, Option, add, early, model_rows, new_folder, number, refused, same
-from training.photos import known_by, photo_files, photos_of
+from training.photos import check_outside, known_by, photo_files, photos_of
 
 PERSONAL = "person.safetensors", "person_tuned.safetensors"  # the prediction alone; with the LoRA
 
@@ -94,6 +94,8 @@ def arguments(description):
     args = parser.parse_args()
     args.prompts, args.people, args.photos = split_given(args)
     args.seed = secrets.randbelow(2 ** 31) if args.seed is None else args.seed
+    for path in filter(os.path.isdir, args.photos):
+        check_outside(args.out, path)
     if args.each:
         args.photos = [str(file) for path in args.photos for file in photo_files(path)]
     for wrong, why in refusals(args, method):
@@ -138,9 +140,8 @@ def refusals(args, method):
     outputs += [f"{args.export}.safetensors"] * bool(args.export)
     outputs += [*PERSONAL] * bool(args.photos and not args.each)
     written = [real(args.out / name) for name in outputs]
-    photos = [file for path in args.photos for file in (photo_files(path) if os.path.isdir(path) else [path])]
     more = *(lora for lora, _ in args.lora), getattr(args, "hypernet", None), getattr(args, "beside", None)
-    for path in (*photos, *args.people, *more):
+    for path in (*args.photos, *args.people, *more):
         yield path and real(path) in written, f"{path} would be overwritten; give another folder with --out"
     for path in args.people:  # reads the header
         Tensors(path)

@@ -436,6 +436,7 @@ def test_a_folder_with_a_name_like_a_hub_id(monkeypatch, tmp_path):
     (["down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight"], "a LoRA"),
     (["control_model.input_blocks.0.0.weight", "control_model.zero_convs.0.0.weight"], "a ControlNet"),
     (["controlnet_cond_embedding.conv_in.weight", "down_blocks.0.resnets.0.conv1.bias"], "a ControlNet"),
+    (["model.diffusion_model.time_embed.cond_proj.weight"], "takes the guidance scale"),
     (["emb_params"], "an embedding of a token"),
     (["<my-cat>"], "an embedding of a token"),
     (["clip_g", "clip_l"], "an embedding of a token"),

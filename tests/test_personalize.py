@@ -171,6 +171,8 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["/dev/null", "[V] face"], "not a file"),
     (["nano/example.png", "[V] face", "nano/example.png"], "names a file; only prompts may follow"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
+    (["tests/reference/person.safetensors", "[V] face", "--method", "perfusion", "--with",
+      "tests/reference/person.safetensors"], "made by hyperdreambooth, so leave out --method perfusion"),
     (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
 ])
@@ -290,8 +292,12 @@ def test_ctrl_c_leaves_the_pictures_that_are_finished(tmp_path, monkeypatch):
         moved.clear()
         done = run(*given, "--export", "lora", "--out", tmp_path / str(when))
         assert done.returncode == (0 if left else 130), done.stderr
-        assert ("the pictures that are finished are written" in done.stdout) == bool(left)
+        told = "the pictures that are finished are written" if left else "stopped before the first picture"
+        assert told in done.stdout
         assert {path.name for path in (tmp_path / str(when)).glob("*")} == left
+    moved.clear()
+    done = run("nano/example.png", "[V]", "--steps", 0, *given[4:], "--out", tmp_path)
+    assert done.returncode == 130 and f"  {tmp_path}/person.safetensors is written" in done.stdout
 
 
 def test_everybody_has_a_folder_of_their_own():
@@ -368,8 +374,9 @@ def test_every_file_that_would_be_replaced_is_this_persons(tmp_path, refusal, mo
             save_file({"x": torch.zeros(1)}, own)
         foreign = refusal(personalize, a, "[V] face", "--export", "lora", "--out", own.parent)
         assert "holds another person's files" in foreign
-    (tmp_path / "0.png").write_bytes(b.read_bytes())
-    assert "0.png would be overwritten" in refusal(personalize, tmp_path, "[V] face", "--out", tmp_path)
+    for each in [], ["--each"]:
+        line = refusal(personalize, tmp_path, "[V] face", *each, "--out", tmp_path / "deep/out")
+        assert f"deep/out is inside {tmp_path}, so its pictures would count as photos" in line
 
 
 def test_no_photo_that_can_be_used(tmp_path, refusal):

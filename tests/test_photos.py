@@ -11,6 +11,7 @@ import personalize
 from evaluation import __main__ as program
 from files import images
 from methods import sitting
+from program.console import UserError
 from training import photos
 from training.photos import content, photo_files, read_photos
 from vit import ViT
@@ -88,6 +89,15 @@ def test_one_square_of_a_photo_in_training_evaluation_and_personalisation(tmp_pa
     monkeypatch.setattr("sys.argv", line)
     sitting.sit(personalize.arguments(), model)
     assert asked[8:] == [(64, "face")]
+
+
+def test_no_training_or_evaluation_writes_among_its_photos(tmp_path, refusal):
+    folder = put(tmp_path / "faces", "a.png")
+    with pytest.raises(UserError, match=f"{folder}/x is inside {folder}, so its pictures would count"):
+        photos.Photos(folder, shared_model(), ViT(VIT), "", folder / "x")
+    options = "--model", "elsewhere", "--faces", folder, "--out", folder / "deep/x"
+    assert "would count as photos" in refusal(program, *options)
+    photos.check_outside(tmp_path / "faces x", folder)
 
 
 def test_photos_are_known_by_what_is_in_them(tmp_path):

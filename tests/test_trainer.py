@@ -59,6 +59,10 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
     tensors, note = load_file(file), {"step": "3", "of": json.dumps({"unet": "12ab", "people": "3"})}
     write(tensors, file, note)
     train(tmp_path, 3, depends_on=of)
+    write(tensors, file, note | {"step": "121"})
+    with pytest.raises(UserError, match="at step 121, past --steps; give more") as info:
+        train(tmp_path, 3, depends_on=of)
+    assert "remove" not in str(info.value)  # it is whole, and hours of work
     lacking = {k: t for k, t in tensors.items() if k != "exp_avg_sq.model.bias"}
     for spoilt in (tensors | {"exp_avg.model.weight": torch.zeros(3)},
                    tensors | {"ema.model.weight": torch.zeros(3)},
@@ -71,7 +75,7 @@ def test_the_state_of_another_run_or_a_damaged_one_is_refused(tmp_path):
         write(tensors | {"exp_avg.model.weight": spoilt}, file, note)
         with pytest.raises(UserError, match=why):
             train(tmp_path, 5, depends_on=of)
-    steps = [{"step": step} for step in ("x", "-1", "121", "9" * 5000)]
+    steps = [{"step": step} for step in ("x", "-1", "9" * 5000)]
     deep = [{"step": "3", "of": '{"a":' * 100_000}]
     for wrong in (*steps, *deep, {}, {"step": "3", "of": "{"}):
         write(tensors, file, wrong)

@@ -13,6 +13,7 @@ from files import images
 from files.checkpoints import Tensors, check_numbers, checksum
 from files.disk import regular
 from files.encoders import loaded
+from program.console import UserError
 from training.parts import cached, split
 from training.watched import WatchedPhotos
 from vit import encode_face
@@ -41,6 +42,13 @@ def photo_files(folder):
     if reasons:
         warnings.warn(f"{folder}: not all of it can be read{told(reasons)}", stacklevel=2)
     return sorted(found)
+
+
+def check_outside(out, folder):
+    """UserError if the folder `out`, where a program writes, is inside a folder of photos."""
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{out} is inside {folder}, so its pictures would count as photos; give a folder "
+                        "elsewhere with --out")
 
 
 def content(files):
@@ -107,6 +115,7 @@ class Photos:
     folder or one without usable photos."""
 
     def __init__(self, folder, model, vit, prompt, cache, deadline=float("inf"), others=0., apart=0):
+        check_outside(cache, folder)
         self.model, self.prompt, self.others = model, prompt, others
         files, small = photo_files(folder), model.unet.config.sample_size
         side = 8 * small

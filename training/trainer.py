@@ -178,8 +178,11 @@ class Trainer:
             state = Tensors(file)
             found, note = state.all(), state.note
             self.step, of = int(note["step"]), dict(json.loads(note["of"]))
-            if not 0 <= self.step <= self.steps:
-                raise ValueError(f"at step {note['step'][:20]} of {self.steps}")
+            if self.step < 0:
+                raise ValueError(f"at step {self.step}")
+            if self.step > self.steps:
+                raise UserError(f"{file}: at step {note['step'][:20]}, past --steps; give more, or train in "
+                                "another folder")
             if bad := [key for key, t in found.items() if not finite(t)]:
                 raise ValueError(f"{bad[0]} holds NaN or infinite numbers")
 
