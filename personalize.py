@@ -136,8 +136,8 @@ def make_people(sittings, args, engine, stage):
 
         # Save each of them
         for i, (sitting, out) in enumerate(zip(some, outs)):
-            person = made.map(lambda t, i=i: t[i:i + 1].half().float())
-            person.photos = " ".join(sorted(known_by(sitting.paths)))
+            rounded = {name: t[i:i + 1].half().float() for name, t in made.tensors.items()}
+            person = replace(made, tensors=rounded, photos=" ".join(sorted(known_by(sitting.paths))))
             written += save(person, engine, out)
             people.append(person)
         if stage.stopped and len(people) < len(sittings):

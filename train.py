@@ -34,7 +34,7 @@ import hdb
 from diffusion import noised
 from program import distributed
 from program.lock import alone
-from files.checkpoints import checksum
+from files.checkpoints import build, checksum
 from files.encoders import FACE_ENCODER, load_vit
 from files.hypernetwork import load_hypernet, save_hypernet
 from files.layouts import model_name
@@ -45,7 +45,7 @@ from hypernet import HyperConfig, HyperNetwork
 from nano import people, seeds
 from nano.training import pretrain
 from training.trainer import Trainer, say_start, global_seed
-from vit import encode_face
+from vit import NANO_VIT, ViT, encode_face
 
 WATCHED = 16  # people that nano's training measures and draws
 
@@ -128,7 +128,7 @@ def hypernetwork(args, model, deadline):
 
 
 def nano_encoder(args, device, deadline):
-    """nano's ViT in --out, which it trains if it isn't there."""
+    """nano's ViT in --out, frozen, which it trains if it isn't there."""
     file = Path(args.out) / "encoder/vit.safetensors"
     if not file.exists():
         _, rows = pretrain.PARTS["encoder"]
@@ -137,7 +137,7 @@ def nano_encoder(args, device, deadline):
     if not file.exists():
         raise console.Stopped(0, "stopped with the encoder half trained; the same command resumes it")
     print(f"encoder: {file}")
-    return people.load_encoder(file, device)
+    return build(ViT, NANO_VIT, [file], str, device, torch.float32)
 
 
 def fit_targets(method, data, args, folder, of, deadline):

@@ -98,11 +98,8 @@ def curves(found, file):
 
 
 def training(log, file):
-    """Curves of what train.py measured on watched people, from its log.jsonl; None without measurements."""
-    lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    watched = [line for line in lines if "obeyed" in line]
-    if not watched:
-        return None
+    """Curves of what train.py measured on watched people, from its log.jsonl."""
+    watched = [line for line in map(json.loads, log.read_text().splitlines()) if "obeyed" in line]
     figure = sheet(9, 3)
     for axes, (start, title) in zip(figure.subplots(1, 3), LEARNT.items()):
         for name in watched[-1]:

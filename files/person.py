@@ -4,7 +4,7 @@ import warnings
 import zlib
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -36,10 +36,6 @@ class Person:
         """The adapters that make the model of `engine`, an hdb.HyperDreamBooth, draw this person."""
         made = self.method.adapters(self.tensors, engine)
         return made if self.scale == 1 else scale(made, self.scale)
-
-    def map(self, change):
-        """The same person with change(tensor) for every tensor."""
-        return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
 
 
 def save_person(person, engine, path):

@@ -1,18 +1,14 @@
 """nano's counterpart of a folder of face photos: people for train.py, and people that it never sees."""
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from adapters import LowRank
 from files import images
-from files.checkpoints import build
-from program.console import UserError
 from nano import faces, seeds, wording
 from nano.judge import load_judge
 from training.photos import Photos
 from training.watched import WatchedPhotos
-from vit import NANO_VIT, ViT
 
 STYLES = list(faces.STYLES)
 PROMPTS = [wording.caption(style, "[V]") for style in range(len(STYLES))]
@@ -26,13 +22,6 @@ LOOKS = .2   # the share of samples with one attribute changed, in words and in 
 BARE = .25   # the share of prompts without their article, as people type them: "[V] face as a king"
 # Attributes and categories that prompts ask for to measure obedience
 ASKED = ("glasses", 1), ("beard", 3), ("hair_colour", 2), ("hair_style", 7)
-
-
-def load_encoder(file, device):
-    """The ViT that pretrain.py wrote to `file`, frozen, in float32. UserError if there is none."""
-    if not Path(file).exists():
-        raise UserError(f"{file}: no encoder here; make it with: python -m nano.training.pretrain encoder")
-    return build(ViT, NANO_VIT, [Path(file)], str, device, torch.float32)
 
 
 class People:

@@ -523,13 +523,11 @@ def test_where_results_go(monkeypatch, given, out):
 
 
 def test_a_training_has_curves_of_its_own(tmp_path):
-    """Of the lines that people were watched at; none without."""
+    """Of the lines that people were watched at."""
     pytest.importorskip("matplotlib")
     log = tmp_path / "training.jsonl"
-    assert figures.training(log, tmp_path / "t.png") is None
-    log.write_text('{"step": 50, "loss": 1}\n')
-    assert figures.training(log, tmp_path / "t.png") is None
     watched = {"likeness 1": .5, "likeness photo": .9, "leaked a face": .1, "obeyed": .7}
-    log.write_text("".join(json.dumps({"step": step} | watched) + "\n" for step in (100, 200)))
+    lines = {"step": 50, "loss": 1}, {"step": 100} | watched, {"step": 200} | watched
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert figures.training(log, tmp_path / "t.png") == tmp_path / "t.png"
     assert images.read(tmp_path / "t.png", 128).std() > .1

@@ -8,7 +8,6 @@ import torch
 
 import hdb
 from files import images
-from files.checkpoints import write
 from files.disk import read_json
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
@@ -18,7 +17,6 @@ from methods.table import METHODS
 from files.person import is_person, load_person, save_person
 from training.photos import Photos
 from files.tokenizers import vocabulary_in, write_tokenizer
-from nano.people import load_encoder
 from training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -104,8 +102,6 @@ def test_paths_may_be_text(tmp_path):
     assert hdb.load(f"{folder}/merged", "cpu").checksums == method.model.checksums
     assert read_json(f"{folder}/merged/unet/config.json")["sample_size"] == 16
     vit = hdb.load_hypernet(f"{HERE}/nano/hypernet.safetensors", method.model).vit
-    write(vit.state_dict(), f"{folder}/vit.safetensors")
-    assert load_encoder(f"{folder}/vit.safetensors", "cpu").config == vit.config
     images.save(images.to_pil(torch.zeros(3, 64, 64)), f"{folder}/photos/a.png")
     assert images.read(f"{folder}/photos/a.png", 64).shape == (1, 3, 64, 64)
     assert Photos(f"{folder}/photos", method.model, vit, "a face", f"{folder}/cache").count == 2

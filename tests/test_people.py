@@ -1,4 +1,4 @@
-"""The miniature's training people, and their encoder."""
+"""nano's training people."""
 from types import SimpleNamespace
 
 import pytest
@@ -7,16 +7,10 @@ from tiny import generator
 
 from files import images
 from files.layouts import HERE
-from program.console import UserError
 from hdb import HyperDreamBooth, load, load_hypernet
 from nano import faces, people, seeds, wording
 from nano.training import pretrain
 from training.watched import WatchedPhotos
-
-
-def test_no_encoder_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="vit.safetensors: .*make it with: .*pretrain encoder"):
-        people.load_encoder(tmp_path / "vit.safetensors", "cpu")
 
 
 def test_traits_are_the_numbers_and_the_kinds():

@@ -20,7 +20,8 @@ def fit(loss, parameters, steps, lr, context=nullcontext, callback=None, inputs=
 
     context(): the context of each loss and its backward, such as lambda: model.adapted(adapters).
     callback(step, loss) after every step; True ends the fit. inputs() -> all tensors that change between
-    steps, in constant shapes: a GPU replays a recorded step. ValueError inside torch.inference_mode()."""
+    steps, in constant shapes, so that a GPU can replay a recorded step. By default there are none, and no
+    step is recorded. ValueError inside torch.inference_mode()."""
     if torch.is_inference_mode_enabled():
         raise ValueError("nothing can be trained inside torch.inference_mode()")
     step = adam_step(loss, parameters, lr, context)

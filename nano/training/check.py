@@ -72,9 +72,5 @@ def main(args):
           + f", mean {sum(hits.values()) / len(hits):.3f}")
 
 
-def arguments():
-    return console.Parser(__doc__).parse_args()
-
-
 if __name__ == "__main__":
-    console.run(main, arguments)
+    console.run(main, console.Parser(__doc__).parse_args)
