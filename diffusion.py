@@ -2,9 +2,9 @@
 
 A sampler is a pure function of a denoiser, denoise(x, t) -> the noise predicted in x at the time step t, an
 int. It keeps its state in fp32. If it needs noise, it draws it from `generator`, a CPU torch.Generator or a
-list of B (the ones that made x, or others, but no new one of the same seed: that would draw x again). After
-each step it calls callback(i, t, x, x0): the step's number, from 0, its time, the new latent, and the clean
-latent predicted. The numbers are diffusers', step for step."""
+list of B (those that made x, or others; a new one of the same seed would draw x again). After each step it
+calls callback(i, t, x, x0): the step's number, from 0, its time, the new latent, and the clean latent
+predicted. The numbers are diffusers', step for step."""
 import math
 
 import torch
@@ -225,7 +225,7 @@ def guided_to_person(person, base, context, negative, nobody, scale=7.5, person_
 
     base is the model itself, person the model with a person's adapters, ∅ the negative prompt, c the prompt;
     w_text is `scale`. The first difference leads to the person, the second to what the prompt says of them.
-    At w_person 1 base(∅) cancels out, and guided() remains. With both weights equal person(∅) cancels out.
+    At w_person 1 base(∅) cancels out, and guided() remains.
 
     Each step calls person(x, t, context) on a batch of 2B, all B negatives, then all B prompts, and base on
     B: 1.5 times the cost of guided(). context and negative, (B, n, d) or (1, n, d), are text features of the
