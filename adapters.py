@@ -14,6 +14,7 @@ and leave no trace. HyperDreamBooth's are low-rank (LiDB and LoRA):
 You can join low-rank adapters, scale them, stack several people's, merge them into the weights, and export
 them as a LoRA. You can scale and merge a Change."""
 import copy
+import itertools
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -147,6 +148,15 @@ class Hook(NoCopy):
 
     def __call__(self, layer, inputs, output):
         return self.adapter(layer, inputs[0], output)
+
+
+def outside(adapter, layer, x):
+    """The layer's output for another x under the adapters outside this one, which asks for it in its call."""
+    every = [hook.adapter for hook in layer._forward_hooks.values() if isinstance(hook, Hook)]
+    y = layer.forward(x)  # without hooks
+    for other in itertools.takewhile(lambda one: one is not adapter, every):
+        y = other(layer, x, y)
+    return y
 
 
 class WeightChanges(NoCopy):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
-from adapters import shared
+from adapters import outside, shared
 from clip import IDENTIFIER, with_identifier
 from diffusion import denoising_loss
 from files.person import Person, load_person
@@ -66,7 +66,8 @@ class Gated(NamedTuple):
 
     def __call__(self, layer, x, y):
         """x: encodings e (B, m, d); y: W·e (B, m, n); B = k·P samples, by shared(), else ValueError."""
-        replaced = F.linear(self.inputs.to(layer.weight.dtype), layer.weight).float()
+        # W·i*, where a LoRA outside may belong to W
+        replaced = outside(self, layer, self.inputs.to(layer.weight.dtype)).float()
         duals, outputs, replaced = (shared(t, len(x)) for t in (self.duals, self.outputs, replaced))
         similarity = x.float() @ duals.mT  # s of every token and concept
         gate = torch.sigmoid((similarity - self.beta) / self.tau)

@@ -7,6 +7,7 @@ from tiny import Stage, generator, photo, shared_model, untouched
 from torch.func import functional_call
 
 import hdb
+from adapters import LowRank, adapted
 from methods import perfusion
 from methods.perfusion import (
     Gated,
@@ -127,6 +128,22 @@ def test_outside_the_concepts_direction_only_the_gates_tail_is_added():
     tail = 1 / (1 + torch.tensor(.7 / .15).exp())
     assert torch.allclose(one(i, o, c_inverse, .7, .15)(layer, e, y), y + tail * o, atol=1e-5)
     assert torch.allclose(one(i, o, c_inverse, 1e6, .15)(layer, e, y), y, atol=1e-5)  # W·e, nothing else
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_lora_outside_belongs_to_w(hook):
+    """Whether it acts by a hook or in the weights; one inside does not."""
+    layer, gated, e = some_layer(), one(some(8), some(5, seed=1), some_covariance().inverse()), some(2, 6, 8)
+    lora = LowRank(some(1, 8, 1, seed=2).requires_grad_(hook), some(1, 1, 5, seed=3))
+    changed = torch.nn.Linear(8, 5, bias=False).requires_grad_(False)
+    changed.weight.copy_(layer.weight + (lora.a[0] @ lora.b[0]).T)
+    layers = {"x": layer}
+    with adapted(layers, {"x": lora}), adapted(layers, {"x": gated}):
+        assert torch.allclose(layer(e), gated(changed, e, changed(e)), atol=1e-5)
+    if hook:
+        with adapted(layers, {"x": gated}), adapted(layers, {"x": lora}):
+            expected = gated(layer, e, layer.forward(e)) + e @ lora.a[0] @ lora.b[0]
+            assert torch.allclose(layer(e), expected, atol=1e-5)
 
 
 def test_with_the_gate_shut_what_lies_along_the_concept_is_still_gone():
