@@ -150,8 +150,7 @@ def refusals(args, method):
         yield True, (f"--out {args.out} holds another person's files; give this one a folder, such as "
                      f"--out {args.out.parent / free}")
     if args.merge:
-        free_folder(args.merge)
-        new_folder(args.merge)
+        new_folder(free_folder(args.merge).parent)  # where it is written before it takes its name
 
 
 def replaces_another(written, args):

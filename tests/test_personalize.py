@@ -379,6 +379,14 @@ def test_every_file_that_would_be_replaced_is_this_persons(tmp_path, refusal, mo
         assert f"deep/out is inside {tmp_path}, so its pictures would count as photos" in line
 
 
+def test_a_merge_that_could_not_take_its_name_is_refused_before_the_work(tmp_path, refusal, monkeypatch):
+    """An empty folder of the user's, in one that is not."""
+    (tmp_path / "closed/mine").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")
+    given = "nano/example.png", "[V] face", "--out", tmp_path / "out", "--merge"
+    assert "closed cannot be written" in refusal(personalize, *given, tmp_path / "closed/mine")
+
+
 def test_no_photo_that_can_be_used(tmp_path, refusal):
     (tmp_path / "notes.txt").write_text("not a photo")
     common = "[V] face", "--each", "--out", tmp_path / "out"
