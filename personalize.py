@@ -34,7 +34,7 @@ from files.disk import whole_files
 from files.layouts import HERE
 from files.lora import export_lora, load_lora
 from files.merged import merge_to_folder
-from files.person import OURS, is_person, load_person, save_person
+from files.person import is_person, load_person, save_person
 from methods import command_line, hyperdreambooth, textual_inversion
 from methods.command_line import PERSONAL, check_kinds
 from methods.sitting import folders_of, sit
@@ -168,8 +168,6 @@ def read_person(path, engine):
 
 def turned(person, args, engine):
     """The person's adapters at --strength and at the method's own settings. UserError if impossible."""
-    if args.people and args.method not in (person.method.name, OURS):
-        raise UserError(f"this person was made by {person.method.name}, so leave out --method {args.method}")
     adapters = person.adapters(engine)
     check_kinds(args, {type(adapter) for adapter in adapters.values()})
     if args.strength != 1:

@@ -229,6 +229,8 @@ def at_sampling(adapters, args, engine):
     """The adapters at --beta and --tau, together with those of the person --with (args.beside), if given.
     UserError if the two cannot be told apart."""
     if args.beside:
+        if not any(isinstance(adapter, Gated) for adapter in adapters.values()):
+            raise UserError("--with is for a person that perfusion made; this one was made by another method")
         person = load_person(args.beside, engine, {METHOD.name: METHOD})
         other = person.adapters(engine)
         if other[LAYER].token == adapters[LAYER].token:

@@ -108,8 +108,10 @@ def test_what_cannot_be_is_said_before_the_work(method, arguments, why):
 
 @pytest.mark.parametrize("method", OPTIONS)
 def test_they_take_one_photo(tmp_path, method):
+    photos = tmp_path / "photos"
+    photos.mkdir()
     for name in "a.png", "b.png":
-        shutil.copy(personalize.HERE / "nano/example.png", tmp_path / name)
-    for given in [tmp_path], [tmp_path / "a.png", tmp_path / "b.png"]:
+        shutil.copy(personalize.HERE / "nano/example.png", photos / name)
+    for given in [photos], [photos / "a.png", photos / "b.png"]:
         said = run(method, *given, "[V] face", "--out", tmp_path / "out")
         assert f": {method} takes one photo" in said

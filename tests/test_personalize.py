@@ -172,7 +172,7 @@ def test_a_rate_that_suits_nano_alone_is_warned_of(recwarn, model, lr, warned):
     (["nano/example.png", "[V] face", "nano/example.png"], "names a file; only prompts may follow"),
     (["nano/judge.safetensors", "[V] face"], "not a personal file"),
     (["tests/reference/person.safetensors", "[V] face", "--method", "perfusion", "--with",
-      "tests/reference/person.safetensors"], "made by hyperdreambooth, so leave out --method perfusion"),
+      "tests/reference/person.safetensors"], "--with is for a person that perfusion made"),
     (["README.safetensors", "[V] face"], "No such file"),
     (["nano/example.png"], "required: prompt"),
 ])
@@ -388,9 +388,11 @@ def test_a_merge_that_could_not_take_its_name_is_refused_before_the_work(tmp_pat
 
 
 def test_no_photo_that_can_be_used(tmp_path, refusal):
-    (tmp_path / "notes.txt").write_text("not a photo")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "notes.txt").write_text("not a photo")
     common = "[V] face", "--each", "--out", tmp_path / "out"
-    assert "no usable photo" in refusal(personalize, tmp_path, *common)
+    assert "no usable photo" in refusal(personalize, photos, *common)
     person = ROOT / "tests/reference/person.safetensors"
     assert "--each is for photos" in refusal(personalize, person, *common)
 
