@@ -85,8 +85,9 @@ def grown_in_four(x, kernel, bias):
     four cases, because a pixel of the result is the first or the second of a pair in both directions."""
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
-    y = torch.empty(len(x), len(kernel), 2 * height, 2 * width, dtype=x.dtype,
-                    memory_format=torch.channels_last)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.empty(len(x), len(kernel), 2 * height, 2 * width, dtype=x.dtype, memory_format=layout)
     for row, of_rows in enumerate(halves(kernel, 2)):
         for column, of_both in enumerate(halves(of_rows, 3)):
             seen = padded[..., row:row + height + 1, column:column + width + 1]

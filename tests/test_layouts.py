@@ -381,6 +381,17 @@ def test_a_large_model_is_in_what_the_cpu_is_fast_in(folder, monkeypatch, faster
     assert sd.load(folder, "cpu", torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("large, dtype", [(0, torch.float32), (0, torch.bfloat16), (10 ** 9, torch.float32)])
+def test_kernels_are_channels_last_but_a_large_autoencoders_in_float32(folder, monkeypatch, large, dtype):
+    """Where PyTorch's group norm would be too far off."""
+    monkeypatch.setattr(layouts, "LARGE", large)
+    model = sd.load(folder, "cpu", dtype)
+    own = model.vae.decoder.mid_block.resnets[0].conv1.weight
+    kernel = model.unet.mid_block.resnets[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert own.is_contiguous() == (large == 0 and dtype == torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["LCMScheduler", "TCDScheduler"])
 def test_a_folder_made_for_few_steps_says_so(folder, kind):
     change(folder / "scheduler/scheduler_config.json", _class_name=kind)

@@ -79,7 +79,10 @@ def test_growing_in_four_equals_growing(dtype, off):
     double = torch.nn.Upsample(scale_factor=2.)
     levels = fill(vae.levels((8, 8), 1, 2, "upsamplers", vae.Grow, double, padding=1))
     grow, x = levels[0].upsamplers[0].to(dtype), draw((2, 8, 5, 6), "x").to(dtype).requires_grad_()
-    plain, four = grow(x), vae.grown_in_four(x, grow.conv.weight, grow.conv.bias)
+    for layout in torch.contiguous_format, torch.channels_last:
+        four = vae.grown_in_four(x.to(memory_format=layout), grow.conv.weight, grow.conv.bias)
+        assert four.is_contiguous(memory_format=layout)
+    plain = grow(x)
     assert plain.shape == (2, 8, 10, 12) and four.dtype == dtype and difference(four, plain) <= off
     gradients = [torch.autograd.grad(y.float().pow(2).sum(), [x, *grow.parameters()]) for y in (plain, four)]
     for one, other in zip(*gradients):
