@@ -103,7 +103,7 @@ def in_training(domain, deltas, model, seen):
 def arguments():
     model = model_name(early("model").model or "nano")
     nano = model == "nano"
-    usual = (600, 16, 3e-3, seeds.STEPS, seeds.SEEDS) if nano else (None, 16, 3e-3)
+    usual = (3000, 16, 3e-3, seeds.STEPS, seeds.SEEDS) if nano else (None, 16, 3e-3)
     own = refused("--encoder cannot be chosen for nano, which brings its own")
     return parser_of(__doc__, [
         *model_rows(model_name), folder_of_faces(model),

@@ -23,8 +23,8 @@ rebuild() {
             python -m nano.training.pretrain encoder --steps 6700 --batch 64 --lr 1.5e-3 ;;
         hypernet)  # 230 minutes
             python train.py --steps 8300 --batch 24 --lr 6e-4 --save nano/hypernet.safetensors ;;
-        e4t)  # 12 minutes
-            python -m methods.train_e4t --steps 600 --batch 16 --lr 3e-3 --save nano/e4t.safetensors ;;
+        e4t)  # 50 minutes
+            python -m methods.train_e4t --steps 3000 --batch 16 --lr 3e-3 --save nano/e4t.safetensors ;;
         *)
             echo "rebuild.sh: no part $1; there are vae text unet judge encoder hypernet e4t" >&2
             exit 2 ;;
