@@ -56,7 +56,7 @@ def main(args):
                                            fitting(model, job.noises, job.people))]
     if args.curves:
         few = people[:systems.PEOPLE]
-        work += [(job, few, [*scores.few]) for job in systems.curves()]
+        work += [(job, group, [*scores.few]) for job in systems.curves() for group in few.split(job.people)]
     table = experiment.Table(args.out / "scores.csv", len(experiment.KEY), (*experiment.KEY, *scores.names))
     costs = experiment.Table(args.out / "costs.csv", 1, ("system", "seconds", "bytes"))
     failed = all_of(work, method, scores, table, costs, settings)

@@ -427,7 +427,7 @@ def test_every_system_of_the_tables_is_there():
     assert {system for table in report.STUDIES.values() for system in table} <= named
     assert {(job.system, job.knob) for job in systems.curves()} == {
         *(("HyperDreamBooth", knob) for knob in ("steps", "rank", "photos", "strength")),
-        ("Only Hyper", "passes"), ("Perfusion", "beta")}
+        ("Only Hyper", "passes"), ("DreamBooth", "strength"), ("Perfusion", "beta")}
     assert figures.CURVES.keys() <= {(job.system, job.knob) for job in systems.curves()}
 
 
