@@ -77,9 +77,9 @@ def denoising_error(unet, context, noisy, t, noise, weight, places=1.):
     """The squared error (B,) of the clean latent that the UNet's prediction ε̂ implies, in float32.
 
     noisy, t, noise, weight: from noised(). context: text features (n, m, d) of n people who take turns in the
-    batch; the UNet computes in its dtype. x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR is
-    clipped at 5, so that almost pure noise does not dominate. places: weights (h, w) of the latent's pixels,
-    1 on average."""
+    batch; the UNet computes in its dtype. x̂₀ = (x_t − √(1−ᾱ) ε̂)/√ᾱ, so ‖x̂₀ − x₀‖² = ‖ε̂ − ε‖²/SNR; 1/SNR
+    is clipped at 5, so that almost pure noise does not dominate. places: weights (h, w) of the latent's
+    pixels, 1 on average."""
     predicted = unet(noisy.to(context.dtype), t, context.repeat(len(noisy) // len(context), 1, 1))
     return weight * (places * (predicted.float() - noise.float()).pow(2)).mean((1, 2, 3))
 

@@ -64,8 +64,8 @@ class HyperDreamBooth:
 
     @torch.no_grad()
     def predict(self, photo, iterations=None):
-        """Section 4.2: one photo of each of P people, (P, 3, H, W) in [-1, 1] -> θ̂ (P, layers, r·(a + b)), by
-        the hypernetwork (Eq. 3). For N photos of each, (P, N, 3, H, W), the mean of N predictions.
+        """Section 4.2: one photo of each of P people, (P, 3, H, W) in [-1, 1] -> θ̂ (P, layers, r·(a + b)),
+        by the hypernetwork (Eq. 3). For N photos of each, (P, N, 3, H, W), the mean of N predictions.
 
         iterations: s; None: the hypernetwork's own. ValueError without a hypernetwork."""
         if self.hypernet is None:

@@ -111,8 +111,8 @@ assert fast or likeness(after) > likeness(before) + .3
 page.show("θ fitted to one photo", {"photo": photo, "before": before, "after": after})
 
 # %% 5. The hypernetwork (section 4.2, Eq. 3)
-# A network predicts θ from the photo: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. A ViT encodes the photo
-# once, to features f. The decoder T, with a token for each layer, runs s times.
+# A network predicts θ from the photo: θ̂_k = θ̂_{k−1} + T(f, θ̂_{k−1}), from θ̂_0 = 0. A ViT encodes the
+# photo once, to features f. The decoder T, with a token for each layer, runs s times.
 face = hypernet.face(encode_face(hypernet.vit, photos))
 theta, columns, scores = torch.zeros(count, *lidb.shape), {"photo": photos[:4]}, {}
 for k in range(1, hypernet.config.iterations + 1):

@@ -110,9 +110,10 @@ class NoInit(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
 
 
-def build(kind, config, files, rename, device, dtype, *more):
+def build(kind, config, files, rename, device, dtype, *more, layout=torch.channels_last):
     """The module kind(config, *more) with the tensors of `files`, frozen, in eval mode. rename(key): our name
-    for a key, None if not needed, KeyError if unknown. LoadError for impossible settings or other tensors."""
+    for a key, None if not needed, KeyError if unknown. layout: of kernels. LoadError for impossible settings
+    or other tensors."""
     what = f"{Path(files[0]).parent}: cannot build a {kind.__name__} with these settings"
     with refusing(what), torch.device("meta"), NoInit():
         module = kind(config, *more)
@@ -130,8 +131,7 @@ def build(kind, config, files, rename, device, dtype, *more):
             raise LoadError(f"{files[0]}: tensor {key} holds NaN or numbers too large for {dtype}")
         # With channels-last kernels, feature maps have the layout that attention over pixels needs: fewer
         # copies, a tenth less time
-        layout = torch.channels_last if len(shapes[name]) == 4 else torch.preserve_format
-        weights[name] = tensor.to(memory_format=layout)
+        weights[name] = tensor.to(memory_format=layout if tensor.dim() == 4 else torch.preserve_format)
     module.load_state_dict(weights, assign=True)
     stored = [stored[name] for name in shapes]
     module.checksum_of_file = digits(shapes, [t.to(dtype) for t in stored], stored)

@@ -121,10 +121,12 @@ def load_parts(source, device, dtype):
     size = sum(os.path.getsize(file) for file in plans["unet"][1])
     if given is None and device.type == "cpu" and size > LARGE and bfloat16_is_faster():
         dtype = torch.bfloat16
-    modules = {key: build(part.kind, *plans[key], device, dtype) for key, part in PARTS.items()}
+    layouts = dict.fromkeys(PARTS, torch.channels_last)
     if device.type == "cpu" and dtype == torch.float32 and size > LARGE:
         # over 512×512 channels-last pixels PyTorch's group norm is 4e-5 off, which half precision hides
-        modules["vae"].to(memory_format=torch.contiguous_format)
+        layouts["vae"] = torch.contiguous_format
+    modules = {key: build(part.kind, *plans[key], device, dtype, layout=layouts[key])
+               for key, part in PARTS.items()}
     return modules["unet"], modules["text_encoder"], tokenizer, modules["vae"]
 
 
