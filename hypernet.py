@@ -71,7 +71,7 @@ class HyperNetwork(nn.Module):
         return torch.stack(estimates)
 
     def correction(self, face, theta):
-        """T of Eq. 3: self.face(f) (B, n, width) and an estimate θ̂ (B, layers, size) -> what to add to it."""
+        """T of Eq. 3: self.face(f) (B, n, width), an estimate θ̂ (B, layers, size) -> what to add to it."""
         tokens = self.estimate(theta / self.config.output_scale) + self.position
         delta = torch.einsum("bld,lds->bls", self.decoder(tokens, face), self.heads) + self.bias
         return self.config.output_scale * delta
