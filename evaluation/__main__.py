@@ -99,7 +99,8 @@ def check_run(args, method, more):
     """Write what the numbers depend on, `more` included, to run.json, or compare. UserError if a setting
     differs."""
     settings = {"model": args.model, "hypernet": checksum(method.hypernet) if method.hypernet else "none",
-                "sampling steps": args.sample_steps, "guidance": args.guidance, "faces": None} | more
+                "dtype": str(method.model.dtype).removeprefix("torch."), "faces": None,
+                "sampling steps": args.sample_steps, "guidance": args.guidance} | more
     ours = {name: str(value) for name, value in (method.model.checksums | settings).items()}
     file = args.out / "run.json"
     args.out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rule import fill
-from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model, tiny_hypernet
+from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model, tiny_hypernet, tiny_model
 
 import clip
 from evaluation import __main__ as evaluate
@@ -203,8 +203,9 @@ def test_numbers_of_other_weights_are_not_mixed(tmp_path):
     evaluate.check_run(args, method, {})
     evaluate.check_run(args, method, {})
     args.guidance = 2.
-    with pytest.raises(UserError, match="guidance 3.0 there, 2.0 here"):
-        evaluate.check_run(args, method, {})
+    half = hdb.HyperDreamBooth(tiny_model(torch.bfloat16))
+    with pytest.raises(UserError, match="dtype float32 there, bfloat16 here; guidance 3.0 there, 2.0 here"):
+        evaluate.check_run(args, half, {})
 
 
 def test_numbers_of_other_photos_or_towers_are_not_mixed(tmp_path):
