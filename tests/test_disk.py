@@ -81,6 +81,18 @@ def test_a_folder_is_put_in_place_whole(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"new", "empty"}
 
 
+def test_all_is_on_the_disk_before_a_name_is_taken(tmp_path, monkeypatch):
+    """After a power cut no name stands for half a file: the contents are flushed first, then each rename."""
+    done, rename = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_ino))
+    monkeypatch.setattr(Path, "replace", lambda new, path: done.append(path.name) or rename(new, path))
+    with whole_files(tmp_path / "a", tmp_path / "b") as temporary:
+        for new in temporary:
+            new.write_text("new")
+    a, b, folder = ((tmp_path / name).stat().st_ino for name in ("a", "b", "."))
+    assert done == [a, b, "a", folder, "b", folder]
+
+
 def test_the_same_tensors_are_the_same_bytes(tmp_path):
     """And safetensors reads them, of every dtype and shape."""
     tensors = {"b": torch.randn(3, 2), "a": torch.randn(5).half(), "none": torch.zeros(0, 3),
