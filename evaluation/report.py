@@ -67,7 +67,7 @@ def summary(rows, scores, base=()):
         return over_people((row["person"], number(row, row[name])) for row in some if row[name] is not None)
 
     def in_style(row, likeness):
-        return None if row["style"] is None else likeness * row["style"]
+        return likeness * row["style"]
 
     def missed(row, likeness):
         return float(likeness < MISS)
