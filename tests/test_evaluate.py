@@ -2,6 +2,7 @@
 import copy
 import csv
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -17,15 +18,15 @@ from tiny import MERGES, TEXT, VIT, VOCAB, generator, photo, shared_model, tiny_
 import clip
 from evaluation import __main__ as evaluate
 import hdb
-from adapters import Change
+from adapters import Change, LowRank
 from evaluation import experiment, figures, leaderboard, report, scores, systems
 from files import encoders, images
 from files.checkpoints import checksum
 from program import console
 from program.console import UserError
-from methods import dreambooth, hyperdreambooth
+from methods import dreambooth, e4t, hyperdreambooth, perfusion, textual_inversion
 from files.person import Person, save_person
-from nano import faces, instrument
+from nano import faces, instrument, seeds
 from vit import ViT, encode_face
 
 VISION = clip.VisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -76,7 +77,7 @@ def test_everybody_is_drawn_once_under_their_own_noise(tmp_path, side):
         raise AssertionError
     measured(job(never), [0, 2], ["photo", "beach"], tmp_path, faces_)
     with pytest.raises(AssertionError):
-        measured(job(never), [1], ["photo"], tmp_path, faces_)
+        measured(job(never), [0, 1], ["photo"], tmp_path, faces_)  # one of them
 
 
 @pytest.mark.parametrize("system", ["HyperDreamBooth", "No Hyper", "Textual Inversion", "LoRA DreamBooth",
@@ -122,6 +123,9 @@ def test_a_knob_is_turned_after_the_fit(tmp_path):
         expected = method.sample(["a [V] face"], mine, [0], steps=1, guidance=1.).mean().item()
         assert row["likeness"] == pytest.approx(expected, abs=1e-4)
     assert rows[0]["likeness"] != rows[1]["likeness"]
+    # its pictures and seconds are not the system's own
+    assert report.read(tmp_path / "costs.csv") == []
+    assert {file.name for file in (tmp_path / "pictures").iterdir()} == {"photo_0_.png"}
 
 
 def test_what_one_person_costs(tmp_path):
@@ -133,18 +137,26 @@ def test_what_one_person_costs(tmp_path):
         return hyperdreambooth.person(torch.zeros(len(photo), *method.lidb.shape))
     experiment.fit(job(slow), torch.tensor([0, 1]), method, photo(2)[:, None], known)
     assert report.read(tmp_path / "costs.csv") == []  # people side by side
-    experiment.fit(job(slow), torch.tensor([1]), method, photo(2)[:, None], known)
-    (row,) = report.read(tmp_path / "costs.csv")
+    for some in job(slow), job()._replace(system="the model itself"):
+        experiment.fit(some, torch.tensor([1]), method, photo(2)[:, None], known)
+    row, nothing = report.read(tmp_path / "costs.csv")
     save_person(hyperdreambooth.person(torch.zeros(1, *method.lidb.shape)), method, tmp_path / "person")
     assert row["system"] == "nobody" and .05 <= row["seconds"] < 5
-    assert row["bytes"] == (tmp_path / "person").stat().st_size
+    assert row["bytes"] == (tmp_path / "person").stat().st_size and nothing["bytes"] == 0
 
 
-def test_several_photos_are_given():
+def test_what_a_fit_is_given(monkeypatch):
+    """Several photos, a generator for each person, and memory for all of them."""
     given, photos = [], photo(6).unflatten(0, (2, 3))
-    some = job(lambda method, photo, generators: given.append(photo) or hyperdreambooth.person(), photos=2)
-    experiment.fit(some, torch.tensor([1, 0]), hdb.HyperDreamBooth(shared_model()), photos)
-    assert torch.equal(given[0], photos[[1, 0], :2])
+
+    def fit(method, photo, generators):
+        given.extend([photo, [one.initial_seed() for one in generators]])
+        return hyperdreambooth.person()
+    monkeypatch.setattr(experiment, "plan_memory", lambda model, *of: given.append(of))
+    some, method = job(fit, photos=2, noises=3, whole=True), hdb.HyperDreamBooth(shared_model())
+    experiment.fit(some, torch.tensor([1, 0]), method, photos)
+    planned, seen, seeds = given
+    assert planned == (6, True) and torch.equal(seen, photos[[1, 0], :2]) and seeds == [1, 0]
 
 
 @pytest.mark.parametrize("named, expected", [
@@ -202,10 +214,14 @@ def test_numbers_of_other_weights_are_not_mixed(tmp_path):
     method = hdb.HyperDreamBooth(shared_model())
     evaluate.check_run(args, method, {})
     evaluate.check_run(args, method, {})
-    args.guidance = 2.
+    args.guidance, args.sample_steps = 2., 16
     half = hdb.HyperDreamBooth(tiny_model(torch.bfloat16))
-    with pytest.raises(UserError, match="dtype float32 there, bfloat16 here; guidance 3.0 there, 2.0 here"):
+    half.model.unet.conv_out.bias += 1
+    half.hypernet = tiny_hypernet(*half.lidb.shape)
+    with pytest.raises(UserError, match="dtype float32 there, bfloat16 here") as info:
         evaluate.check_run(args, half, {})
+    assert re.findall(r"([\w ]+) \S+ there, \S+ here", str(info.value)) == [
+        "unet", " hypernet", " dtype", " sampling steps", " guidance"]
 
 
 def test_numbers_of_other_photos_or_towers_are_not_mixed(tmp_path):
@@ -230,9 +246,12 @@ def test_every_step_of_a_picture_moves_the_bar(monkeypatch):
     moved = []
     monkeypatch.setattr(console, "advance", lambda bar: moved.append(bar.total))
     settings = experiment.Settings(sample_steps=2, guidance=2., side=4, out=None)
-    pictures = experiment.draw(hdb.HyperDreamBooth(shared_model()), {}, torch.tensor([0, 1]),
-                               ["photo", "king", "beach"], Simple(None), settings)
+    method = hdb.HyperDreamBooth(shared_model())
+    pictures = experiment.draw(method, {}, torch.tensor([0, 1]), ["photo", "king", "beach"], Simple(None),
+                               settings)
     assert len(pictures) == 6 and moved == [4] * 4  # of 2 batches, of 4 pictures at most
+    king = method.sample(["a [V] king"], {}, [1001], steps=2, guidance=2.)[0]
+    assert torch.allclose(pictures[3], king, atol=1e-4)
 
 
 def line(person, prompt, another=None, style=None, system="A", **more):
@@ -245,19 +264,22 @@ def line(person, prompt, another=None, style=None, system="A", **more):
 def test_a_summary_is_of_people():
     rows = [line("0", "photo", .9, 1, copied=.5, likeness=1.), line("0", "photo again", .7, 0, copied=.1),
             line("1", "photo", .6, 0, error=.25), line("0", "king", .8, 1, likeness=.9),
-            line("0", "pixar", .2, 0), line("1", "king", .6, 1), line("1", "beach", .4, 1),
-            line("0", "round glasses", obeyed=1.), line("0", "a mohawk", obeyed=0.), line("1", "a mohawk"),
-            line("0", "a face", .5), line("1", "a face", .1), line("1", "a nqz face", .3)]
-    base = [line("0", "a face", .2), line("1", "a face", .2), line("1", "a nqz face", -.1)]
+            line("0", "pixar", .29, 0), line("1", "king", .6, 1), line("1", "pixar", .3, 1),
+            line("1", "beach", .4, 1), line("0", "round glasses", obeyed=1.),
+            line("0", "a mohawk", obeyed=0.), line("1", "a mohawk"), line("0", "a face", .5),
+            line("1", "a face", .1), line("1", "a nqz face", .3)]
+    base = [line("0", "a face", .2), line("1", "a face", .2), line("1", "a nqz face", -.1),
+            line("0", "photo", .1)]
     found = report.summary(rows, scores.Judged, base)
-    expected = {"plain": (.7, .1, 2), "styled": (.55, .05, 2), "style": (.75, .25, 2), "both": (.5, .1, 2),
-                "beach": (.4, None, 1), "missed": (.25, .25, 2), "copied": (.3, None, 1),
-                "error": (.25, None, 1), "obeyed": (.5, None, 1), "leaked": (.225, .075, 2),
-                "given, plain": (1., None, 1), "given, both": (.9, None, 1)}
+    expected = {"plain": (.7, .1, 2), "styled": (.4975, .0475, 2), "style": (.75, .25, 2),
+                "both": (.425, .025, 2), "beach": (.4, None, 1), "missed": (.25, .25, 2),
+                "copied": (.3, None, 1), "error": (.25, None, 1), "obeyed": (.5, None, 1),
+                "leaked": (.225, .075, 2), "given, plain": (1., None, 1), "given, both": (.9, None, 1)}
     assert found.keys() == expected.keys()
     for name, numbers in expected.items():
         assert found[name] == pytest.approx(numbers), name
     assert report.summary(rows, scores.Judged)["leaked"] is None
+    assert scores.Judged.prompts["a mohawk"] == "a [V] face with a mohawk"
     assert len(scores.Judged.styles) == 10 and "beach" not in scores.Judged.styles  # nor is it in any pair
 
 
@@ -269,22 +291,25 @@ def test_cells_say_of_how_many_people_they_are():
 
 @pytest.mark.parametrize("ours, theirs, expected", [
     ((.9, 1), (.8, 1), 1), ((.8, 1), (.9, 1), -1), ((.9, 1), (.885, 1), 0), ((.1, 1), (.9, 0), 1),
-    ((.9, 0), (.1, 1), -1), ((.9, 0), (.8, 0), 1), ((.8, 1), (.815, 1), 0)])
+    ((.9, 0), (.1, 1), -1), ((.9, 0), (.8, 0), 1), ((.8, 1), (.815, 1), 0), ((.9, 1), (.879, 1), 1)])
 def test_who_wins_a_pair(ours, theirs, expected):
     one, other = (line("0", "king", *numbers) for numbers in (ours, theirs))
     assert report.winner(one, other, "another") == expected
 
 
 def test_pairs_are_counted_and_resampled_by_person():
-    """Of two people the one wins all pairs and the other loses all: the lead may be anything."""
-    rows = [line(who, prompt, .9 if (who == "0") == (system == report.OURS) else .5, 1, system)
-            for who in "01" for prompt in ("photo", "king") for system in (report.OURS, "B")]
-    rows += [line("2", "king", .5, 1, "B"), line("0", "a mohawk", 0., None, "B")]  # nothing beside them
-    shares, lead, people = report.preferred(rows, "B", faces.STYLES)
-    assert shares == [.5, .5, 0] and lead == (0, -1, 1) and people == 2
-    assert report.preferred(rows, "C", faces.STYLES) is None
-    rows = [row | {"another": .9 if row["system"] == report.OURS else .5} for row in rows]
-    assert report.preferred(rows, "B", faces.STYLES) == ([1, 0, 0], (1, 1, 1), 2)
+    """Four people win all their pairs, and four lose. Of eight people drawn anew at most one wins in 3.5 % of
+    all draws, none in 0.4 %: the interval ends at one and at seven, leads of -6/8 and 6/8."""
+    each = [(who, "king") for who in "01234567"] + [("0", "photo"), ("0", "a mohawk")]
+    rows = [line(who, prompt, .9 if (who < "4") == (system == report.OURS) else .5, 1, system, likeness=.7)
+            for who, prompt in each for system in (report.OURS, "B")]
+    rows += [line("8", "king", .5, 1, "B"), line("5", "photo", None, 1, "B"),  # nothing beside them
+             line("5", "photo", .9, 1, report.OURS)]
+    shares, lead, people = report.preferred(rows, "B", scores.Judged.styles)
+    assert shares == [5 / 9, 4 / 9, 0] and lead == pytest.approx((1 / 9, -.75, .75)) and people == 8
+    shares, lead, _ = report.preferred(rows, "B", scores.Judged.styles, "likeness")
+    assert shares == [0, 0, 1] and lead == (0, 0, 0)
+    assert report.preferred(rows, "C", scores.Judged.styles) is None
 
 
 def write_scores(folder, rows):
@@ -296,42 +321,101 @@ def write_scores(folder, rows):
 
 
 def whole(folder):
-    """What a complete run leaves: of two people and several systems and settings all numbers, and
-    pictures."""
-    systems_ = [(report.OURS, "", ""), ("No Hyper", "", ""), ("the model itself", "", ""),
-                (report.OURS, "steps", "5"), (report.OURS, "steps", "40")]
-    rows = [line(who, prompt, .5 + .1 * int(who), 1., system, knob=knob, value=value, likeness=.7, copied=.2,
-                 error=.1, obeyed=1.)
-            for who in "01" for prompt in scores.Judged.prompts for system, knob, value in systems_]
+    """What a complete run leaves: of two people and several systems and settings all numbers, and pictures,
+    each in a grey of its own."""
+    known = {(report.OURS, "", ""): (.5, .6, .2), ("DreamBooth", "", ""): (.4, .7, .6),
+             ("No Hyper", "", ""): (.4, .4, .3), ("the model itself", "", ""): (.05, .05, .1),
+             (report.OURS, "steps", "40"): (.45, .55, .4), (report.OURS, "steps", "5"): (.3, .4, .4),
+             ("DreamBooth", "steps", "7"): (.2, .2, .4)}
+    rows = []
+    for who, prompt, setting in itertools.product("01", scores.Judged.prompts, known):
+        *another, copied = known[setting]
+        more = dict(zip(experiment.KEY, setting))
+        theirs, plain = more["system"] == "DreamBooth", prompt in scores.Judged.plain
+        wrong = prompt == "pixar" or prompt == "beach" and theirs
+        style = float(not wrong) if prompt in faces.STYLES else None
+        rows.append(line(who, prompt, another[int(who)] + .1 * plain, style, likeness=.9 if theirs else .7,
+                         copied=copied, error=.1 if who == "0" else None, obeyed=.8, **more))
     write_scores(folder, rows)
-    black = images.to_pil(torch.zeros(3, 64, 64))
     for row in rows:
         if row["prompt"] in figures.COLUMNS and not row["knob"]:
-            images.save(black, report.picture(folder, "photo", row["person"], ""))
-            images.save(black, report.picture(folder, row["system"], row["person"], row["prompt"]))
-    (folder / "costs.csv").write_text("system,seconds,bytes\nHyperDreamBooth,2.5,183000\n")
+            file = report.picture(folder, row["system"], row["person"], row["prompt"])
+            images.save(images.to_pil(torch.ones(3, 64, 64) * (2 * row["another"] - 1)), file)
+    for who in 0, 1:
+        images.save(images.to_pil(torch.ones(3, 64, 64) - who), report.picture(folder, "photo", who, ""))
+    (folder / "costs.csv").write_text("system,seconds,bytes\nDreamBooth,177,12165504\n"
+                                      "HyperDreamBooth,2.5,183000\n")
     return rows
 
 
 def test_a_report_of_all_there_is(tmp_path):
+    """8 of 9 styled prompts are in the right style: both is 8/9 of styled."""
     whole(tmp_path)
-    found = report.write(tmp_path, scores.Judged)
+    report.write(tmp_path, scores.Judged)
     text = (tmp_path / "tables.md").read_text(encoding="utf-8")
-    third = text.split("**Table 3")[1].split("**")[1]
-    assert "| HyperDreamBooth | 2 | 0.550 ± 0.050 | 0.550 ± 0.050 | 1.000 ± 0.000 |" in third
-    assert "| 2.5 | 183.0 | .655 / .473 / .577 / .286 |" in third and "| No Hyper |" in third
-    assert "E4T |" not in third and "| No Hyper | 2 | 0.0% | 0.0% | 100.0% | +0 [+0, +0] | – | 2," in text
-    assert "**HyperDreamBooth, by steps**" in text and "| steps = 5 |" in text
+    heads, _, ours, theirs, itself = text.split("**Table 1: the systems**")[1].strip().splitlines()[:5]
+    assert heads == ("|  | people | plain | styled | style | both | beach | missed | copied | error | "
+                     "obeyed | leaked | given, plain | given, both | seconds | KB | paper |")
+    assert ours == ("| HyperDreamBooth | 2 | 0.650 ± 0.050 | 0.550 ± 0.050 | 0.889 ± 0.000 | 0.489 ± 0.044 | "
+                    "0.550 ± 0.050 | 0.000 ± 0.000 | 0.200 ± 0.000 | 0.100 (1) | 0.800 ± 0.000 | "
+                    "0.500 ± 0.050 | 0.700 ± 0.000 | 0.622 ± 0.000 | 2.5 | 183.0 | "
+                    ".655 / .473 / .577 / .286 |")
+    assert theirs == ("| DreamBooth | 2 | 0.650 ± 0.150 | 0.550 ± 0.150 | 0.889 ± 0.000 | 0.489 ± 0.133 | "
+                      "0.000 ± 0.000 | 0.000 ± 0.000 | 0.600 ± 0.000 | 0.100 (1) | 0.800 ± 0.000 | "
+                      "0.500 ± 0.150 | 0.900 ± 0.000 | 0.800 ± 0.000 | 177.0 | 12,165.5 | "
+                      ".618 / .441 / .546 / .282 |")
+    assert itself.startswith("| the model itself | 2 | 0.150 ± 0.000 |") and itself.endswith("| – | – | – |")
+    assert ("| DreamBooth | 2 | 50.0% | 50.0% | 0.0% | +0 [-100, +100] | 64.8 % / 23.3 % / 11.9 % | "
+            "2, 0.0% / 100.0% / 0.0%, -100 [-100, -100] |") in text
+    assert ("| No Hyper | 2 | 100.0% | 0.0% | 0.0% | +100 [+100, +100] | – | "
+            "2, 0.0% / 0.0% / 100.0%, +0 [+0, +0] |") in text
+    third, steps = (text.split(f"**{title}**")[1].split("**")[0] for title in (
+        "Table 3: what the parts do", "HyperDreamBooth, by steps"))
+    assert "| No Hyper |" in third and "E4T |" not in third and "steps = 7" not in steps
+    assert "| steps = 40 | 2 | 0.600 ± 0.050 |" in steps and "| steps = 5 | 2 | 0.450 ± 0.050 |" in steps
     heads = {cell.strip() for row in text.splitlines() if row.startswith("|  |") for cell in row.split("|")}
     for head in heads - {"", "people"}:  # each is defined where the tables are
         assert f"**{head}**" in scores.ABOUT, head
+
+
+def test_figures_of_all_there_is(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    paths = figures.write(tmp_path, found, scores.Judged)
+    whole(tmp_path)
+    sheets, empty = [], figures.sheet
+    monkeypatch.setattr(figures, "sheet", lambda *size: sheets.append(empty(*size)) or sheets[-1])
+    paths = figures.write(tmp_path, report.write(tmp_path, scores.Judged), scores.Judged)
     assert [path.name for path in paths] == ["style.png", "copied.png", "obeyed.png", "curves.png",
                                              "table_1.png", "table_2.png", "table_3.png"]
     assert all(path.stat().st_size for path in paths)
     assert [path.name for path in paths if images.GENERATED in images.settings(path).values()] == [
         "table_1.png", "table_2.png", "table_3.png"]  # which show people
+
+    # Dots and their errors: HyperDreamBooth, DreamBooth, No Hyper
+    both, error = .55 * 8 / 9, .05 * 8 / 9
+    for sheet, expected in zip(sheets, ([(8 / 9, .55), (8 / 9, .55), (8 / 9, .4)],
+                                        [(.2, both), (.6, both), (.3, .4 * 8 / 9)],
+                                        [(.8, both), (.8, both), (.8, .4 * 8 / 9)])):
+        (axes,) = sheet.axes
+        assert [dot[0].get_xydata()[0] for dot in axes.containers] == [pytest.approx(xy) for xy in expected]
+        named = {text.get_text(): text.xy for text in axes.texts}
+        assert named == {name: pytest.approx(xy) for name, xy in zip(
+            (report.OURS, "DreamBooth", "No Hyper"), expected)}
+    bars = [bar.get_segments()[0] for bar in sheets[1].axes[0].containers[0][2]]
+    assert bars[0] == pytest.approx(torch.tensor([[.2, both], [.2, both]]).numpy())
+    assert bars[1] == pytest.approx(torch.tensor([[.2, both - error], [.2, both + error]]).numpy())
+
+    # A curve, in the order of its knob
+    (axes,) = sheets[3].axes
+    curve, _, (bars,) = axes.containers[0]
+    assert curve.get_xydata() == pytest.approx(torch.tensor([[5, .35 * 8 / 9], [40, .5 * 8 / 9]]).numpy())
+    assert axes.get_xlabel() == "steps of fine-tuning"
+    assert bars.get_segments()[0][:, 1] == pytest.approx(torch.tensor([.3 * 8 / 9, .4 * 8 / 9]).numpy())
+
+    # A grid: the photo, then the plain picture, of each person and system
+    shown = [axes.images[0].get_array()[0, 0, 0] / 255 for axes in sheets[5].axes]
+    columns = 1 + len(figures.COLUMNS)
+    assert shown[::columns] == pytest.approx([1, 1, .5, .5], abs=.01)
+    assert shown[1::columns] == pytest.approx([.6, .5, .7, .8], abs=.01)
 
 
 @pytest.mark.parametrize("left", [0, 1, 20])
@@ -362,7 +446,7 @@ def test_a_leaderboard_grows_by_a_row(tmp_path, monkeypatch, capsys):
     for what in "first", "second | third":
         leaderboard.main(SimpleNamespace(out=tmp_path, what=what))
     lines = (tmp_path / "leaderboard.md").read_text(encoding="utf-8").splitlines()
-    assert lines[-3].startswith("|---") and "| first | 0.550 | 0.200 | 1.000 | 0.000 | 2.5 |" in lines[-2]
+    assert lines[-3].startswith("|---") and "| first | 0.489 | 0.200 | 0.800 | 0.500 | 2.5 |" in lines[-2]
     assert "| second / third |" in lines[-1] and lines[0] == "# Leaderboard"
     with pytest.raises(UserError, match="no HyperDreamBooth"):
         leaderboard.main(SimpleNamespace(out=tmp_path / "nowhere", what="x"))
@@ -404,22 +488,27 @@ def test_the_judges_scores(coarse, monkeypatch):
     assert judged.photos.shape == (3, 1 + scores.MORE, 3, 128, 128)
     more = scores.Judged(4, "cpu")  # nobody's photos depend on how many people there are
     assert torch.equal(more.photos[:3], judged.photos)
-    who = next(i for i, kind in enumerate(faces.attributes(judged.identity)["glasses"]) if kind != 1)
+    who, known = 2, faces.attributes(judged.identity)
+    assert [known["glasses"][who], *known["hair_colour"][:2]] == [0, 2, 3]
     one, bespectacled = judged.identity[who:who + 1], judged.identity[who:who + 1].clone()
     bespectacled[:, faces.IDENTITY.index("glasses")] = faces.number("glasses", 1)
     king = faces.photos(one, generator(3), "cpu", torch.tensor([list(faces.STYLES).index("king")]))
     glasses = faces.photos(bespectacled, generator(4), "cpu")
-    pictures = torch.cat([judged.photos[who, :1], judged.photos[who, 3:4], king, king, glasses])
+    pictures = torch.cat([judged.photos[who, :1], judged.photos[who, -1:], king, king, glasses])
     drawn = [(name, who) for name in ("photo", "photo again", "king", "pixar", "round glasses")]
     found = judged(pictures, drawn)
     assert found.keys() == set(judged.names)
     assert found["style"] == [1, None, 1, 0, None] and found["obeyed"] == [None] * 4 + [1]
     assert found["likeness"][0] == pytest.approx(1) and .7 < found["another"][0] < .999
-    assert found["likeness"][1] < .999 and found["another"][2] > .6
+    assert found["likeness"][1] < .999 and found["another"][1] == pytest.approx(1)
+    assert found["another"][2] > .6
     assert found["copied"][0] > .7 and abs(found["copied"][1]) < .6 and found["copied"][2:] == [None] * 3
     assert found["error"][0] < .2 and found["error"][2:] == [None] * 3
-    has = judged(glasses, [("a full beard", who)])["obeyed"]
-    assert has == ([0] if faces.attributes(one)["beard"] != 3 else [None])
+
+    # The first person's hair is blond, the second's is not
+    blond, drawn = judged.photos[0, :1], [("a full beard", 1), ("blond hair", 0), ("blond hair", 1)]
+    assert judged(blond.expand(3, -1, -1, -1), drawn)["obeyed"] == [0, None, 1]
+    assert torch.equal(judged.identity, faces.identities(range(seeds.TEST, seeds.TEST + 3)))
 
 
 def test_every_system_of_the_tables_is_there():
@@ -430,6 +519,60 @@ def test_every_system_of_the_tables_is_there():
         *(("HyperDreamBooth", knob) for knob in ("steps", "rank", "photos", "strength")),
         ("Only Hyper", "passes"), ("DreamBooth", "strength"), ("Perfusion", "beta")}
     assert figures.CURVES.keys() <= {(job.system, job.knob) for job in systems.curves()}
+
+
+@pytest.mark.parametrize("nano", [True, False])
+def test_what_every_row_is_trained_with(nano, monkeypatch):
+    """Only Hyper and the model itself are not; No Hyper predicts nothing; k is the number of passes."""
+    found, made, given = {}, {}, []
+
+    def learn(model, photo, *, generator, callback, **settings):
+        found[some.system] = settings
+
+    def tune(engine, photos, theta, generators, views, steps, rank, lr, callback):
+        found[some.system] = {"theta": theta, "views": views, "steps": steps, "rank": rank, "lr": lr}
+        return given.append(photos.shape)
+    for module in dreambooth, textual_inversion, perfusion, e4t:
+        monkeypatch.setattr(module, "learn", learn)
+    monkeypatch.setattr(hyperdreambooth, "tune", tune)
+    monkeypatch.setattr(dreambooth, "class_pictures", lambda model, *of: of)
+    monkeypatch.setattr(systems, "domain", lambda model: {"domain": "nano's"})
+    method = SimpleNamespace(model=None, predict=lambda photo, passes: f"{passes} passes")
+    for some in systems.rows(nano):
+        made[some.system] = some.fit(method, torch.zeros(1, 3, 8, 8), [generator()]).tensors
+    ours = {"steps": 40, "rank": 4} | ({"lr": .003, "views": 8} if nano else {"lr": .0005, "views": 1})
+    prior = {"prior": (64, 0)}
+    assert found == {
+        "HyperDreamBooth": ours | {"theta": "None passes"}, "No Hyper": ours | {"theta": None},
+        **{f"k = {k}": ours | {"theta": f"{k} passes"} for k in (1, 2, 3)},
+        "DreamBooth": prior | {"steps": 1200, "lr": 1e-5 if nano else 1e-6},
+        "DreamBooth-Agg-1": prior | {"steps": 400, "lr": 2e-5 if nano else 3e-6},
+        "DreamBooth-Agg-2": prior | {"steps": 40, "lr": 5e-5 if nano else 3e-5},
+        "LoRA DreamBooth": prior | {"rank": 4} | ({"steps": 400, "lr": 5e-4} if nano else
+                                                  {"steps": 800, "lr": 1e-4}),
+        "Textual Inversion": {"batch": 2} | ({"steps": 300, "lr": .02} if nano else
+                                             {"steps": 5000, "lr": .005}),
+        "Perfusion": {"steps": 400} | ({"lr": .1, "embedding_lr": .02, "batch": 4} if nano else
+                                       {"lr": .03, "embedding_lr": .006, "batch": 16}),
+        "E4T": {"steps": 15, "domain": "nano's"}}
+    assert made["Only Hyper"] == {"theta": "None passes"} and made["the model itself"] == {}
+    systems.ours(method, torch.zeros(1, 2, 3, 8, 8), [generator()])
+    assert given == [(1, 1, 3, 8, 8)] * 5 + [(1, 2, 3, 8, 8)]
+
+
+def test_what_the_curves_turn():
+    """And that no system is given the photo that `another` measures with."""
+    a, b = torch.ones(1, 3, 2), torch.ones(1, 2, 4)
+    fitted = {"x": LowRank(a, b), "y": perfusion.Gated(a, a, a, beta=.9, tau=.1)}
+    for some in systems.curves():
+        value, settings = some.values[-1], getattr(some.fit, "keywords", {})
+        assert settings == {"steps": {"steps": value}, "rank": {"rank": value},
+                            "passes": {"steps": 0, "iterations": value}}.get(some.knob, {})
+        assert some.photos == (value if some.knob == "photos" else 1) <= scores.MORE
+        name = {"strength": "x", "beta": "y"}.get(some.knob)
+        turned = some.turn({name: fitted.get(name)}, .5)[name]
+        assert some.knob != "strength" or torch.equal(turned.b, b / 2)
+        assert some.knob != "beta" or turned.beta == .5
 
 
 def test_rows_that_need_what_is_not_there_are_left_out(capsys):
@@ -484,6 +627,42 @@ def test_a_row_that_fails_is_reported_and_the_next_one_runs(tmp_path, capsys):
     assert [row["system"] for row in report.read(tmp_path / "scores.csv")] == ["good"]
 
 
+def test_who_is_measured_under_which_prompts(tmp_path, monkeypatch):
+    work, fitted = [], []
+
+    def all_of(some, method, scores, table, costs, settings):
+        work.extend((job.system, job.knob, group.tolist(), len(names)) for job, group, names in some)
+        assert settings == (15, 2., 8, args.out)
+        return failed
+    rows = [systems.Job("A", None, quick=4), systems.Job("B", None)]
+    monkeypatch.setattr(systems, "rows", lambda nano, quick: rows)
+    monkeypatch.setattr(systems, "curves", lambda: [systems.Job("A", None, 3, "steps", (5,))])
+    monkeypatch.setattr(hdb, "load", lambda *_: shared_model())
+    monkeypatch.setattr(hdb, "load_hypernet", lambda *_: None)
+    monkeypatch.setattr(evaluate, "Judged", lambda people, device: SimpleNamespace(
+        photos=torch.zeros(people, 1), prompts=dict.fromkeys("abcde"), few="ab", more="c", names=()))
+    monkeypatch.setattr(evaluate, "all_of", all_of)
+    monkeypatch.setattr(experiment, "fit", lambda job, group, *_: fitted.append((job.system, group.tolist())))
+    monkeypatch.setattr(report, "write", lambda out, scores: (out / "tables.md").write_text(""))
+    monkeypatch.setattr(figures, "write", lambda *_: [])
+
+    # --quick, whole, and one of two rows failed: its seconds are not measured either
+    args = SimpleNamespace(model="nano", device="cpu", dtype=None, hypernet=None, rows=None, sample_steps=15,
+                           guidance=2., out=tmp_path / "quick", people=4, few=True, quick=True, curves=False)
+    failed = {}
+    evaluate.main(args)
+    assert work == [("A", "", [0], 3), ("A", "", [1, 2, 3], 3), ("B", "", [0], 3)]
+    assert fitted == [("A", [0]), ("B", [0])]
+    args.out, args.people, args.few, args.quick, args.curves = tmp_path / "all", 10, False, False, True
+    work.clear(), fitted.clear(), failed.update(B="error")
+    with pytest.raises(UserError, match="B: failed"):
+        evaluate.main(args)
+    groups = [0], [*range(1, 9)], [9]
+    assert work[:6] == [(system, "", group, 5) for system in "AB" for group in groups]
+    assert work[6:] == [("A", "steps", group, 2) for group in ([0, 1, 2], [3, 4, 5], [6, 7])]
+    assert fitted == [("A", [0])]
+
+
 @pytest.fixture
 def no_model(monkeypatch):
     def load(*given):
@@ -523,12 +702,17 @@ def test_where_results_go(monkeypatch, given, out):
     assert evaluate.arguments().out == Path(out)
 
 
-def test_a_training_has_curves_of_its_own(tmp_path):
+def test_a_training_has_curves_of_its_own(tmp_path, monkeypatch):
     """Of the lines that people were watched at."""
     pytest.importorskip("matplotlib")
+    sheet = figures.sheet(9, 3)
+    monkeypatch.setattr(figures, "sheet", lambda *size: sheet)
     log = tmp_path / "training.jsonl"
     watched = {"likeness 1": .5, "likeness photo": .9, "leaked a face": .1, "obeyed": .7}
-    lines = {"step": 50, "loss": 1}, {"step": 100} | watched, {"step": 200} | watched
+    lines = {"step": 50, "loss": 1}, {"step": 100} | watched, {"step": 200} | watched | {"obeyed": .8}
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert figures.training(log, tmp_path / "t.png") == tmp_path / "t.png"
     assert images.read(tmp_path / "t.png", 128).std() > .1
+    drawn = {line.get_label(): line.get_xydata().tolist() for axes in sheet.axes for line in axes.lines}
+    assert drawn["plain, the last"] == [[100, .9], [200, .9]] and len(drawn) == 4
+    assert sheet.axes[2].lines[0].get_xydata().tolist() == [[100, .7], [200, .8]]
