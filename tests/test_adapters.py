@@ -135,6 +135,9 @@ def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
         assert adapters.fits_weights(layer.float(), adapter)
         assert not adapters.fits_weights(nn.Linear(24, 40), adapter)
         assert not adapters.fits_weights(layer.bfloat16(), adapter)
+    half_frozen = nn.Linear(24, 40)
+    half_frozen.bias.requires_grad_(False)
+    assert not adapters.fits_weights(half_frozen, fixed)
 
 
 def test_a_low_rank_stays_beside_a_large_weight_and_a_high_one_does_not():
