@@ -683,13 +683,24 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, n
     assert why in refusal(evaluate, "--device", "cpu", *arguments)
 
 
-@pytest.mark.parametrize("given, people, few", [
-    ([], 32, False), (["--quick"], 4, True), (["--quick", "--people", 2], 2, False),
-    (["--quick", "--model", "x/some-model", "--faces", "nano"], 1, False)])
-def test_how_many_people_are_measured(monkeypatch, given, people, few):
+@pytest.mark.parametrize("given, people, few, curves", [
+    ([], 32, False, True), (["--quick"], 4, True, False), (["--quick", "--people", 2], 2, False, False),
+    (["--rows"], 32, False, True), (["--rows", "E4T"], 32, False, False), (["--no-curves"], 32, False, False),
+    (["--quick", "--model", "x/some-model", "--faces", "nano"], 1, False, False)])
+def test_how_many_people_are_measured(monkeypatch, given, people, few, curves):
     monkeypatch.setattr("sys.argv", ["evaluation", *map(str, given)])
     args = evaluate.arguments()
-    assert (args.people, args.few) == (people, few)
+    assert (args.people, args.few, args.curves) == (people, few, curves)
+
+
+def test_the_first_photos_of_a_folder_are_measured(tmp_path, monkeypatch):
+    for seed in range(3):
+        images.save(images.to_pil(photo(seed=seed)[0]), tmp_path / f"{seed}.png")
+    monkeypatch.setattr(evaluate, "Paper", lambda *of: of)
+    args = SimpleNamespace(faces=tmp_path, people=2, clip="a", dino="b")
+    photos, *towers = evaluate.paper(args, shared_model())
+    assert photos.shape == (2, 1, 3, 64, 64) and towers == ["a", "b", torch.device("cpu")]
+    assert torch.allclose(photos[1], photo(seed=1), atol=.01)
 
 
 @pytest.mark.parametrize("given, out", [
