@@ -18,6 +18,7 @@ from tiny import Stage, generator, photo, shared_model
 import diffusion
 import hdb
 import personalize
+from adapters import Change, LowRank
 from files import images
 from files.person import load_person
 from methods import hyperdreambooth, sitting
@@ -298,6 +299,32 @@ def test_ctrl_c_leaves_the_pictures_that_are_finished(tmp_path, monkeypatch):
     moved.clear()
     done = run("nano/example.png", "[V]", "--steps", 0, *given[4:], "--out", tmp_path)
     assert done.returncode == 130 and f"  {tmp_path}/person.safetensors is written" in done.stdout
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_picture_has_its_seed(stopped, alone):
+    """All people under one prompt, then under the next; two side by side, or each alone if one of their
+    adapters demands it. Ctrl-C in the middle of a prompt leaves the pictures before."""
+    seen = []
+
+    def sample(prompts, adapters, seeds, **options):
+        if stopped and seeds == [12]:
+            raise KeyboardInterrupt
+        assert len(seeds) == 1 or not alone
+        people = adapters["x"].a[:, 0, 0].tolist()
+        seen.extend(zip([" ".join(prompt.split()) for prompt in prompts], people, seeds))
+        return torch.stack([torch.full((3, 1, 1), seed) for seed in seeds])
+    people = [SimpleNamespace(identifier=word) for word in ("sks", "zwx", "ohwx")]
+    fitted = [{"x": LowRank(torch.full((1, 2, 1), k), torch.ones(1, 1, 2))} for k in range(3)]
+    for own in fitted if alone else ():
+        own["y"] = Change({})
+    args = SimpleNamespace(prompts=["[V] a", "[V] b"], seed=7, side_by_side=2, sample_steps=1, guidance=2.,
+                           negative="", person_guidance=2., sampler="ddim")
+    pictures = personalize.draw(people, fitted, args, SimpleNamespace(sample=sample))
+    assert pictures[:, 0, 0, 0].tolist() == [7, 8, 9, 10, 11, 12][:6 - stopped]
+    assert seen == [("sks a", 0, 7), ("zwx a", 1, 8), ("ohwx a", 2, 9), ("sks b", 0, 10), ("zwx b", 1, 11),
+                    ("ohwx b", 2, 12)][:6 - stopped]
 
 
 def test_everybody_has_a_folder_of_their_own():
