@@ -3,6 +3,8 @@ import pytest
 
 import hdb
 from adapters import join
+from evaluation import __main__ as evaluate
+from files.layouts import HERE
 from nano import seeds
 from nano.people import HeldOut
 from nano.training.pretrain import FOLDER
@@ -50,3 +52,12 @@ def test_tuning_keeps_the_prediction_and_lifts_it(method, held_out, theta, plain
     after, _ = measure(held_out, method, tuned, "photo", who)
     styled, _ = measure(held_out, method, tuned, "professional", who)
     assert after > plain[who] - .02 and after > .9 and styled > .8
+
+
+def test_the_shipped_results_are_of_the_shipped_weights(method, monkeypatch):
+    """And of the usual settings: otherwise python -m evaluation would refuse to go on with them."""
+    monkeypatch.setattr("sys.argv", ["evaluation"])
+    args = evaluate.arguments()
+    args.out = HERE / args.out
+    assert (args.out / "run.json").exists()
+    evaluate.check_run(args, method, {})
