@@ -378,6 +378,19 @@ def test_a_report_of_all_there_is(tmp_path):
         assert f"**{head}**" in scores.ABOUT, head
 
 
+def test_a_report_of_the_papers_metrics(tmp_path):
+    """Without pairs, which need another photo."""
+    table = experiment.Table(tmp_path / "scores.csv", 5, (*experiment.KEY, *scores.Paper.names))
+    for who, prompt, *numbers in (0, "a [V] face", .5, .6, .25), (0, "x", .3, .6, .35), (1, "x", .2, .8, .2):
+        table.add(("No Hyper", "", "", who, prompt, *numbers))
+    report.write(tmp_path, scores.Paper)
+    text = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert text == ("± is the standard error over people.\n\n**Table 3: what the parts do**\n\n"
+                    "|  | people | DINO | CLIP-I | CLIP-T | paper |\n| --- | --- | --- | --- | --- | --- |\n"
+                    "| No Hyper | 2 | 0.300 ± 0.100 | 0.700 ± 0.100 | 0.250 ± 0.050 | "
+                    ".647 / .392 / .498 / .299 |\n")
+
+
 def test_figures_of_all_there_is(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     whole(tmp_path)
