@@ -645,7 +645,7 @@ def test_who_is_measured_under_which_prompts(tmp_path, monkeypatch):
 
     def all_of(some, method, scores, table, costs, settings):
         work.extend((job.system, job.knob, group.tolist(), len(names)) for job, group, names in some)
-        assert settings == (15, 2., 8, args.out)
+        assert settings == (7, 3., 8, args.out)
         return failed
     rows = [systems.Job("A", None, quick=4), systems.Job("B", None)]
     monkeypatch.setattr(systems, "rows", lambda nano, quick: rows)
@@ -660,8 +660,8 @@ def test_who_is_measured_under_which_prompts(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "write", lambda *_: [])
 
     # --quick, whole, and one of two rows failed: its seconds are not measured either
-    args = SimpleNamespace(model="nano", device="cpu", dtype=None, hypernet=None, rows=None, sample_steps=15,
-                           guidance=2., out=tmp_path / "quick", people=4, few=True, quick=True, curves=False)
+    args = SimpleNamespace(model="nano", device="cpu", dtype=None, hypernet=None, rows=None, sample_steps=7,
+                           guidance=3., out=tmp_path / "quick", people=4, few=True, quick=True, curves=False)
     failed = {}
     evaluate.main(args)
     assert work == [("A", "", [0], 3), ("A", "", [1, 2, 3], 3), ("B", "", [0], 3)]
@@ -699,6 +699,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(refusal, n
 @pytest.mark.parametrize("given, people, few, curves", [
     ([], 32, False, True), (["--quick"], 4, True, False), (["--quick", "--people", 2], 2, False, False),
     (["--rows"], 32, False, True), (["--rows", "E4T"], 32, False, False), (["--no-curves"], 32, False, False),
+    (["--model", "x/some-model", "--faces", "nano"], 32, False, False),
     (["--quick", "--model", "x/some-model", "--faces", "nano"], 1, False, False)])
 def test_how_many_people_are_measured(monkeypatch, given, people, few, curves):
     monkeypatch.setattr("sys.argv", ["evaluation", *map(str, given)])
