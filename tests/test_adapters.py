@@ -141,14 +141,15 @@ def test_what_is_trained_several_people_s_or_half_stays_beside_the_weights():
 
 
 def test_a_low_rank_stays_beside_a_large_weight_and_a_high_one_does_not():
-    """Full-size layers: 1,280 × 1,280 weights are changed from rank 40 on."""
-    large = nn.Linear(1280, 1280).requires_grad_(False)
+    """Full-size layers: 1,280 × 1,280 weights are changed from rank 40 on, 1,280 × 320 from rank 16 on."""
     assert adapters.SMALL == 512 * 512 and adapters.fits_weights(nn.Linear(512, 512).requires_grad_(False),
                                                                  some(512, 512, rank=1))
     assert not adapters.fits_weights(nn.Linear(512, 513).requires_grad_(False), some(512, 513, rank=1))
-    for rank in 39, 40:
-        assert adapters.fits_weights(large, some(1280, 1280, rank=rank)) == (rank == 40)
-    assert adapters.fits_weights(large, Change({"weight": torch.ones(1280, 1280)}))
+    for outputs, rank in (1280, 40), (320, 16):
+        large = nn.Linear(1280, outputs).requires_grad_(False)
+        assert not adapters.fits_weights(large, some(1280, outputs, rank=rank - 1))
+        assert adapters.fits_weights(large, some(1280, outputs, rank=rank))
+        assert adapters.fits_weights(large, Change({"weight": torch.ones(outputs, 1280)}))
 
 
 def test_changes_are_in_all_weights_inside_and_give_gradients():

@@ -132,13 +132,13 @@ def test_outside_the_concepts_direction_only_the_gates_tail_is_added():
 
 @pytest.mark.parametrize("hook", [True, False])
 def test_a_lora_outside_belongs_to_w(hook):
-    """Whether it acts by a hook or in the weights; one inside does not."""
+    """Whether it acts by a hook or in the weights, and each of two; one inside does not."""
     layer, gated, e = some_layer(), one(some(8), some(5, seed=1), some_covariance().inverse()), some(2, 6, 8)
     lora = LowRank(some(1, 8, 1, seed=2).requires_grad_(hook), some(1, 1, 5, seed=3))
     changed = torch.nn.Linear(8, 5, bias=False).requires_grad_(False)
-    changed.weight.copy_(layer.weight + (lora.a[0] @ lora.b[0]).T)
+    changed.weight.copy_(layer.weight + 2 * (lora.a[0] @ lora.b[0]).T)
     layers = {"x": layer}
-    with adapted(layers, {"x": lora}), adapted(layers, {"x": gated}):
+    with adapted(layers, {"x": lora}), adapted(layers, {"x": lora}), adapted(layers, {"x": gated}):
         assert torch.allclose(layer(e), gated(changed, e, changed(e)), atol=1e-5)
     if hook:
         with adapted(layers, {"x": gated}), adapted(layers, {"x": lora}):
