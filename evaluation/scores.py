@@ -74,7 +74,7 @@ class Judged:
 
     def __call__(self, pictures, drawn):
         people = torch.tensor([who for _, who in drawn])
-        _, style, attributes = self.judge(F.interpolate(pictures.float(), (128, 128), mode="area"))
+        _, style, attributes = self.judge(pictures.float())
         known = faces.attributes(self.identity)
         found = {name: [None] * len(drawn) for name in self.names}
         found["likeness"] = self.judge.likeness(pictures, self.photos[people, 0]).tolist()
