@@ -574,7 +574,7 @@ def test_what_every_row_is_trained_with(nano, monkeypatch):
 
 
 def test_what_the_curves_turn():
-    """And that no system is given the photo that `another` measures with."""
+    """Each curve its own knob. No system is given the photo that `another` measures with."""
     a, b = torch.ones(1, 3, 2), torch.ones(1, 2, 4)
     fitted = {"x": LowRank(a, b), "y": perfusion.Gated(a, a, a, beta=.9, tau=.1)}
     for some in systems.curves():
