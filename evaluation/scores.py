@@ -48,7 +48,7 @@ standard error over people. A number in brackets is the cell's number of people,
 * **given, plain**, **given, both**: plain and both with likeness to the photo given, which rewards copying.
 * **seconds**: for one person, alone, on one core. **KB**: the size of the person's file.
 * **paper**: Face Rec. / DINO / CLIP-I / CLIP-T on photographs, from the paper's own table.
-* **training**: the pictures of four other trainings (docs/experiment.md, "How fair it is")."""
+* **training**: the pictures of four other networks (docs/experiment.md, "How fair it is")."""
 SEEN = """Training data beside the one photo: HyperDreamBooth, Only Hyper and k = … (from the prediction of k
 passes) have seen other people in all styles with these prompts, the beach too, because the shipped weights
 were trained before train.py left it out; a network that has not is under "by training". E4T has seen all
