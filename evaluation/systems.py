@@ -122,11 +122,12 @@ def curves():
 
     def beta(adapters, value):
         return perfusion.at(adapters, beta=value)
+    # the two systems whose fit is the tables'
+    table = {job.system: job for job in rows(nano=True)}
     several = [Job("HyperDreamBooth", ours, PEOPLE, "photos", (n,), photos=n) for n in (1, 2, 4, 8)]
     alone = [Job("Only Hyper", partial(ours, steps=0, iterations=s), PEOPLE, "passes", (s,))
              for s in (1, 2, 3, 4, 6)]
     return [*fitted("steps", (5, 10, 15, 25, 40, 80)), *fitted("rank", (1, 2, 8, 16)), *several, *alone,
             Job("HyperDreamBooth", ours, PEOPLE, "strength", (.25, .5, .75, 1., 1.25), scale),
-            Job("DreamBooth", theirs(dreambooth, prior, steps=1200, lr=1e-5), 1, "strength",
-                (.5, .7, .85, 1.), scale, noises=2, whole=True),
-            Job("Perfusion", theirs(perfusion, steps=400), PEOPLE, "beta", (.5, .6, .7, .8, .9), beta)]
+            table["DreamBooth"]._replace(knob="strength", values=(.5, .7, .85, 1.), turn=scale),
+            table["Perfusion"]._replace(knob="beta", values=(.5, .6, .7, .8, .9), turn=beta)]

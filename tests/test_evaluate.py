@@ -155,8 +155,8 @@ def test_what_a_fit_is_given(monkeypatch):
     monkeypatch.setattr(experiment, "plan_memory", lambda model, *of: given.append(of))
     some, method = job(fit, photos=2, noises=3, whole=True), hdb.HyperDreamBooth(shared_model())
     experiment.fit(some, torch.tensor([1, 0]), method, photos)
-    planned, seen, seeds = given
-    assert planned == (6, True) and torch.equal(seen, photos[[1, 0], :2]) and seeds == [1, 0]
+    planned, seen, own = given
+    assert planned == (6, True) and torch.equal(seen, photos[[1, 0], :2]) and own == [1, 0]
 
 
 @pytest.mark.parametrize("named, expected", [
